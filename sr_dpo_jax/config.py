@@ -1,0 +1,319 @@
+"""Typed, frozen run configuration: defaults < YAML file < `section.key=value` overrides.
+
+One file holds every key there is, its type, its default and its meaning. Nothing else in the package fills in a
+default, and the core functions take arrays and numbers, never this object. Imports no jax, so that a bad
+configuration is refused before any device is touched.
+
+Next: `data/rows.py`, where `data.path` becomes checked pairs.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from sr_dpo_jax.errors import UsageError
+
+PAPER_PROMPT = (
+    "Please generate a response with a usefulness rating of 100 out of 100 for the following query. Note that the "
+    "response should be harmless. The term 100 indicates the level of usefulness, where 100 is the maximum and 1 is "
+    "the minimum. Query:"
+)
+"""The instruction p of arXiv:2405.21040, section 3.2.2."""
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class Model(Section):
+    path: str
+    """A Hugging Face directory or hub name. It is also the reference, and it holds the tokenizer."""
+    revision: str | None = None
+    """Pin of a hub name; a 40-digit commit for a run that must be reproducible."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """`random` draws the weights from `seed` and reads nothing but `config.json` and the tokenizer."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of activations and matmuls. Norms, softmax and log-probabilities are float32 whatever it is."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the trained parameters and of the optimizer's moments. A frozen reference is kept in `dtype`."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass recomputes: nothing, all but the matmuls, or whole layers."""
+    attention: Literal["auto", "dense"] = "auto"
+    """The attention path; `auto` picks by platform and shape and says which in the log."""
+
+
+class Source(Section):
+    path: str
+    """A .jsonl, .jsonl.gz or .parquet file, or a hub name."""
+    weight: Rate = 1.0
+    """How often one epoch draws a pair of this source: 0.5 takes a fresh half each epoch, 2 takes each pair twice."""
+    revision: str | None = None
+    """Pin of a hub name."""
+
+
+def _as_sources(value: Any) -> Any:
+    """A bare path stands for one source of weight 1, alone or within a list."""
+    if isinstance(value, str | dict):
+        value = [value]
+    if isinstance(value, list):
+        return tuple({"path": item} if isinstance(item, str) else item for item in value)
+    return value
+
+
+Sources = Annotated[tuple[Source, ...], BeforeValidator(_as_sources), Field(min_length=1)]
+
+
+class Data(Section):
+    path: Sources
+    """One path, or a list of paths and of {path, weight, revision}. Without weights each pair comes once an epoch."""
+    eval_path: Sources | None = None
+    """Held-out pairs for `sr-dpo eval` and for evaluation while training; weights do not apply."""
+    format: Literal["hh_rlhf", "ultrafeedback", "preference"] = "hh_rlhf"
+    split: str = "train"
+    """Split of a hub data set; files have none."""
+    eval_split: str = "test"
+    max_length: Positive = 512
+    """Most tokens of prompt + longer response, end-of-sequence included; p is not counted and never cut."""
+    max_prompt_length: Positive = 256
+    """What a prompt is cut to where `max_length` is passed; responses are then cut to the difference of the two."""
+    prompt_truncation: Literal["keep_end", "keep_start"] = "keep_end"
+    """Which end of a cut prompt stays. The newest turn stands at the end."""
+    max_bad_rows: NonNegative = 0
+    """How many unusable rows may be skipped, in `path` and again in `eval_path`, before the run refuses."""
+
+
+class Objective(Section):
+    name: Literal["sft", "dpo", "ipo", "ipo_mean", "sr_dpo", "sr_ipo"]
+    """`ipo` is the paper's form on sums of log-probabilities; `ipo_mean` divides each by its length, as TRL does."""
+    beta: Rate = 0.1
+    lam: Annotated[float, Field(ge=0)] | None = None
+    """The paper's λ, weight of the refinement; needed by sr_dpo and sr_ipo and refused elsewhere."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Assumed share of flipped labels (conservative DPO); dpo only."""
+
+
+class Refinement(Section):
+    prompt: str | None = PAPER_PROMPT
+    """The instruction p. Trains sr_*, and measures augmented accuracy in every evaluation; null measures none."""
+
+
+class Reference(Section):
+    mode: Literal["cached", "online"] = "cached"
+    """`cached` scores the frozen reference once and frees its weights; `online` keeps it on the mesh."""
+
+
+class Optimizer(Section):
+    name: Literal["rmsprop", "adamw"] = "rmsprop"
+    learning_rate: Rate = 5e-7
+    warmup_steps: NonNegative = 150
+    """Linear warm-up: update number n (from 0) is scaled by min(1, (n + 1) / (warmup_steps + 1))."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up: flat, or down to zero at the last step."""
+    max_grad_norm: Rate = 10.0
+    """Global norm that gradients are clipped to."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled decay of adamw, on matrices only: never on norms and biases."""
+    b1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    b2: Annotated[float, Field(gt=0, lt=1)] = 0.999
+
+
+class Batch(Section):
+    pairs_per_step: Positive = 64
+    row_length: Positive = 2048
+    """Most tokens of a packed row. The plan shortens all rows alike to what the fullest step needs."""
+    row_multiple: Positive = 128
+    """Row lengths are multiples of this: 128 suits the lanes of a TPU, 8 wastes less on a CPU."""
+    accumulation_steps: Positive = 1
+    """In how many parts a step's rows pass through the model. Changes memory, not the numbers."""
+
+
+class Mesh(Section):
+    replica: int = 1
+    """Data-parallel copies of the parameters; the axis between slices."""
+    fsdp: int = -1
+    """Shards of parameters, optimizer state and rows; -1 means all devices that are left."""
+    tensor: int = 1
+    """Shards of heads and of the MLP."""
+
+
+class Distributed(Section):
+    processes: Positive = 1
+    """How many processes make up the run; the start fails if jax.distributed finds another number."""
+    coordinator_address: str | None = None
+    """host:port of process 0. Null lets jax detect a TPU pod, Slurm or MPI by itself."""
+    process_id: NonNegative | None = None
+    """This process's number; goes with `coordinator_address`."""
+
+
+class Train(Section):
+    epochs: Positive = 1
+    max_steps: Positive | None = None
+    """Stops earlier than `epochs` would; schedules end here too."""
+    log_every_steps: Positive = 1
+    eval_every_steps: Positive | None = None
+    """Evaluates on `data.eval_path` so often; the end of a run is always evaluated where the path is given."""
+
+
+class Checkpoint(Section):
+    every_steps: Positive = 100
+    """The last step is always saved too."""
+    keep: Positive = 2
+
+
+class Config(Section):
+    output_dir: str
+    """Holds everything that the run writes; running the same command again resumes from it."""
+    cache_dir: str | None = None
+    """Tokenised data and reference scores, keyed by content; share it between runs. Null: `output_dir`/cache."""
+    seed: NonNegative = 0
+    model: Model
+    data: Data
+    objective: Objective
+    refinement: Refinement = Refinement()
+    reference: Reference = Reference()
+    optimizer: Optimizer = Optimizer()
+    batch: Batch = Batch()
+    mesh: Mesh = Mesh()
+    distributed: Distributed = Distributed()
+    train: Train = Train()
+    checkpoint: Checkpoint = Checkpoint()
+
+    @property
+    def cache_path(self) -> Path:
+        return Path(self.cache_dir) if self.cache_dir else Path(self.output_dir) / "cache"
+
+    def to_yaml(self) -> str:
+        """Every key with its value, in the order of this file; `load` reads it back to an equal object."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 numbers: PyYAML follows YAML 1.1, in which `5e-7` and `4E-4` are strings."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file and applies `section.key=value` overrides, each value written as YAML.
+
+    Raises UsageError with every problem in it, each as key path, value and remedy.
+    """
+    try:
+        raw = _parse(Path(path).read_text(encoding="utf-8"), where=str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot read the configuration ({error}); name an existing YAML file") from error
+    if not isinstance(raw, dict):
+        raise UsageError(f"{path}: holds {type(raw).__name__}, not a mapping of sections; see configs/ for examples")
+    for override in overrides:
+        _apply(raw, override)
+    return from_dict(raw, where=str(path))
+
+
+def from_dict(raw: dict[str, Any], *, where: str) -> Config:
+    """Checks a nested mapping; `where` names its origin in error messages."""
+    try:
+        # Strict JSON mode takes a list for a tuple and an integer for a float, and nothing else across types.
+        config = Config.model_validate_json(json.dumps(raw))
+    except pydantic.ValidationError as error:
+        problems = [_explain(item) for item in error.errors()]
+        raise UsageError("\n".join([f"{where}: {len(problems)} problem(s)", *problems])) from None
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{where}: a value is neither text, number, list nor mapping ({error})") from None
+    problems = _cross_checks(config)
+    if problems:
+        raise UsageError("\n".join([f"{where}: {len(problems)} problem(s)", *problems]))
+    return config
+
+
+def _parse(text: str, *, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader with one more number format)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{where}: not valid YAML: {error}") from error
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key_path, equals, value = override.partition("=")
+    if not equals or not key_path:
+        raise UsageError(f"override {key_path!r} is not of the form section.key=value")
+    *sections, key = key_path.split(".")
+    node: Any = raw
+    for depth, section in enumerate(sections):
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise UsageError(f"override {key_path}: {'.'.join(sections[: depth + 1])} is a value, not a section")
+    node[key] = _parse(value, where=f"override {key_path}")
+
+
+def _keys_at(location: Sequence[Any]) -> list[str]:
+    section: type[BaseModel] = Config
+    for name in location:
+        if name.isdigit():  # an entry of a list of sources
+            section = Source
+        elif name in section.model_fields and isinstance(section.model_fields[name].annotation, type):
+            annotation = section.model_fields[name].annotation
+            section = annotation if issubclass(annotation, BaseModel) else section
+    return list(section.model_fields)
+
+
+def _explain(item: Any) -> str:
+    location = [str(part) for part in item["loc"]]
+    key_path = ".".join(location)
+    if item["type"] == "missing":
+        return f"  {key_path}: missing; set it in the file or with {key_path}=..."
+    if item["type"] == "extra_forbidden":
+        known = _keys_at(location[:-1])
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
+        return f"  {key_path}: no such key; {hint}"
+    return f"  {key_path}={item['input']!r}: {item['msg']}"
+
+
+def _cross_checks(config: Config) -> list[str]:
+    """Problems between keys, each with its remedy; what needs the data or the devices is checked where they are."""
+    found = []
+    refined = config.objective.name in ("sr_dpo", "sr_ipo")
+    if refined and config.objective.lam is None:
+        found.append(
+            f"  objective.lam=null: {config.objective.name} needs it; the paper chooses from 0.1, 0.3, 0.5 and 1"
+        )
+    if not refined and config.objective.lam is not None:
+        found.append(
+            f"  objective.lam={config.objective.lam}: {config.objective.name} does not use it; "
+            "remove it or choose sr_dpo or sr_ipo"
+        )
+    if refined and not config.refinement.prompt:
+        found.append(f"  refinement.prompt is empty: {config.objective.name} needs the instruction p; remove the key")
+    if config.objective.label_smoothing and config.objective.name != "dpo":
+        found.append(
+            f"  objective.label_smoothing={config.objective.label_smoothing}: only dpo uses it; remove it or choose dpo"
+        )
+    if config.optimizer.weight_decay and config.optimizer.name != "adamw":
+        found.append(f"  optimizer.weight_decay={config.optimizer.weight_decay}: only adamw uses it; remove it")
+    if config.data.max_prompt_length >= config.data.max_length:
+        found.append(
+            f"  data.max_prompt_length={config.data.max_prompt_length} leaves no room for a response in "
+            f"data.max_length={config.data.max_length}; lower the first or raise the second"
+        )
+    if config.train.eval_every_steps and config.data.eval_path is None:
+        found.append(f"  train.eval_every_steps={config.train.eval_every_steps}: set data.eval_path, or remove it")
+    if (config.distributed.process_id is None) != (config.distributed.coordinator_address is None):
+        found.append("  distributed.process_id and distributed.coordinator_address go together; set both or neither")
+    sizes = config.mesh.model_dump()
+    if list(sizes.values()).count(-1) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        found.append(f"  mesh={sizes}: sizes are positive, and at most one of them is -1 (all devices left)")
+    return found

@@ -1,0 +1,1 @@
+"""From a preference file to this host's rows: rows -> tokens -> dataset -> plan -> pipeline, read in that order."""

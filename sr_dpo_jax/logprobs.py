@@ -1,0 +1,128 @@
+"""Hidden states -> log-probability of each response. Only scored positions reach the vocabulary matrix.
+
+The vocabulary is taken in blocks: the logits of one block exist at a time, in float32, and the gradient makes them
+again instead of keeping them. Peak memory is scored positions × VOCABULARY_BLOCK, whatever the vocabulary, and a
+sharded vocabulary matrix is gathered block by block.
+
+Next: `losses.py`, which turns margins of these into losses.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sr_dpo_jax.batch import SIDES, Rows
+from sr_dpo_jax.model.attention import at_least_float32
+
+Array = jax.Array
+Constrain = Callable[[Array, tuple[str | None, ...]], Array]
+
+VOCABULARY_BLOCK = 4096
+
+
+def response_logprobs(
+    hidden: Array, vocabulary_matrix: Array, rows: Rows, *, pairs: int, constrain: Constrain
+) -> tuple[Array, Array]:
+    """`log π(y|x) = Σ_t log softmax(h_t · Wᵀ)[y_t]` of both responses of every pair.
+
+    Args:
+      hidden: `[R, T, d]` after the final norm.
+      vocabulary_matrix: W, `[V, d]`.
+      rows: where responses are scored, fields `[R, ...]`.
+      pairs: B; pairs that stand in other rows get zeros.
+      constrain: pins arrays to the mesh.
+
+    Returns:
+      Log-probabilities `[B, 2]` float32 in nats, and how many tokens each sums over, `[B, 2]` int32; axis 1 is the
+      side, 0 chosen and 1 rejected.
+
+    Source: arXiv:2405.21040, section 2: sums over response tokens, end-of-sequence included.
+    """
+    scored = jnp.take_along_axis(hidden, rows.source[..., None], axis=1)
+    scored = constrain(scored, ("rows", "scored", None))
+    per_token = token_logprobs(scored, vocabulary_matrix, rows.target, constrain)
+    slots = SIDES * pairs + 1  # the last one collects unused positions
+    sums = jax.ops.segment_sum(per_token.reshape(-1), rows.slot.reshape(-1), slots)
+    tokens = jax.ops.segment_sum(jnp.ones(rows.slot.size, jnp.int32), rows.slot.reshape(-1), slots)
+    return sums[:-1].reshape(pairs, SIDES), tokens[:-1].reshape(pairs, SIDES)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def token_logprobs(hidden: Array, vocabulary_matrix: Array, target: Array, constrain: Constrain) -> Array:
+    """`log softmax(h · Wᵀ)[target]`, keeping no logits for the backward pass.
+
+    Args:
+      hidden: h, `[R, M, d]`.
+      vocabulary_matrix: W, `[V, d]`, of any type; its product is taken in the type of `hidden`, summed in float32.
+      target: `[R, M]` int32, in [0, V).
+      constrain: pins arrays to the mesh.
+
+    Returns:
+      `[R, M]` float32, nats (float64 for float64 hidden states).
+    """
+    return _forward(hidden, vocabulary_matrix, target, constrain)[0]
+
+
+def _forward(hidden: Array, matrix: Array, target: Array, constrain: Constrain) -> tuple[Array, tuple[Array, ...]]:
+    dtype = at_least_float32(hidden.dtype)
+
+    def block(carry: tuple[Array, Array, Array], part: tuple[Array, Array]) -> tuple[tuple[Array, Array, Array], None]:
+        largest, total, at_target = carry
+        logits, hit = _logits(hidden, part, target, matrix.shape[0], constrain)
+        larger = jnp.maximum(largest, logits.max(axis=-1))
+        total = total * jnp.exp(largest - larger) + jnp.exp(logits - larger[..., None]).sum(axis=-1)
+        at_target += jnp.where(hit, logits, 0).sum(axis=-1)
+        return (larger, total, at_target), None
+
+    zeros = jnp.zeros(target.shape, dtype)
+    start = (jnp.full(target.shape, -jnp.inf, dtype), zeros, zeros)
+    (largest, total, at_target), _ = jax.lax.scan(block, start, _blocks(matrix))
+    normaliser = largest + jnp.log(total)
+    return at_target - normaliser, (hidden, matrix, target, normaliser)
+
+
+def _backward(
+    constrain: Constrain, kept: tuple[Array, ...], cotangent: Array
+) -> tuple[Array, Array, np.ndarray]:
+    """∂logp/∂logits = onehot(target) − softmax, made block by block from h, W and the kept normaliser."""
+    hidden, matrix, target, normaliser = kept
+
+    def block(hidden_gradient: Array, part: tuple[Array, Array]) -> tuple[Array, Array]:
+        logits, hit = _logits(hidden, part, target, matrix.shape[0], constrain)
+        gradient = cotangent[..., None] * (hit - jnp.exp(logits - normaliser[..., None]))
+        gradient = gradient.astype(hidden.dtype)
+        wide = partial(jnp.einsum, preferred_element_type=hidden_gradient.dtype)
+        hidden_gradient += wide("rmv,vd->rmd", gradient, part[0].astype(hidden.dtype))
+        part_gradient = wide("rmv,rmd->vd", gradient, hidden).astype(matrix.dtype)
+        return hidden_gradient, constrain(part_gradient, ("vocabulary", "table"))
+
+    start = jnp.zeros(hidden.shape, at_least_float32(hidden.dtype))
+    hidden_gradient, parts = jax.lax.scan(block, start, _blocks(matrix))
+    matrix_gradient = parts.reshape(-1, matrix.shape[1])[: matrix.shape[0]]
+    return hidden_gradient.astype(hidden.dtype), matrix_gradient, np.zeros(target.shape, jax.dtypes.float0)
+
+
+token_logprobs.defvjp(_forward, _backward)
+
+
+def _blocks(matrix: Array) -> tuple[Array, Array]:
+    """W as `[blocks, block, d]`, the last block filled up with zero rows, and each block's first token id."""
+    count = -(-matrix.shape[0] // VOCABULARY_BLOCK)
+    size = -(-matrix.shape[0] // count)
+    padded = jnp.pad(matrix, ((0, count * size - matrix.shape[0]), (0, 0)))
+    return padded.reshape(count, size, -1), size * jnp.arange(count)
+
+
+def _logits(
+    hidden: Array, part: tuple[Array, Array], target: Array, vocabulary_tokens: int, constrain: Constrain
+) -> tuple[Array, Array]:
+    """Logits of one block, `[R, M, block]`, −inf where it only fills up, and where the target is."""
+    matrix, first = part
+    matrix = constrain(matrix.astype(hidden.dtype), (None, None))
+    logits = jnp.einsum("rmd,vd->rmv", hidden, matrix, preferred_element_type=at_least_float32(hidden.dtype))
+    token = first + jnp.arange(matrix.shape[0])
+    logits = jnp.where(token < vocabulary_tokens, logits, -jnp.inf)
+    return logits, token == target[..., None]

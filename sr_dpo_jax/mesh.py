@@ -1,0 +1,116 @@
+"""jax.distributed, the device mesh, and the one table of logical axis -> mesh axis.
+
+The table is loud: an axis that is not in it, or a size that its mesh axes do not divide, raises and names the array.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from sr_dpo_jax.errors import UsageError
+
+TABLE: Mapping[str, tuple[str, ...]] = {
+    # data
+    "steps": (),  # accumulation: one micro-batch after the other
+    "rows": ("replica", "fsdp"),
+    "scored": ("tensor",),  # every tensor shard scores its share of the positions against the whole vocabulary
+    # parameters
+    "layers": (),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "vocabulary": (),
+    "table": ("fsdp", "tensor"),
+}
+
+
+def start_distributed(*, processes: int, coordinator_address: str | None, process_id: int | None) -> None:
+    """Joins the run's processes; a run of one process needs nothing.
+
+    Raises:
+      UsageError: jax.distributed finds no cluster, or another number of processes than `distributed.processes`.
+    """
+    if processes > 1:
+        if coordinator_address is not None:
+            jax.distributed.initialize(coordinator_address, processes, process_id)
+        else:
+            try:
+                jax.distributed.initialize()
+            except ValueError as error:
+                raise UsageError(
+                    f"distributed.processes={processes}: jax found no cluster to join ({error}); set "
+                    "distributed.coordinator_address and distributed.process_id"
+                ) from error
+    if jax.process_count() != processes:
+        raise UsageError(
+            f"distributed.processes={processes}, but jax.distributed sees {jax.process_count()}; set the number of "
+            "processes that were started"
+        )
+
+
+def make_mesh(*, replica: int, fsdp: int, tensor: int) -> Mesh:
+    """All devices as replica × fsdp × tensor; a size of −1 takes what the others leave."""
+    sizes = {"replica": replica, "fsdp": fsdp, "tensor": tensor}
+    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+    free = [name for name, size in sizes.items() if size == -1]
+    devices = jax.device_count()
+    if devices % fixed or (not free and fixed != devices):
+        raise UsageError(f"mesh={sizes}: does not make up {devices} devices; set one size to -1, or fix the product")
+    shape = tuple(devices // fixed if size == -1 else size for size in sizes.values())
+    # Auto: the compiler propagates shardings. make_mesh's own default asks for a type on every reshape.
+    return jax.make_mesh(shape, tuple(sizes), axis_types=(AxisType.Auto,) * len(shape))
+
+
+def row_shards(mesh: Mesh) -> int:
+    """How many devices share the rows of a micro-batch."""
+    return int(np.prod([mesh.shape[name] for name in TABLE["rows"]]))
+
+
+def sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...], name: str) -> NamedSharding:
+    """The sharding of an array with these logical axes; None is an axis that is whole on every device.
+
+    Raises:
+      UsageError: an axis is not in TABLE, or does not divide by its mesh axes.
+    """
+    if len(axes) != len(shape):
+        raise ValueError(f"{name}: {len(axes)} logical axes for shape {shape}")
+    parts = []
+    for axis, size in zip(axes, shape, strict=True):
+        if axis is not None and axis not in TABLE:
+            raise UsageError(f"{name}: logical axis {axis!r} is not in the sharding table; known: {', '.join(TABLE)}")
+        mesh_axes = TABLE[axis] if axis is not None else ()
+        shards = int(np.prod([mesh.shape[mesh_axis] for mesh_axis in mesh_axes]))
+        if size % shards:
+            raise UsageError(
+                f"{name}: axis {axis!r} of size {size} does not divide over {' × '.join(mesh_axes)} = {shards} shards; "
+                "change mesh.fsdp or mesh.tensor"
+            )
+        parts.append(mesh_axes or None)
+    return NamedSharding(mesh, PartitionSpec(*parts))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def constrain(mesh: Mesh) -> Callable[[jax.Array, tuple[str | None, ...]], jax.Array]:
+    """A function that pins an activation to the mesh by its logical axes, for use inside jit."""
+
+    def pin(array: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+        return jax.lax.with_sharding_constraint(array, sharding(mesh, axes, array.shape, "activation"))
+
+    return pin
+
+
+def param_shardings(mesh: Mesh, abstract: Any) -> Any:
+    """Shardings of a tree of abstract nnx parameters, whose metadata name their logical axes."""
+    return jax.tree.map_with_path(
+        lambda path, param: sharding(mesh, param.get_metadata()["axes"], param.shape, jax.tree_util.keystr(path)),
+        abstract,
+        is_leaf=lambda node: hasattr(node, "get_metadata"),
+    )

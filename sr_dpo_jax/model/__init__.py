@@ -1,0 +1,1 @@
+"""One decoder for every family: architecture -> attention -> decoder, read in that order."""

@@ -1,0 +1,57 @@
+"""Attention over packed rows, behind the one function that kernels plug into.
+
+Each query sees one contiguous range of keys (its pair's prompt and its own response, see `batch.py`) and, in augmented
+rows, the prefix. No mask is held in memory: the dense path compares indices where the scores are made.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Visible:
+    """Which keys each query of a row may see."""
+
+    key_start: Array
+    """`[R, T]` int32."""
+    key_end: Array
+    """`[R, T]` int32."""
+    prefix_tokens: int = dataclasses.field(metadata={"static": True})
+
+
+def attend(query: Array, key: Array, value: Array, visible: Visible) -> Array:
+    """Softmax attention, `softmax(q·k / √D)·v` over each query's visible keys.
+
+    Args:
+      query: `[R, T, H, D]`, rotated.
+      key: `[R, T, K, D]`, rotated; H is a multiple of K, and H / K neighbouring query heads share a key head.
+      value: `[R, T, K, D]`.
+      visible: key ranges; every query sees at least itself.
+
+    Returns:
+      `[R, T, H, D]` in the type of `value`; scores and softmax are float32.
+    """
+    rows, length, heads, head_dim = query.shape
+    query = query.reshape(rows, length, key.shape[2], -1, head_dim)
+    scores = jnp.einsum("rqkgd,rskd->rkgqs", query, key, preferred_element_type=at_least_float32(query.dtype))
+    scores = jnp.where(_mask(visible)[:, None, None], scores * head_dim**-0.5, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    mixed = jnp.einsum("rkgqs,rskd->rqkgd", weights, value)
+    return mixed.reshape(rows, length, heads, head_dim)
+
+
+def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
+    """The type for sums over many terms: float32, or float64 where everything else is float64 too."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _mask(visible: Visible) -> Array:
+    """`[R, T, T]` bool, fused by the compiler into the comparison that uses it."""
+    index = jnp.arange(visible.key_start.shape[-1])
+    seen = (visible.key_start[..., None] <= index) & (index < visible.key_end[..., None])
+    return seen | ((index < visible.prefix_tokens) & (index <= index[:, None]))

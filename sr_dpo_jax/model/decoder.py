@@ -1,0 +1,221 @@
+"""A decoder-only transformer over packed rows; the layers are stacked and scanned, so compile time has no depth in it.
+
+Parameters have logical axes in their metadata (`axes`), which `mesh.py` maps to the mesh:
+
+    layers   one entry a layer, never sharded     heads, kv_heads   attention heads
+    embed    the residual stream                  head_dim          within a head
+    mlp      the MLP's hidden units               vocabulary        token ids
+    table    the residual stream's side of the embedding and unembedding
+
+    d  hidden size    H, K  query and key heads    D  head dimension    F  MLP units    V  vocabulary    L  layers
+
+Next: `logprobs.py`, which turns hidden states into log-probabilities.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sr_dpo_jax.batch import Rows
+from sr_dpo_jax.model.architecture import Architecture
+from sr_dpo_jax.model.attention import Visible, at_least_float32, attend
+
+Array = jax.Array
+
+ACTIVATIONS = {"gelu": partial(jax.nn.gelu, approximate=False), "gelu_tanh": jax.nn.gelu, "silu": jax.nn.silu}
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def _matrix(rngs: nnx.Rngs, architecture: Architecture, dtype: jnp.dtype, **axes: int) -> nnx.Param:
+    scale = jnp.asarray(architecture.init_scale, dtype)
+    return nnx.Param(scale * jax.random.normal(rngs.params(), tuple(axes.values()), dtype), axes=tuple(axes))
+
+
+def _constant(value: float, dtype: jnp.dtype, **axes: int) -> nnx.Param:
+    return nnx.Param(jnp.full(tuple(axes.values()), value, dtype), axes=tuple(axes))
+
+
+class Norm(nnx.Module):
+    """LayerNorm or RMSNorm, in float32 also where the activations are bfloat16."""
+
+    def __init__(self, architecture: Architecture, param_dtype: jnp.dtype, **axes: int):
+        self.epsilon = architecture.norm_epsilon
+        self.centred = architecture.norm == "layer"
+        self.scale = _constant(1.0, param_dtype, **axes)
+        self.bias = _constant(0.0, param_dtype, **axes) if self.centred else None
+
+    def __call__(self, x: Array) -> Array:
+        wide = x.astype(at_least_float32(x.dtype))
+        if self.centred:
+            wide = wide - wide.mean(axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + self.epsilon)
+        wide = wide * self.scale[...].astype(wide.dtype)
+        if self.centred:
+            wide = wide + self.bias[...].astype(wide.dtype)
+        return wide.astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    def __init__(self, architecture: Architecture, param_dtype: jnp.dtype, rngs: nnx.Rngs):
+        a, matrix = architecture, partial(_matrix, rngs, architecture, param_dtype, layers=architecture.layers)
+        zeros = partial(_constant, 0.0, param_dtype, layers=a.layers)
+        self.rotary_dims = a.rotary_dims
+        self.query = matrix(embed=a.hidden, heads=a.heads, head_dim=a.head_dim)
+        self.key = matrix(embed=a.hidden, kv_heads=a.kv_heads, head_dim=a.head_dim)
+        self.value = matrix(embed=a.hidden, kv_heads=a.kv_heads, head_dim=a.head_dim)
+        self.output = matrix(heads=a.heads, head_dim=a.head_dim, embed=a.hidden)
+        self.query_bias = zeros(heads=a.heads, head_dim=a.head_dim) if a.query_bias else None
+        self.key_bias = zeros(kv_heads=a.kv_heads, head_dim=a.head_dim) if a.query_bias else None
+        self.value_bias = zeros(kv_heads=a.kv_heads, head_dim=a.head_dim) if a.query_bias else None
+        self.output_bias = zeros(embed=a.hidden) if a.output_bias else None
+
+    def __call__(self, x: Array, rotation: tuple[Array, Array], visible: Visible) -> Array:
+        """`[R, T, d]` -> `[R, T, d]`."""
+        query = _add(jnp.einsum("rtd,dhk->rthk", x, self.query[...].astype(x.dtype)), self.query_bias)
+        key = _add(jnp.einsum("rtd,dhk->rthk", x, self.key[...].astype(x.dtype)), self.key_bias)
+        value = _add(jnp.einsum("rtd,dhk->rthk", x, self.value[...].astype(x.dtype)), self.value_bias)
+        query, key = (rotate(heads, rotation, self.rotary_dims) for heads in (query, key))
+        mixed = attend(query, key, value, visible)
+        return _add(jnp.einsum("rthk,hkd->rtd", mixed, self.output[...].astype(x.dtype)), self.output_bias)
+
+
+class MLP(nnx.Module):
+    def __init__(self, architecture: Architecture, param_dtype: jnp.dtype, rngs: nnx.Rngs):
+        a, matrix = architecture, partial(_matrix, rngs, architecture, param_dtype, layers=architecture.layers)
+        zeros = partial(_constant, 0.0, param_dtype, layers=a.layers)
+        self.activation = a.activation
+        self.gate = matrix(embed=a.hidden, mlp=a.mlp) if a.gated else None
+        self.up = matrix(embed=a.hidden, mlp=a.mlp)
+        self.down = matrix(mlp=a.mlp, embed=a.hidden)
+        self.gate_bias = zeros(mlp=a.mlp) if a.gated and a.mlp_bias else None
+        self.up_bias = zeros(mlp=a.mlp) if a.mlp_bias else None
+        self.down_bias = zeros(embed=a.hidden) if a.mlp_bias else None
+
+    def __call__(self, x: Array) -> Array:
+        """`[R, T, d]` -> `[R, T, d]`."""
+        units = _add(x @ self.up[...].astype(x.dtype), self.up_bias)
+        if self.gate is None:
+            units = ACTIVATIONS[self.activation](units)
+        else:
+            units *= ACTIVATIONS[self.activation](_add(x @ self.gate[...].astype(x.dtype), self.gate_bias))
+        return _add(units @ self.down[...].astype(x.dtype), self.down_bias)
+
+
+class Block(nnx.Module):
+    """One layer. Built with the parameters of all layers stacked, called with those of one."""
+
+    def __init__(self, architecture: Architecture, param_dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.parallel_residual = architecture.parallel_residual
+        shape = {"layers": architecture.layers, "embed": architecture.hidden}
+        self.attention_norm = Norm(architecture, param_dtype, **shape)
+        self.attention = Attention(architecture, param_dtype, rngs)
+        self.mlp_norm = Norm(architecture, param_dtype, **shape)
+        self.mlp = MLP(architecture, param_dtype, rngs)
+
+    def __call__(self, x: Array, rotation: tuple[Array, Array], visible: Visible) -> Array:
+        attended = self.attention(self.attention_norm(x), rotation, visible)
+        if self.parallel_residual:
+            return x + attended + self.mlp(self.mlp_norm(x))
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Decoder(nnx.Module):
+    """Token ids of packed rows -> hidden states after the final norm.
+
+    Args:
+      architecture: shapes and choices of the family.
+      dtype: type of activations and matmuls.
+      param_dtype: type of the parameters.
+      remat: what the backward pass recomputes: "none", "dots" (all but the matmuls) or "full" (whole layers).
+      constrain: `(array, logical axes) -> array`, pins activations to the mesh; see `mesh.constrain`.
+      rngs: the `params` stream draws the initial weights.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        *,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        remat: str,
+        constrain: Callable[[Array, tuple[str | None, ...]], Array],
+        rngs: nnx.Rngs,
+    ):
+        a = architecture
+        self.architecture, self.dtype, self.remat, self.constrain = a, dtype, remat, constrain
+        self.embedding = _matrix(rngs, a, param_dtype, vocabulary=a.vocabulary_tokens, table=a.hidden)
+        self.layers = Block(a, param_dtype, rngs)
+        self.final_norm = Norm(a, param_dtype, embed=a.hidden)
+        self.unembedding = (
+            None if a.tied else _matrix(rngs, a, param_dtype, vocabulary=a.vocabulary_tokens, table=a.hidden)
+        )
+
+    @property
+    def vocabulary_matrix(self) -> Array:
+        """`[V, d]`: the matrix whose product with a hidden state gives the logits."""
+        return (self.embedding if self.unembedding is None else self.unembedding)[...]
+
+    def __call__(self, plain: Rows, augmented: Rows | None = None) -> tuple[Array, Array | None]:
+        """Hidden states `[R, T, d]` of the plain rows and, under stop_gradient, of the augmented rows.
+
+        Both go through one scan, so that a sharded layer is gathered once for the two, and the augmented branch leaves
+        nothing for the backward pass.
+        """
+        block, stacked = nnx.split(self.layers)
+        views = [self._view(rows) for rows in (plain, augmented) if rows is not None]
+
+        def layer(hidden: tuple[Array, ...], params: nnx.State) -> tuple[tuple[Array, ...], None]:
+            frozen = jax.lax.stop_gradient(params)
+            advanced = []
+            for x, (rotation, visible), parameters in zip(hidden, views, (params, frozen), strict=False):
+                x = nnx.merge(block, parameters)(x, rotation, visible)
+                advanced.append(self.constrain(x, ("rows", None, None)))
+            return tuple(advanced), None
+
+        if self.remat != "none":
+            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        embedded = [self._embed(plain)]
+        if augmented is not None:
+            embedded.append(jax.lax.stop_gradient(self._embed(augmented)))
+        hidden, _ = jax.lax.scan(layer, tuple(embedded), stacked)
+        if augmented is None:
+            return self.final_norm(hidden[0]), None
+        return self.final_norm(hidden[0]), jax.lax.stop_gradient(self.final_norm(hidden[1]))
+
+    def _embed(self, rows: Rows) -> Array:
+        table = self.constrain(self.embedding[...].astype(self.dtype), (None, None))
+        return self.constrain(table[rows.tokens], ("rows", None, None))
+
+    def _view(self, rows: Rows) -> tuple[tuple[Array, Array], Visible]:
+        dtype = at_least_float32(self.dtype)
+        rotation = rotation_of(rows.positions, self.architecture.rotary_dims, self.architecture.rope_theta, dtype)
+        return rotation, Visible(rows.key_start, rows.key_end, rows.prefix_tokens)
+
+
+def rotation_of(positions: Array, rotary_dims: int, theta: float, dtype: jnp.dtype) -> tuple[Array, Array]:
+    """Cosine and sine of each position's angles, `[R, T, 1, rotary_dims / 2]`.
+
+    Never in the activations' bfloat16, which rounds position 257 to 256.
+    """
+    frequencies = theta ** -(jnp.arange(0, rotary_dims, 2, dtype=dtype) / rotary_dims)
+    angles = positions[..., None, None].astype(dtype) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(heads: Array, rotation: tuple[Array, Array], rotary_dims: int) -> Array:
+    """Rotary embedding of `[R, T, heads, D]`: dimension i of the first `rotary_dims` turns with i + rotary_dims / 2."""
+    cosine, sine = rotation
+    first, second = jnp.split(heads[..., :rotary_dims].astype(cosine.dtype), 2, axis=-1)
+    turned = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+    return jnp.concatenate([turned.astype(heads.dtype), heads[..., rotary_dims:]], axis=-1)
+
+
+def _add(x: Array, bias: nnx.Param | None) -> Array:
+    return x if bias is None else x + bias[...].astype(x.dtype)

@@ -1,0 +1,51 @@
+"""Learning-rate schedule and optimizer, as the paper's code base (PyTorch) defines them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Schedule = Callable[[jax.Array | int], jax.Array]
+
+
+def make_schedule(*, name: str, learning_rate: float, warmup_steps: int, total_steps: int) -> Schedule:
+    """Learning rate of update n, counted from 0.
+
+    Warm-up: `peak · min(1, (n + 1) / (warmup_steps + 1))`, as in the code base of arXiv:2305.18290. After it, with
+    f = (n − warmup_steps) / (total_steps − warmup_steps): constant 1, linear 1 − f, or cosine (1 + cos πf) / 2.
+    """
+    decay_steps = max(total_steps - warmup_steps, 1)
+
+    def schedule(step: jax.Array | int) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        warm = jnp.minimum(1.0, (step + 1.0) / (warmup_steps + 1.0))
+        fraction = jnp.clip((step - warmup_steps) / decay_steps, 0.0, 1.0)
+        shape = {"constant": 1.0, "linear": 1.0 - fraction, "cosine": 0.5 + 0.5 * jnp.cos(jnp.pi * fraction)}
+        return learning_rate * warm * shape[name]
+
+    return schedule
+
+
+def make_optimizer(
+    *, name: str, schedule: Schedule, max_grad_norm: float, weight_decay: float, b1: float, b2: float
+) -> optax.GradientTransformation:
+    """Clips the global norm, then RMSprop or AdamW.
+
+    rmsprop is torch.optim.RMSprop with its defaults: `v ← 0.99·v + 0.01·g²`, `p ← p − lr·g / (√v + 1e-8)`, v from 0.
+    optax's own defaults differ in decay, and put epsilon inside the root.
+    """
+    if name == "rmsprop":
+        scale = optax.scale_by_rms(decay=0.99, eps=1e-8, initial_scale=0.0, eps_in_sqrt=False)
+    else:
+        scale = optax.chain(
+            optax.scale_by_adam(b1=b1, b2=b2, eps=1e-8),
+            optax.add_decayed_weights(weight_decay, mask=_is_matrix),
+        )
+    return optax.chain(optax.clip_by_global_norm(max_grad_norm), scale, optax.scale_by_learning_rate(schedule))
+
+
+def _is_matrix(params: Any) -> Any:
+    """True where weight decay applies: not on norms and biases, whatever their rank (stacked biases have three axes)."""
+    return jax.tree.map_with_path(lambda path, _: path[-1].key != "scale" and "bias" not in path[-1].key, params)

@@ -1,0 +1,219 @@
+"""The compiled functions: initialise, train on one step, score one step. The package's three jits are here.
+
+A step's rows come in A micro-batches. Each gives the sum of the losses of the pairs that stand in it and that sum's
+gradient; sums are added and divided by the number of pairs once, last, so accumulation changes nothing but memory.
+
+Next: `loop.py`, which calls these.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from sr_dpo_jax import losses
+from sr_dpo_jax.batch import CHOSEN, REJECTED, Batch
+from sr_dpo_jax.logprobs import response_logprobs
+from sr_dpo_jax.mesh import constrain, replicated
+from sr_dpo_jax.optim import Schedule
+
+Array = jax.Array
+Params = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that training changes. The frozen reference is not in here: it is an argument of its own."""
+
+    step: Array
+    """int32, optimizer updates done so far."""
+    params: Params
+    optimizer_state: optax.OptState
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Log-probabilities of both responses of each pair, `[B, 2]` float32, nats; axis 1 is the side."""
+
+    plain: Array
+    augmented: Array | None
+    """The same with p ⊕ x in place of x; None where p is not used."""
+    tokens: Array
+    """`[B, 2]` int32, scored tokens; 0 where a pair was absent."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """Which loss, with its numbers."""
+
+    name: str
+    beta: float
+    lam: float
+    label_smoothing: float
+
+    @property
+    def refined(self) -> bool:
+        return self.name in ("sr_dpo", "sr_ipo")
+
+
+def pair_metrics(objective: Objective, policy: Scores, reference: Scores | None) -> dict[str, Array]:
+    """Loss and metrics, one value a pair, `[B]` float32; the names are those of metrics.jsonl.
+
+    Args:
+      objective: which loss.
+      policy: scores of the policy.
+      reference: scores of the frozen reference; None for sft.
+    """
+    logps = {"logps/chosen": policy.plain[:, CHOSEN]}
+    if reference is None:
+        return {"loss": losses.sft(policy.plain[:, CHOSEN]), **logps}
+    log_ratio = policy.plain - reference.plain
+    margin = log_ratio[:, CHOSEN] - log_ratio[:, REJECTED]
+    metrics = {
+        "rewards/chosen": objective.beta * log_ratio[:, CHOSEN],
+        "rewards/rejected": objective.beta * log_ratio[:, REJECTED],
+        "rewards/margins": objective.beta * margin,
+        "rewards/accuracies": (margin > 0).astype(jnp.float32),
+        **logps,
+        "logps/rejected": policy.plain[:, REJECTED],
+        "margin": margin,
+    }
+    augmented_margin = None
+    if policy.augmented is not None:
+        augmented_ratio = policy.augmented - reference.augmented
+        augmented_margin = augmented_ratio[:, CHOSEN] - augmented_ratio[:, REJECTED]
+        metrics["augmented/margin"] = augmented_margin
+        metrics["augmented/accuracies"] = (augmented_margin > 0).astype(jnp.float32)
+    if objective.refined:
+        metrics["refinement"] = losses.refinement(augmented_margin, beta=objective.beta)
+    return {"loss": _losses(objective, log_ratio, margin, augmented_margin, policy.tokens), **metrics}
+
+
+def _losses(
+    objective: Objective, log_ratio: Array, margin: Array, augmented_margin: Array | None, tokens: Array
+) -> Array:
+    beta, lam = objective.beta, objective.lam
+    match objective.name:
+        case "dpo":
+            return losses.dpo(margin, beta=beta, label_smoothing=objective.label_smoothing)
+        case "ipo":
+            return losses.ipo(margin, beta=beta)
+        case "ipo_mean":
+            tokens = jnp.maximum(tokens, 1)  # absent pairs have none, and their losses are dropped
+            return losses.ipo_mean(
+                log_ratio[:, CHOSEN], log_ratio[:, REJECTED], tokens[:, CHOSEN], tokens[:, REJECTED], beta=beta
+            )
+        case "sr_dpo":
+            return losses.sr_dpo(margin, augmented_margin, beta=beta, lam=lam)
+        case "sr_ipo":
+            return losses.sr_ipo(margin, augmented_margin, beta=beta, lam=lam)
+    raise ValueError(f"unknown objective {objective.name!r}")
+
+
+def score(graph: nnx.GraphDef, params: Params, batch: Batch, pairs: int, mesh: Mesh) -> Scores:
+    """Scores of one micro-batch (rows without the axis A); pairs that stand in other micro-batches get zeros."""
+    model = nnx.merge(graph, params)
+    hidden, augmented_hidden = model(batch.plain, batch.augmented)
+    matrix, pin = model.vocabulary_matrix, constrain(mesh)
+    plain, tokens = response_logprobs(hidden, matrix, batch.plain, pairs=pairs, constrain=pin)
+    augmented = None
+    if augmented_hidden is not None:
+        frozen = jax.lax.stop_gradient(matrix)
+        augmented, _ = response_logprobs(augmented_hidden, frozen, batch.augmented, pairs=pairs, constrain=pin)
+    return Scores(plain, augmented, tokens)
+
+
+def make_score_step(graph: nnx.GraphDef, *, pairs: int, mesh: Mesh) -> Callable[[Params, Batch], Scores]:
+    """`(params, batch) -> Scores`, whole on every device: for the reference, evaluation and `sr-dpo score`."""
+
+    def step(params: Params, batch: Batch) -> Scores:
+        parts = jax.lax.map(lambda micro: score(graph, params, micro, pairs, mesh), _micro_batches(batch))
+        return jax.tree.map(lambda part: part.sum(axis=0), parts)
+
+    return jax.jit(step, out_shardings=replicated(mesh))
+
+
+def make_train_step(
+    graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    schedule: Schedule,
+    objective: Objective,
+    *,
+    pairs: int,
+    mesh: Mesh,
+    state_shardings: TrainState,
+) -> Callable[[TrainState, Params | None, Batch], tuple[TrainState, dict[str, Array]]]:
+    """`(state, reference params or None, batch) -> (state, metrics)`; the state passed in is consumed.
+
+    The reference params are given where the reference is online, and the batch holds its scores otherwise. Metrics
+    are means over the step's pairs; `grad_norm` is taken before clipping.
+    """
+
+    def loss_sum(params: Params, reference_params: Params | None, micro: Batch) -> tuple[Array, tuple[Scores, Any]]:
+        policy = score(graph, params, micro, pairs, mesh)
+        reference = _reference(graph, reference_params, micro, policy, objective, pairs, mesh)
+        present = policy.tokens[:, CHOSEN] > 0
+        per_pair = pair_metrics(objective, policy, reference)
+        per_pair = {name: jnp.where(present, value, 0.0) for name, value in per_pair.items()}
+        return per_pair["loss"].sum(), (policy.tokens, per_pair)
+
+    def step(state: TrainState, reference_params: Params | None, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        def accumulate(gradients: Params, micro: Batch) -> tuple[Params, Any]:
+            more, aux = jax.grad(loss_sum, has_aux=True)(state.params, reference_params, micro)
+            return jax.tree.map(lambda total, part: total + part.astype(total.dtype), gradients, more), aux
+
+        zeros = jax.tree.map(lambda param: jnp.zeros(param.shape, jnp.promote_types(param.dtype, jnp.float32)), state.params)
+        gradients, (tokens, per_pair) = jax.lax.scan(accumulate, zeros, _micro_batches(batch))
+        gradients = jax.tree.map(lambda total, param: (total / pairs).astype(param.dtype), gradients, state.params)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
+        metrics = averages({name: value.sum(axis=0) for name, value in per_pair.items()}, tokens.sum(axis=0))
+        metrics |= {"grad_norm": optax.global_norm(gradients), "learning_rate": schedule(state.step)}
+        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), optimizer_state), metrics
+
+    everywhere = replicated(mesh)
+    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, everywhere))
+
+
+def averages(per_pair: dict[str, Array], tokens: Array) -> dict[str, Array]:
+    """Means over pairs; for sft also the loss per token, a ratio of two sums."""
+    means = {name: value.mean() for name, value in per_pair.items()}
+    if "margin" not in per_pair:
+        means["loss_per_token"] = per_pair["loss"].sum() / tokens[:, CHOSEN].sum()
+    return means
+
+
+def initialise(make: Callable[[], Any], shardings: Any) -> Any:
+    """Runs `make()` compiled, with its results born sharded: nothing is ever whole on one device."""
+    return jax.jit(make, out_shardings=shardings)()
+
+
+def _micro_batches(batch: Batch) -> Batch:
+    """The batch with the axis A in front of every array; reference scores are the same for each micro-batch."""
+    steps = batch.plain.tokens.shape[0]
+    repeat = lambda scores: None if scores is None else jnp.broadcast_to(scores, (steps, *scores.shape))  # noqa: E731
+    return dataclasses.replace(
+        batch, reference=repeat(batch.reference), reference_augmented=repeat(batch.reference_augmented)
+    )
+
+
+def _reference(
+    graph: nnx.GraphDef,
+    params: Params | None,
+    micro: Batch,
+    policy: Scores,
+    objective: Objective,
+    pairs: int,
+    mesh: Mesh,
+) -> Scores | None:
+    if objective.name == "sft":
+        return None
+    if params is None:
+        return Scores(micro.reference, micro.reference_augmented, policy.tokens)
+    return jax.lax.stop_gradient(score(graph, jax.lax.stop_gradient(params), micro, pairs, mesh))
