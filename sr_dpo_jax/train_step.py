@@ -189,6 +189,26 @@ def averages(per_pair: dict[str, Array], tokens: Array) -> dict[str, Array]:
     return means
 
 
+def state_shapes(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """Shapes and types of the state that goes with these parameters."""
+    return TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(optimizer.init, params))
+
+
+def state_shardings(
+    shapes: TrainState, param_shardings: Params, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """The optimizer's moments lie where their parameters lie; counters are everywhere."""
+    everywhere = replicated(mesh)
+    optimizer_state = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        shapes.optimizer_state,
+        param_shardings,
+        transform_non_params=lambda _: everywhere,
+    )
+    return TrainState(everywhere, param_shardings, optimizer_state)
+
+
 def initialise(make: Callable[[], Any], shardings: Any) -> Any:
     """Runs `make()` compiled, with its results born sharded: nothing is ever whole on one device."""
     return jax.jit(make, out_shardings=shardings)()

@@ -13,6 +13,7 @@ Next: `data/pipeline.py`, which turns step n into arrays.
 """
 
 import dataclasses
+import hashlib
 
 import numpy as np
 
@@ -49,6 +50,11 @@ class Plan:
 
     def __len__(self) -> int:
         return len(self.pair)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of which pairs each step holds; the same on any mesh and any number of hosts."""
+        return hashlib.sha256(np.ascontiguousarray(self.pair).tobytes()).hexdigest()
 
 
 def training_plan(
@@ -121,6 +127,20 @@ def scoring_plan(tokens: np.ndarray, scored: np.ndarray, shape: Shape) -> Plan:
         if pairs_per_step == 1 or _pack(*_sizes(pair, tokens, scored), shape) is not None:
             return _place(pair, tokens, scored, shape, len(pair))
         pairs_per_step //= 2
+
+
+def covering_plan(plan: Plan, tokens: np.ndarray, scored: np.ndarray) -> Plan:
+    """Every pair of the data set once: the first epoch's steps as training packs them, then the pairs it leaves out.
+
+    Scoring a reference in the layout of training makes the first step's margins zero to the last bits of bfloat16.
+    """
+    first = slice(0, plan.steps_per_epoch)
+    left_out = np.setdiff1d(np.arange(len(tokens)), plan.pair[first])
+    if not len(left_out):
+        return dataclasses.replace(plan, pair=plan.pair[first], row=plan.row[first])
+    rest = scoring_plan(tokens[left_out], scored[left_out], plan.shape)
+    pair = np.concatenate([plan.pair[first], np.where(rest.pair >= 0, left_out[rest.pair], -1).astype(np.int32)])
+    return Plan(plan.shape, len(pair), pair, np.concatenate([plan.row[first], rest.row]))
 
 
 def _in_order(count: int, pairs_per_step: int) -> np.ndarray:

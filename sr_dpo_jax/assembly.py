@@ -1,0 +1,211 @@
+"""From configuration to the objects that every command needs: data, mesh, model, parameters, feeds.
+
+The configuration ends here: what is made below takes arrays and numbers. Data is read and checked before any device
+is touched.
+"""
+
+import dataclasses
+import hashlib
+import logging
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
+
+from sr_dpo_jax import mesh as meshes
+from sr_dpo_jax.config import Config, Source
+from sr_dpo_jax.data import dataset, tokens
+from sr_dpo_jax.data.dataset import TokenizedPairs
+from sr_dpo_jax.data.pipeline import Feed, StepSource, local_rows
+from sr_dpo_jax.data.plan import Plan
+from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.model.decoder import Decoder
+from sr_dpo_jax.reference import ReferenceScores, cache_files
+from sr_dpo_jax.train_step import Objective, Params, initialise
+from sr_dpo_jax.weights import directory as weights
+
+log = logging.getLogger(__name__)
+
+
+def objective_of(config: Config) -> Objective:
+    section = config.objective
+    return Objective(section.name, section.beta, section.lam or 0.0, section.label_smoothing)
+
+
+@dataclasses.dataclass(frozen=True)
+class Assembly:
+    """What a command works with; parameters are made when asked for."""
+
+    config: Config
+    directory: weights.ModelDirectory
+    mesh: Mesh
+    graph: nnx.GraphDef
+    abstract: Any
+    """Tree of abstract nnx parameters."""
+    param_shardings: Params
+
+    @property
+    def micro_batches(self) -> int:
+        return self.config.batch.accumulation_steps
+
+    @property
+    def rows_multiple(self) -> int:
+        return meshes.row_shards(self.mesh) * self.micro_batches
+
+    @cached_property
+    def base_digest(self) -> str:
+        """Digest of the weights that training starts from and that the reference keeps."""
+        if self.config.model.init == "pretrained":
+            return weights.weights_digest(self.directory)
+        config_json = (self.directory.path / "config.json").read_bytes()
+        drawn = f" random {self.config.seed} {self.config.model.param_dtype}".encode()
+        return hashlib.sha256(config_json + drawn).hexdigest()
+
+    @property
+    def param_shapes(self) -> Params:
+        """Shapes and types of the parameters."""
+        dtype = jnp.dtype(self.config.model.param_dtype)
+        return jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape.shape, dtype), nnx.to_pure_dict(self.abstract))
+
+    def base_params(self) -> Params:
+        """The weights of model.path, or drawn from the seed, sharded on the mesh, in model.param_dtype."""
+        dtype = jnp.dtype(self.config.model.param_dtype)
+        if self.config.model.init == "pretrained":
+            return weights.load_params(self.directory, self.abstract, self.param_shardings, dtype=dtype)
+        make = _decoder_maker(self.config, self.directory, self.mesh)
+        return initialise(lambda: nnx.to_pure_dict(nnx.state(make())), self.param_shardings)
+
+    def frozen(self, params: Params) -> Params:
+        """A copy of the parameters to keep on the mesh as online reference, in model.dtype.
+
+        Norms stay as they are: they are applied in float32, all else is cast to model.dtype where it is used, so the
+        copy gives the same numbers as the original.
+        """
+        dtype = jnp.dtype(self.config.model.dtype)
+
+        def narrow(path: Any, param: jax.Array) -> jax.Array:
+            is_norm = any("norm" in key.key for key in path)
+            return jnp.array(param, dtype=param.dtype if is_norm else dtype, copy=True)
+
+        return jax.tree.map_with_path(narrow, params)
+
+    def reference_scores(self, pairs: TokenizedPairs, plan: Plan, *, augmented: bool) -> ReferenceScores:
+        """The frozen reference's scores of a data set, as far as the cache has them."""
+        files = cache_files(
+            self.config.cache_path,
+            pairs,
+            weights_digest=self.base_digest,
+            dtype=self.config.model.dtype,
+            augmented=augmented,
+        )
+        return ReferenceScores(files, plan, self.feed(pairs, plan, augmented=augmented), len(pairs.offsets))
+
+    def feed(
+        self,
+        pairs: TokenizedPairs,
+        plan: Plan,
+        *,
+        augmented: bool,
+        with_rejected: bool = True,
+        reference: np.ndarray | None = None,
+    ) -> Feed:
+        """The steps of a plan as batches for this mesh."""
+        rows = plan.shape.rows // self.micro_batches
+        shape = (self.micro_batches, rows, plan.shape.row_length)
+        row_sharding = meshes.sharding(self.mesh, ("steps", "rows", None), shape, "batch.plain.tokens")
+        source = StepSource(
+            pairs,
+            plan,
+            micro_batches=self.micro_batches,
+            local_rows=local_rows(row_sharding, self.micro_batches, rows),
+            with_rejected=with_rejected,
+            augmented=augmented,
+            row_multiple=self.config.batch.row_multiple,
+        )
+        return Feed(source, rows, row_sharding, meshes.replicated(self.mesh), reference)
+
+
+def pair_sizes(pairs: TokenizedPairs, *, with_rejected: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens that each pair takes in a row, and how many of them are scored, each `[N]`."""
+    scored = pairs.chosen_tokens + (pairs.rejected_tokens if with_rejected else 0)
+    return pairs.prompt_tokens + scored, scored
+
+
+def read_data(
+    config: Config, sources: Sequence[Source], split: str, tokenizer: PreTrainedTokenizerBase
+) -> TokenizedPairs:
+    """Reads, checks and tokenises `sources`; touches no device."""
+    pairs = dataset.prepare(
+        [dataset.Source(source.path, source.weight, source.revision) for source in sources],
+        tokenizer,
+        format=config.data.format,
+        split=split,
+        augmentation_prompt=config.refinement.prompt if config.objective.name != "sft" else None,
+        max_length=config.data.max_length,
+        max_prompt_length=config.data.max_prompt_length,
+        prompt_truncation=config.data.prompt_truncation,
+        max_bad_rows=config.data.max_bad_rows,
+        cache_dir=config.cache_path,
+    )
+    report = pairs.report
+    log.info(
+        "%s: %d pairs of %d rows; skipped %d bad; truncated %d prompts and %d responses; %d pairs alike, %d duplicates",
+        ", ".join(source.path for source in sources),
+        report.pairs,
+        report.rows,
+        len(report.bad_rows),
+        report.truncated_prompts,
+        report.truncated_responses,
+        report.identical_pairs,
+        report.duplicate_pairs,
+    )
+    return pairs
+
+
+def read_model(config: Config) -> tuple[weights.ModelDirectory, PreTrainedTokenizerBase]:
+    """Architecture and tokenizer of model.path; touches no device."""
+    directory = weights.open_directory(config.model.path, revision=config.model.revision)
+    tokenizer = tokens.load_tokenizer(str(directory.path))
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= directory.architecture.vocabulary_tokens:
+        raise UsageError(
+            f"model.path={config.model.path}: the tokenizer has token id {largest}, but config.json says "
+            f"vocab_size={directory.architecture.vocabulary_tokens}; use the tokenizer that belongs to the model"
+        )
+    return directory, tokenizer
+
+
+def assemble(config: Config, directory: weights.ModelDirectory) -> Assembly:
+    """Starts the devices: joins the processes, makes the mesh, checks the shardings of all parameters."""
+    meshes.start_distributed(**config.distributed.model_dump())
+    mesh = meshes.make_mesh(**config.mesh.model_dump())
+    graph, abstract = nnx.split(nnx.eval_shape(_decoder_maker(config, directory, mesh)))
+    shardings = nnx.to_pure_dict(meshes.param_shardings(mesh, abstract))
+    log.info(
+        "%s on %s: %s parameters, attention dense, activations %s",
+        directory.model_type,
+        " × ".join(f"{name} {size}" for name, size in mesh.shape.items()),
+        f"{sum(np.prod(shape) for _, shape in weights.iterate_shapes(abstract)):,}",
+        config.model.dtype,
+    )
+    return Assembly(config, directory, mesh, graph, abstract, shardings)
+
+
+def _decoder_maker(config: Config, directory: weights.ModelDirectory, mesh: Mesh) -> Any:
+    def make() -> Decoder:
+        return Decoder(
+            directory.architecture,
+            dtype=jnp.dtype(config.model.dtype),
+            param_dtype=jnp.dtype(config.model.param_dtype),
+            remat=config.model.remat,
+            constrain=meshes.constrain(mesh),
+            rngs=nnx.Rngs(config.seed),
+        )
+
+    return make

@@ -1,0 +1,100 @@
+"""The command line. Exit codes: 0 done, 2 bad usage, config or data, 75 preempted (run it again), 1 anything else."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sr_dpo_jax import config as configuration
+from sr_dpo_jax.errors import UsageError
+
+EXIT_USAGE = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("sr_dpo_jax").setLevel(logging.INFO)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # it warns of the forks that grain and orbax never make
+    try:
+        return options.run(options)
+    except UsageError as error:
+        print(f"sr-dpo {options.command}: {error}", file=sys.stderr)
+        return EXIT_USAGE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sr-dpo", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, run: object, summary: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=summary, description=summary)
+        added.set_defaults(run=run)
+        return added
+
+    def with_config(added: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        added.add_argument("config", help="YAML file; see configs/")
+        added.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the file's")
+        return added
+
+    with_config(command("train", _train, "SFT or preference training; the same command again resumes"))
+    score = with_config(command("score", _score, "log-probabilities of every pair of data.path under model.path"))
+    score.add_argument("--output", required=True, type=Path, metavar="FILE.jsonl")
+    with_config(
+        command("eval", _eval, "metrics on data.eval_path, of the latest checkpoint of output_dir or of model.path")
+    )
+    export = command("export", _export, "writes a checkpoint as a Hugging Face directory")
+    export.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    export.add_argument("out_dir", type=Path, metavar="OUT_DIR")
+    export.add_argument("--step", type=int, help="default: the latest")
+    demo = command("demo", _demo, "SFT, DPO and Sr-DPO of a small model on a small world, in minutes")
+    demo.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="DIR")
+    return parser
+
+
+# Each command imports what it needs when it runs: `--help` and configuration errors need no jax.
+
+
+def _train(options: argparse.Namespace) -> int:
+    config = configuration.load(options.config, options.overrides)
+    from sr_dpo_jax.loop import train
+
+    return train(config)
+
+
+def _score(options: argparse.Namespace) -> int:
+    config = configuration.load(options.config, options.overrides)
+    from sr_dpo_jax.evaluate import score_command
+
+    print(f"{score_command(config, options.output)} pairs scored in {options.output}")
+    return 0
+
+
+def _eval(options: argparse.Namespace) -> int:
+    config = configuration.load(options.config, options.overrides)
+    from sr_dpo_jax.evaluate import evaluate_command
+
+    for name, value in evaluate_command(config).items():
+        print(f"{name:28} {value:.6g}")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from sr_dpo_jax.export import export
+
+    export(options.run_dir, options.out_dir, step=options.step)
+    print(f"written to {options.out_dir}")
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from sr_dpo_jax.demo import demo
+
+    return demo(options.output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

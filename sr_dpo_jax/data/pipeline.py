@@ -1,0 +1,157 @@
+"""Step n of a plan -> this process's rows, through grain -> one global, sharded batch.
+
+Every process can build any row, so each builds only the rows that its devices hold. The state of the pipeline is the
+number of the next step: nothing is skipped or replayed on resume, and any number of processes sees the same pairs.
+
+Next: `batch.py`, the layout of a row.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from sr_dpo_jax.batch import SIDES, Batch, Placed, Rows, build_row
+from sr_dpo_jax.data.dataset import TokenizedPairs
+from sr_dpo_jax.data.plan import Plan
+
+THREADS = 2
+PREFETCHED_STEPS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class HostStep:
+    """One step as this process builds it."""
+
+    pair: np.ndarray
+    """`[B]`, indices into the data set, −1 where the step runs short. The same on every process."""
+    plain: dict[str, np.ndarray]
+    """Fields of `Rows`, `[A, local rows, T or M]`."""
+    augmented: dict[str, np.ndarray] | None
+    prefix_tokens: int
+
+
+class StepSource:
+    """Random access to the steps of a plan, for grain.
+
+    Args:
+      pairs: the tokenised data.
+      plan: which pairs stand where.
+      micro_batches: A; the plan's rows are cut into A equal parts.
+      local_rows: which rows of each micro-batch this process builds, ascending.
+      with_rejected: False lays out the chosen side alone (sft).
+      augmented: whether to build the rows with p too.
+      row_multiple: what the length of augmented rows is a multiple of.
+    """
+
+    def __init__(
+        self,
+        pairs: TokenizedPairs,
+        plan: Plan,
+        *,
+        micro_batches: int,
+        local_rows: np.ndarray,
+        with_rejected: bool,
+        augmented: bool,
+        row_multiple: int,
+    ):
+        self._pairs, self._plan, self._augmented = pairs, plan, augmented
+        self._micro_batches, self._local_rows, self._with_rejected = micro_batches, local_rows, with_rejected
+        self._prefix = np.concatenate([pairs.head, pairs.augmentation])
+        # A pair's augmented prompt goes without the head, so p is all that a row can gain.
+        longest = plan.shape.row_length + len(pairs.augmentation)
+        self._augmented_length = -(-longest // row_multiple) * row_multiple
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def __getitem__(self, step: int) -> HostStep:
+        pair, row = self._plan.pair[step], self._plan.row[step]
+        rows_per_micro_batch = self._plan.shape.rows // self._micro_batches
+        wanted = np.arange(self._micro_batches)[:, None] * rows_per_micro_batch + self._local_rows
+        members = [[self._placed(slot, pair[slot]) for slot in np.flatnonzero(row == r)] for r in wanted.flat]
+        members = [[placed for placed in row_members if placed is not None] for row_members in members]
+        empty = self._prefix[:0]
+        plain = self._stack(members, self._plan.shape.row_length, 0, empty)
+        augmented = None
+        if self._augmented:
+            augmented = self._stack(members, self._augmented_length, len(self._pairs.head), self._prefix)
+        return HostStep(pair, plain, augmented, len(self._prefix))
+
+    def _placed(self, slot: int, index: int) -> Placed | None:
+        if index < 0:
+            return None
+        prompt, chosen, rejected = self._pairs.pair(index)
+        return Placed(SIDES * int(slot), prompt, chosen, rejected if self._with_rejected else None)
+
+    def _stack(
+        self, members: list[list[Placed]], row_length: int, head_tokens: int, prefix: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        shape = self._plan.shape
+        rows = [
+            build_row(
+                row_members,
+                row_length=row_length,
+                scored=shape.scored,
+                unused_slot=SIDES * shape.pairs,
+                head_tokens=head_tokens,
+                prefix=prefix,
+            )
+            for row_members in members
+        ]
+        grid = (self._micro_batches, len(self._local_rows), -1)
+        return {name: np.stack([row[name] for row in rows]).reshape(grid) for name in rows[0]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """The steps of a source as global batches.
+
+    `row_sharding` is that of `[A, R, T]`, `everywhere` that of arrays that are whole on every device. `reference` is
+    None or `[N, 2 sides, 2 (plain, augmented)]` float32 scores of the data set.
+    """
+
+    source: StepSource
+    rows: int
+    """R, rows of a micro-batch over all processes."""
+    row_sharding: NamedSharding
+    everywhere: NamedSharding
+    reference: np.ndarray | None = None
+
+    def batches(self, first: int) -> Iterator[tuple[HostStep, Batch]]:
+        """The steps from number `first` on, built ahead in background threads."""
+        steps = grain.MapDataset.source(self.source)[first:]
+        for step in steps.to_iter_dataset(grain.ReadOptions(THREADS, PREFETCHED_STEPS)):
+            yield step, self._to_batch(step)
+
+    def _to_batch(self, step: HostStep) -> Batch:
+        plain = Rows(**{name: self._globally(array) for name, array in step.plain.items()})
+        augmented = None
+        if step.augmented is not None:
+            fields = {name: self._globally(array) for name, array in step.augmented.items()}
+            augmented = Rows(**fields, prefix_tokens=step.prefix_tokens)
+        scores: list[jax.Array | None] = [None, None]
+        if self.reference is not None:
+            present = (step.pair >= 0)[:, None, None]
+            of_step = np.where(present, self.reference[step.pair], 0).astype(np.float32)
+            for kind in range(2 if augmented is not None else 1):
+                array = np.ascontiguousarray(of_step[..., kind])
+                scores[kind] = jax.make_array_from_callback(array.shape, self.everywhere, array.__getitem__)
+        return Batch(plain, augmented, *scores)
+
+    def _globally(self, array: np.ndarray) -> jax.Array:
+        local = local_rows(self.row_sharding, array.shape[0], self.rows)
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            return array[:, np.searchsorted(local, np.arange(self.rows)[index[1]])]
+
+        return jax.make_array_from_callback((array.shape[0], self.rows, array.shape[2]), self.row_sharding, part)
+
+
+def local_rows(row_sharding: NamedSharding, micro_batches: int, rows: int) -> np.ndarray:
+    """Which of the rows `[A, rows, T]` of a sharded batch live on this process's devices, ascending."""
+    slices = row_sharding.addressable_devices_indices_map((micro_batches, rows, 1)).values()
+    return np.unique(np.concatenate([np.arange(rows)[index[1]] for index in slices]))

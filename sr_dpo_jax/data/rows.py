@@ -1,0 +1,400 @@
+"""A preference file or hub data set -> checked pairs, one row at a time.
+
+    hh_rlhf        whole transcripts `chosen`, `rejected`; the prompt runs up to the last "\\n\\nAssistant:"
+    ultrafeedback  `prompt`, message lists `chosen`, `rejected`, and their two scores (the binarized release)
+    preference     text or messages, with or without `prompt`: the form is decided for each row by itself
+
+Each row becomes a `Pair` or a `BadRow`: nothing is repaired or dropped in silence.
+
+Next: `data/tokens.py`, which turns a pair into ids.
+"""
+
+import gzip
+import hashlib
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import pyarrow
+import pyarrow.parquet
+
+from sr_dpo_jax.errors import UsageError
+
+FORMATS = ("hh_rlhf", "ultrafeedback", "preference")
+FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+ROLES = ("system", "user", "assistant", "tool")
+HH_MARKER = "\n\nAssistant:"
+COLUMNS = ("id", "prompt_id", "prompt", "chosen", "rejected", "score_chosen", "score_rejected")
+"""All that is ever read of a row. Other columns take no part, nor in the digest of a hub data set."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation; `role` is one of `ROLES`."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One prompt with two responses that are not blank. A response keeps the space it starts with."""
+
+    id: str
+    """The row's own `id` (for ultrafeedback else its `prompt_id`), else its 0-based number in the file."""
+    file: str
+    """The path or hub name as given."""
+    line: int
+    """1-based line; 1-based row number where there are no lines."""
+    prompt: str | tuple[Message, ...]
+    """Text, or a conversation that ends with a user or tool message."""
+    chosen: str
+    rejected: str
+    chosen_score: float | None = None
+    rejected_score: float | None = None
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be used, and why, without any of its text: reasons end up in logs and bug reports."""
+
+    file: str
+    line: int
+    reason: str
+
+
+class _UnusableError(Exception):
+    """Becomes a `BadRow`; never leaves this file."""
+
+
+def read_rows(path: str, *, format: str, split: str, revision: str | None = None) -> Iterator[Pair | BadRow]:
+    """Reads one source as a stream, in order, each row once.
+
+    Args:
+      path: an existing .jsonl, .jsonl.gz or .parquet file; else a directory or hub name ("owner/name") that
+        `datasets.load_dataset` reads. No code that comes with the data is ever run.
+      format: one of `FORMATS`.
+      split: split of a directory or hub data set; files have none.
+      revision: pin of a hub name.
+
+    Returns:
+      An iterator of `Pair` and `BadRow`. Blank lines at the end of a file are no rows; one before the last row is bad.
+
+    Raises:
+      UsageError: at the call, for an unknown format or a path that cannot be a source; from the iterator, for a file
+        or data set that cannot be read to its end. A truncated gzip file is an error, not the end of the data.
+    """
+    if format not in FORMATS:
+        raise UsageError(f"data.format={format!r} is not known; choose one of {', '.join(FORMATS)}")
+    file = os.fspath(path)
+    if not _is_file(file, revision):
+        records = _hub_records(file, split, revision)
+    elif file.endswith(".parquet"):
+        records = _parquet_records(file)
+    else:
+        records = _json_records(file)
+    return _checked(records, file, format)
+
+
+def content_digest(path: str, *, split: str, revision: str | None = None) -> str:
+    """sha256 (hex) of what `read_rows` would read: the bytes of a file, or the rows of a directory or hub data set.
+
+    Raises:
+      UsageError: as `read_rows`.
+    """
+    file = os.fspath(path)
+    if _is_file(file, revision):
+        try:
+            with open(file, "rb") as data:
+                return hashlib.file_digest(data, "sha256").hexdigest()
+        except OSError as error:
+            _cannot_read(file, error)
+    digest = hashlib.sha256()
+    for _, row in _hub_records(file, split, revision):
+        digest.update(json.dumps(row, sort_keys=True, default=repr).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _is_file(file: str, revision: str | None) -> bool:
+    """True for a file that is there, False for a directory or what may be a hub name."""
+    if os.path.exists(file):
+        if not os.path.isdir(file) and not file.endswith(FILE_SUFFIXES):
+            raise UsageError(f"{file}: not a known kind of file; data.path takes {', '.join(FILE_SUFFIXES)}")
+        if revision is not None:
+            raise UsageError(f"{file}: revision={revision!r} pins a hub name, but this is on disk; remove the revision")
+        return not os.path.isdir(file)
+    if file.endswith(FILE_SUFFIXES) or file.startswith(("/", "./", "../", "~")):
+        raise UsageError(f"{file}: no such file or directory; correct data.path (it is relative to where you run)")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", file):
+        raise UsageError(f"{file}: neither an existing file nor a hub name like owner/name; correct data.path")
+    return False
+
+
+def _cannot_read(file: str, error: OSError) -> NoReturn:
+    raise UsageError(f"{file}: cannot be read ({error.strerror or type(error).__name__})") from error
+
+
+# Records: (1-based line, row), where the row is a BadRow if not even an object could be read.
+
+
+def _json_records(file: str) -> Iterator[tuple[int, Any]]:
+    first_blank = None
+    try:
+        with (gzip.open if file.endswith(".gz") else open)(file, "rb") as lines:
+            for line, data in enumerate(lines, 1):
+                if not data.strip():
+                    first_blank = first_blank or line
+                    continue
+                for blank in range(first_blank or line, line):
+                    yield blank, BadRow(file, blank, "blank line")
+                first_blank = None
+                try:
+                    yield line, _parse(data)
+                except _UnusableError as error:
+                    yield line, BadRow(file, line, str(error))
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UsageError(f"{file}: truncated or corrupt gzip data; fetch or compress the file again") from error
+    except OSError as error:
+        _cannot_read(file, error)
+
+
+def _parse(data: bytes) -> Any:
+    if b"\0" in data:
+        raise _UnusableError(f"NUL byte at byte {data.index(0) + 1} of the line")
+    try:
+        return json.loads(data.decode(), parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise _UnusableError(f"bad UTF-8 at byte {error.start + 1} of the line") from error
+    except json.JSONDecodeError as error:
+        raise _UnusableError(f"bad JSON: {error.msg} at column {error.colno}") from error
+    except RecursionError as error:
+        raise _UnusableError("bad JSON: nested too deeply") from error
+    except ValueError as error:  # Python refuses to convert integers of thousands of digits
+        raise _UnusableError("bad JSON: a number has too many digits") from error
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise _UnusableError(f"bad JSON: {name} is not JSON")
+
+
+def _parquet_records(file: str) -> Iterator[tuple[int, Any]]:
+    line = 0
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            columns = _columns(table.schema_arrow.names, file)
+            for batch in table.iter_batches(batch_size=1024, columns=columns):
+                for row in batch.to_pylist():
+                    line += 1
+                    yield line, row
+    except (pyarrow.ArrowException, ValueError) as error:  # ValueError: text that is not UTF-8
+        raise UsageError(f"{file}: not a sound parquet file, after row {line}; fetch or write it again") from error
+    except OSError as error:
+        _cannot_read(file, error)
+
+
+def _hub_records(name: str, split: str, revision: str | None) -> Iterator[tuple[int, Any]]:
+    # Imported here because it takes seconds, which a run on plain files should not pay.
+    import datasets
+
+    try:
+        table = datasets.load_dataset(name, split=split, revision=revision)
+    except datasets.exceptions.DatasetGenerationError as error:
+        # Its text may quote the data.
+        raise UsageError(f"{name}: its files cannot be read as one data set; check that they are sound") from error
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+        first_line = str(error).partition("\n")[0]
+        raise UsageError(f"{name}, split {split!r}: cannot be loaded as a data set: {first_line}") from error
+    table = table.select_columns(_columns(table.column_names, name))
+    rows = (
+        dict(zip(batch, row, strict=True)) for batch in table.iter(1024) for row in zip(*batch.values(), strict=True)
+    )
+    yield from enumerate(rows, 1)
+
+
+def _columns(names: list[str], file: str) -> list[str]:
+    for name in ("chosen", "rejected"):
+        if name not in names:
+            raise UsageError(f"{file}: there is no column {name!r}; correct data.path or rename the column")
+    return [name for name in COLUMNS if name in names]
+
+
+# Rows -> pairs.
+
+
+def _checked(records: Iterator[tuple[int, Any]], file: str, format: str) -> Iterator[Pair | BadRow]:
+    split_row = {"hh_rlhf": _hh_rlhf, "ultrafeedback": _ultrafeedback, "preference": _preference}[format]
+    for line, row in records:
+        if isinstance(row, BadRow):
+            yield row
+            continue
+        try:
+            if not isinstance(row, dict):
+                raise _UnusableError(f"expected an object, got {_kind(row)}")
+            prompt, chosen, rejected = split_row(row)
+            for side, response in (("chosen", chosen), ("rejected", rejected)):
+                if not response.strip():
+                    raise _UnusableError(f"empty {side} response")
+            scores = (None, None) if format == "hh_rlhf" else _scores(row, required=format == "ultrafeedback")
+            row_id = _row_id(row, ("id", "prompt_id") if format == "ultrafeedback" else ("id",), line)
+            yield Pair(row_id, file, line, prompt, chosen, rejected, *scores)
+        except _UnusableError as error:
+            yield BadRow(file, line, str(error))
+
+
+def _hh_rlhf(row: dict) -> tuple[str, str, str]:
+    prompts, responses = [], []
+    for side in ("chosen", "rejected"):
+        transcript = _text(_get(row, side), side)
+        head, marker, response = transcript.rpartition(HH_MARKER)
+        if not marker:
+            raise _UnusableError(f'{side} holds no "\\n\\nAssistant:"')
+        prompts.append(head + marker)
+        responses.append(response)
+    if prompts[0] != prompts[1]:
+        raise _UnusableError("the prompts of chosen and rejected differ")
+    return prompts[0], responses[0], responses[1]
+
+
+def _ultrafeedback(row: dict) -> tuple[tuple[Message, ...], str, str]:
+    _text(_get(row, "prompt"), "prompt")
+    return _two_conversations(row)
+
+
+def _preference(row: dict) -> tuple[str | tuple[Message, ...], str, str]:
+    chosen, rejected = _get(row, "chosen"), _get(row, "rejected")
+    if isinstance(chosen, list) != isinstance(rejected, list):
+        raise _UnusableError(f"chosen is {_kind(chosen)} but rejected is {_kind(rejected)}")
+    prompt = row.get("prompt")
+    if isinstance(chosen, list):
+        return _two_conversations(row) if prompt is None else _explicit_messages(prompt, chosen, rejected)
+    chosen, rejected = _text(chosen, "chosen"), _text(rejected, "rejected")
+    if prompt is None:
+        return _implicit_text(chosen, rejected)
+    return _text(prompt, "prompt"), chosen, rejected
+
+
+def _explicit_messages(prompt: Any, chosen: list, rejected: list) -> tuple[tuple[Message, ...], str, str]:
+    if isinstance(prompt, str):
+        raise _UnusableError(
+            "prompt is text but the responses are lists: give a list of messages, or set data.format=ultrafeedback"
+        )
+    messages, responses = _prompt(_messages(prompt, "prompt")), []
+    for side, value in (("chosen", chosen), ("rejected", rejected)):
+        response = _messages(value, side)
+        if len(response) != 1 or response[0].role != "assistant":
+            raise _UnusableError(f"{side}: expected exactly one assistant message after an explicit prompt")
+        responses.append(response[0].content)
+    return messages, responses[0], responses[1]
+
+
+def _two_conversations(row: dict) -> tuple[tuple[Message, ...], str, str]:
+    """Two whole conversations that agree in all but their last messages, which are the responses."""
+    sides = []
+    for side in ("chosen", "rejected"):
+        conversation = _messages(_get(row, side), side)
+        if not conversation or conversation[-1].role != "assistant":
+            raise _UnusableError(f"{side}: the last message must be the assistant's")
+        sides.append(conversation)
+    chosen, rejected = sides
+    if chosen[:-1] != rejected[:-1]:
+        raise _UnusableError("the prompts of chosen and rejected differ")
+    return _prompt(chosen[:-1]), chosen[-1].content, rejected[-1].content
+
+
+def _implicit_text(chosen: str, rejected: str) -> tuple[str, str, str]:
+    """The prompt ends before the last run of whitespace, within the shared text, that leaves both sides a response.
+
+    A cut by characters would end the prompt inside a word ("A ca" + "t" or "r"), which no model is ever asked to
+    continue, and would leave nothing where one side is the start of the other.
+    """
+    shortest = min(len(chosen), len(rejected))
+    shared = next((at for at in range(shortest) if chosen[at] != rejected[at]), shortest)
+    for space in reversed(list(re.finditer(r"\s+", chosen[: shared + 1]))):
+        cut = space.start()
+        if not rejected[cut : cut + 1].isspace():
+            continue
+        if chosen[:cut].strip() and chosen[cut:].strip() and rejected[cut:].strip():
+            return chosen[:cut], chosen[cut:], rejected[cut:]
+    raise _UnusableError("chosen and rejected share no first word: give an explicit prompt")
+
+
+def _prompt(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    roles = [message.role for message in messages]
+    if "user" not in roles:
+        raise _UnusableError("the prompt holds no user message")
+    if roles[-1] not in ("user", "tool"):
+        raise _UnusableError("the prompt must end with a user or tool message")
+    if "system" in roles[1:]:
+        raise _UnusableError("a system message stands after the first message")
+    return messages
+
+
+def _messages(value: Any, key: str) -> tuple[Message, ...]:
+    if not isinstance(value, list):
+        raise _UnusableError(f"{key}: expected a list of messages, got {_kind(value)}")
+    messages = []
+    for number, item in enumerate(value, 1):
+        where = f"{key}, message {number}"
+        if not isinstance(item, dict):
+            raise _UnusableError(f"{where}: expected an object, got {_kind(item)}")
+        role = _text(_get(item, "role", where), f"{where}, role")
+        if role not in ROLES:
+            raise _UnusableError(f"{where}: the role must be one of {', '.join(ROLES)}")
+        content = _text(_get(item, "content", where), f"{where}, content")
+        # Tool calls and the like change what a chat template writes: leaving them out would train on another text.
+        if any(item[name] not in (None, [], "") for name in item.keys() - {"role", "content"}):
+            raise _UnusableError(f"{where}: holds more than role and content, which is not supported")
+        messages.append(Message(role, content))
+    return tuple(messages)
+
+
+def _scores(row: dict, *, required: bool) -> tuple[float | None, float | None]:
+    scores = []
+    for key in ("score_chosen", "score_rejected"):
+        value = _get(row, key) if required else row.get(key)
+        if value is None and not required:
+            scores.append(None)
+        elif isinstance(value, bool) or not isinstance(value, int | float):
+            raise _UnusableError(f"{key}: expected a number, got {_kind(value)}")
+        elif not abs(value) <= 1e38:  # kept as float32, whose largest is 3.4e38; false for NaN
+            raise _UnusableError(f"{key}: not a finite number of ordinary size")
+        else:
+            scores.append(float(value))
+    return scores[0], scores[1]
+
+
+def _row_id(row: dict, keys: tuple[str, ...], line: int) -> str:
+    for key in keys:
+        value = row.get(key)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            raise _UnusableError(f"{key}: expected text or an integer, got {_kind(value)}")
+        return _text(str(value), key)
+    return str(line - 1)
+
+
+def _get(row: dict, key: str, where: str = "") -> Any:
+    if key not in row:
+        raise _UnusableError(f"{where}: missing key {key!r}" if where else f"missing key {key!r}")
+    return row[key]
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise _UnusableError(f"{name}: expected text, got {_kind(value)}")
+    if "\0" in value:
+        raise _UnusableError(f"{name}: holds a NUL character")
+    # JSON can write half of a surrogate pair, which no tokenizer can encode.
+    if not value.isascii() and re.search("[\ud800-\udfff]", value):
+        raise _UnusableError(f"{name}: holds a lone surrogate, which is not valid Unicode")
+    return value
+
+
+def _kind(value: Any) -> str:
+    kinds = {str: "text", dict: "an object", list: "a list", bool: "true or false", type(None): "null"}
+    return kinds.get(type(value), "a number" if isinstance(value, int | float) else "another type")

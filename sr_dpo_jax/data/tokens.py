@@ -1,0 +1,362 @@
+"""Pairs -> token ids, so that a prompt has the same ids with and without the instruction p before it.
+
+    ids(x)   = head ⊕ rest           plain prompt
+    ids(p⊕x) = head ⊕ p ⊕ rest       augmented prompt: ids are concatenated, text is never tokenised again
+
+    head       what stands before the user's words: the BOS token where the tokenizer uses one, and for conversations
+               what the chat template writes before the content of the first user message
+    rest       the remainder of the prompt; for conversations it ends with the generation prompt
+    response   the ids of its text, then exactly one EOS
+
+Prompt and responses are tokenised apart as well: a token that spans the seam would belong to both, and cutting the
+ids of prompt + response at the length of the prompt's ids can lose the response's first letters.
+
+Next: `data/dataset.py`, which does this for whole files and keeps the result.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jinja2
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from sr_dpo_jax.data.rows import BadRow, Pair
+from sr_dpo_jax.errors import UsageError
+
+LOG = logging.getLogger(__name__)
+SENTINEL = "\ue000sr-dpo\ue001"  # private-use characters: no template writes them, none trims them
+TRUNCATIONS = ("keep_end", "keep_start")
+
+
+@dataclass(frozen=True)
+class PairTokens:
+    """The ids of one pair, before truncation. The prompt is head + rest; each response ends with its one EOS."""
+
+    head: tuple[int, ...]
+    augmentation: tuple[int, ...]
+    """The ids of p where it follows this head; empty without p."""
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+
+@dataclass(frozen=True)
+class _Text:
+    """The four texts that are tokenised apart."""
+
+    head: str
+    rest: str
+    chosen: str
+    rejected: str
+
+
+class _UnusableError(Exception):
+    """Becomes a `BadRow`; never leaves this file."""
+
+
+def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Loads a fast tokenizer from a Hugging Face directory or hub name; code that comes with it is never run.
+
+    Raises:
+      UsageError: there is no tokenizer that can be loaded so, or it has no end-of-sequence token.
+    """
+    if not os.path.isdir(path) and path.startswith(("/", "./", "../", "~")):
+        raise UsageError(f"model.path={path}: no such directory; give a Hugging Face directory or hub name")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, use_fast=True, trust_remote_code=False)
+    except Exception as error:  # a damaged tokenizer.json raises a bare Exception
+        first_line = str(error).partition("\n")[0]
+        raise UsageError(
+            f"model.path={path}: no tokenizer can be loaded from here ({first_line}); it needs a tokenizer.json, "
+            "which save_pretrained of a fast tokenizer writes"
+        ) from error
+    if not tokenizer.is_fast:
+        raise UsageError(f"model.path={path}: only fast tokenizers are supported; add a tokenizer.json")
+    if tokenizer.eos_token_id is None:
+        raise UsageError(f"model.path={path}: the tokenizer has no EOS token; set eos_token in tokenizer_config.json")
+    return tokenizer
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 (hex) of all that decides ids: the backend's state, the special tokens and the chat template."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    # Any caller that pads or truncates leaves these behind in the object; our calls turn both off.
+    del state["padding"], state["truncation"]
+    parts = [state, tokenizer.special_tokens_map, tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def uses_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether plain text gets the BOS token in front by default. Having a BOS token does not mean using it."""
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        return False
+    bare = _ids(tokenizer, ["a"])[0]
+    return bos not in bare and tokenizer(["a"])["input_ids"][0][: 1 + len(bare)] == [bos, *bare]
+
+
+def truncate(
+    prompt_tokens: Sequence[int],
+    chosen_tokens: Sequence[int],
+    rejected_tokens: Sequence[int],
+    head_tokens: int,
+    *,
+    max_length: int,
+    max_prompt_length: int,
+    prompt_truncation: str,
+) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+    """Cuts a pair to length as the code base of the paper's experiments does; p is neither counted nor cut.
+
+    With m the tokens of the longer response, EOS included: if prompt + m > max_length, the prompt is cut to
+    max_prompt_length; if that is still too long, both responses are cut to their first max_length − max_prompt_length
+    tokens, even where the prompt leaves more room, and a cut response loses its EOS.
+
+    Args:
+      prompt_tokens, chosen_tokens, rejected_tokens: ids; the prompt starts with its head.
+      head_tokens: how many ids the head has. They are always kept, and the cut is made after them.
+      max_length: most tokens of prompt + longer response.
+      max_prompt_length: what a prompt is cut to, head included.
+      prompt_truncation: which end of a cut prompt stays, `keep_end` or `keep_start`.
+
+    Returns:
+      prompt, chosen and rejected, the same objects where nothing was cut.
+
+    Raises:
+      UsageError: an unknown `prompt_truncation`, no room for a response or no room after the head.
+    """
+    if prompt_truncation not in TRUNCATIONS:
+        raise UsageError(f"data.prompt_truncation={prompt_truncation!r} must be one of {', '.join(TRUNCATIONS)}")
+    if not 0 < max_prompt_length < max_length:
+        raise UsageError(
+            f"data.max_prompt_length={max_prompt_length} must lie between 1 and data.max_length={max_length} − 1, "
+            "so that a response has room"
+        )
+    longest = max(len(chosen_tokens), len(rejected_tokens))
+    if len(prompt_tokens) + longest > max_length and len(prompt_tokens) > max_prompt_length:
+        keep = max_prompt_length - head_tokens
+        if keep < 1:
+            raise UsageError(
+                f"data.max_prompt_length={max_prompt_length}: the head of the prompt alone (BOS, system message) has "
+                f"{head_tokens} tokens and is never cut; raise data.max_prompt_length above it"
+            )
+        if prompt_truncation == "keep_end":
+            prompt_tokens = [*prompt_tokens[:head_tokens], *prompt_tokens[-keep:]]
+        else:
+            prompt_tokens = prompt_tokens[:max_prompt_length]
+    if len(prompt_tokens) + longest > max_length:
+        most = max_length - max_prompt_length
+        chosen_tokens, rejected_tokens = chosen_tokens[:most], rejected_tokens[:most]
+    return prompt_tokens, chosen_tokens, rejected_tokens
+
+
+class PairEncoder:
+    """Turns pairs into ids with one tokenizer and one p, a batch at a time.
+
+    Args:
+      tokenizer: a fast tokenizer with an EOS token.
+      augmentation_prompt: the instruction p, or None.
+
+    Raises:
+      UsageError: p is empty.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, augmentation_prompt: str | None):
+        if augmentation_prompt is not None and not augmentation_prompt.strip():
+            raise UsageError("refinement.prompt is blank; give the instruction p, or null for none")
+        self._tokenizer = tokenizer
+        self._mid_text = _without_dummy_prefix(tokenizer)
+        self._augmentation_prompt = augmentation_prompt
+        self._bos = [tokenizer.bos_token_id] if uses_bos(tokenizer) else []
+        self._template: _ChatTemplate | None = None
+        self._heads: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+
+    def encode(self, pairs: Sequence[Pair]) -> list[PairTokens | BadRow]:
+        """One result a pair, in order: its ids, or the reason why it cannot be used.
+
+        Raises:
+          UsageError: conversations, but no chat template, or one that cannot place p verbatim.
+        """
+        results: list[PairTokens | BadRow] = []
+        texts = [self._text(pair) for pair in pairs]
+        good = [text for text in texts if isinstance(text, _Text)]
+        # A rest with nothing before it opens a text; whatever else is tokenised stands in the middle of one.
+        opening = iter(_ids(self._tokenizer, [text.rest for text in good if not text.head]))
+        inner = iter(_ids(self._mid_text, [text.rest for text in good if text.head]))
+        chosen = iter(_ids(self._mid_text, [text.chosen for text in good]))
+        rejected = iter(_ids(self._mid_text, [text.rejected for text in good]))
+        for pair, text in zip(pairs, texts, strict=True):
+            if isinstance(text, BadRow):
+                results.append(text)
+                continue
+            try:
+                head, augmentation = self._head(text.head)
+                rest = next(inner if text.head else opening)
+                responses = next(chosen), next(rejected)
+                if not text.head and self._bos and rest[:1] == self._bos:
+                    rest = rest[1:]  # a text that was written out with its BOS
+                prompt = [*head, *rest]
+                if not prompt:
+                    raise _UnusableError("the prompt has no tokens")
+                ended = [self._ended(ids, side) for ids, side in zip(responses, ("chosen", "rejected"), strict=True)]
+                results.append(PairTokens(head, augmentation, prompt, *ended))
+            except _UnusableError as error:
+                results.append(BadRow(pair.file, pair.line, str(error)))
+        return results
+
+    def _text(self, pair: Pair) -> _Text | BadRow:
+        if isinstance(pair.prompt, str):
+            return _Text("", pair.prompt, pair.chosen, pair.rejected)
+        if self._template is None:
+            self._template = _ChatTemplate(self._tokenizer, self._augmentation_prompt)
+        try:
+            return self._template.text(pair)
+        except _UnusableError as error:
+            return BadRow(pair.file, pair.line, str(error))
+
+    def _head(self, text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        if text not in self._heads:
+            head = _ids(self._tokenizer, [text])[0] if text else []
+            if head[: len(self._bos)] != self._bos:
+                head = self._bos + head
+            augmentation = []
+            if self._augmentation_prompt is not None:
+                augmentation = _ids(self._mid_text if text else self._tokenizer, [self._augmentation_prompt])[0]
+            self._heads[text] = tuple(head), tuple(augmentation)
+        return self._heads[text]
+
+    def _ended(self, ids: list[int], side: str) -> list[int]:
+        eos = self._tokenizer.eos_token_id
+        if ids and ids[-1] == eos:
+            ids = ids[:-1]
+        if eos in ids:
+            raise _UnusableError(f"the {side} response holds the end-of-sequence token before its end")
+        if not ids:
+            raise _UnusableError(f"the {side} response has no tokens")
+        return [*ids, eos]
+
+
+class _ChatTemplate:
+    """Conversations -> the texts of head, rest and responses, with proof for each row that p fits in verbatim."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, augmentation_prompt: str | None):
+        if tokenizer.chat_template is None:
+            raise UsageError(
+                "the data holds conversations, but the tokenizer of model.path has no chat template; choose a model "
+                "with one, add a chat_template.jinja, or give prompts and responses as text"
+            )
+        if "strftime_now" in str(tokenizer.chat_template):
+            LOG.warning("the chat template writes today's date: pairs tokenised tomorrow will get other ids")
+        self._tokenizer = tokenizer
+        self._augmentation_prompt = augmentation_prompt
+        self._heads: dict[tuple, str] = {}
+        self._ending = ""
+        self._probe()
+
+    def text(self, pair: Pair) -> _Text:
+        prompt = [dataclasses.asdict(message) for message in pair.prompt]
+        rendered = self._render(prompt, add_generation_prompt=True)
+        head, rest = self._split(prompt, rendered)
+        responses = []
+        for side, content in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+            whole = self._render([*prompt, {"role": "assistant", "content": content}])
+            turn = whole[len(rendered) :]
+            if not whole.startswith(rendered) or content.strip() not in turn or not turn.endswith(self._ending):
+                raise _UnusableError(f"the chat template does not place the {side} response after its own prompt")
+            # Whitespace after the end-of-turn token belongs to the next turn: at generation it is never reached.
+            responses.append(turn[: len(turn) - len(self._ending)] + self._ending.rstrip())
+        return _Text(head, rest, *responses)
+
+    def _probe(self) -> None:
+        """Refuses, before any row, a template that fails on the plainest conversation; finds how it ends a turn."""
+        user, reply = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": SENTINEL}
+        try:
+            rendered = self._render([user], add_generation_prompt=True)
+            self._split([user], rendered)
+            whole = self._render([user, reply])
+        except _UnusableError as error:
+            raise UsageError(
+                f"the chat template of model.path cannot be used: {error}; change chat_template.jinja, or set "
+                "refinement.prompt=null where the objective needs none"
+            ) from error
+        if not whole.startswith(rendered) or whole.count(SENTINEL) != 1:
+            raise UsageError(
+                "the chat template of model.path cannot be used: a prompt with its response does not start with the "
+                "prompt and its generation prompt, so the response cannot be told apart; change chat_template.jinja"
+            )
+        self._ending = whole.partition(SENTINEL)[2]
+
+    def _split(self, prompt: list[dict[str, str]], rendered: str) -> tuple[str, str]:
+        first = next(number for number, message in enumerate(prompt) if message["role"] == "user")
+        # Some templates write a system message before the last user turn, so all roles count.
+        shape = (tuple(m["role"] for m in prompt), tuple(m["content"] for m in prompt[:first]))
+        if shape not in self._heads:
+            marked = self._render(_put_before(SENTINEL, prompt, first), add_generation_prompt=True)
+            if marked.count(SENTINEL) != 1:
+                raise _UnusableError("the chat template does not write the first user message exactly once")
+            self._heads[shape] = marked.partition(SENTINEL)[0]
+        head = self._heads[shape]
+        if not rendered.startswith(head):
+            raise _UnusableError("the chat template writes another start for this conversation than for others like it")
+        rest, p = rendered[len(head) :], self._augmentation_prompt
+        if p is not None:
+            augmented = self._render(_put_before(p, prompt, first), add_generation_prompt=True)
+            if augmented != head + p + rest:
+                raise _UnusableError(
+                    "the chat template cannot place refinement.prompt verbatim before the first user message (as where "
+                    "it trims messages, and that message or refinement.prompt starts with whitespace)"
+                )
+        return head, rest
+
+    def _render(self, conversation: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
+        try:
+            return self._tokenizer.apply_chat_template(
+                conversation, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except (jinja2.TemplateError, TypeError) as error:
+            # A refusal that stands word for word in the template holds nothing of the row.
+            said = f": {error}" if str(error) and str(error) in str(self._tokenizer.chat_template) else ""
+            raise _UnusableError(f"the chat template refuses this conversation{said}") from error
+
+
+def _put_before(text: str, prompt: list[dict[str, str]], first: int) -> list[dict[str, str]]:
+    changed = {**prompt[first], "content": text + prompt[first]["content"]}
+    return [*prompt[:first], changed, *prompt[first + 1 :]]
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    # verbose=False: a text longer than the model's context is no news here, truncation comes later.
+    options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
+    return tokenizer(texts, verbose=False, **options)["input_ids"]
+
+
+def _without_dummy_prefix(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The same tokenizer for text that does not open a sequence.
+
+    SentencePiece tokenizers (Llama 2, Mistral, so Zephyr) put a space before any text they are given. In front of a
+    response that follows "<|assistant|>\\n" it would be a space that the model neither saw nor should write.
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    bare = {**state, "normalizer": _bare(state["normalizer"]), "pre_tokenizer": _bare(state["pre_tokenizer"])}
+    if bare == state:
+        return tokenizer
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(bare)))
+
+
+def _bare(step: dict | None) -> dict | None:
+    """A normalizer or pre-tokenizer of the tokenizer.json format, without the rules that put a space in front."""
+    if step is None or step["type"] == "Prepend":
+        return None
+    if step["type"] == "Sequence":
+        inner = "normalizers" if "normalizers" in step else "pretokenizers"
+        return {**step, inner: [bare for bare in map(_bare, step[inner]) if bare is not None]}
+    if step["type"] == "Metaspace":
+        return {**step, "prepend_scheme": "never"}
+    return {**step, "add_prefix_space": False} if "add_prefix_space" in step else step

@@ -1,0 +1,202 @@
+"""Held-out metrics, and scores of single pairs, for any parameters: sums over pairs, divided once.
+
+`score_command` and `evaluate_command` are `sr-dpo score` and `sr-dpo eval`. Every pair counts the same, whatever the batch size, the number of hosts or how full the last step is.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sr_dpo_jax.assembly import Assembly, assemble, objective_of, pair_sizes, read_data, read_model
+from sr_dpo_jax.batch import CHOSEN, REJECTED
+from sr_dpo_jax.checkpoint import Checkpoints
+from sr_dpo_jax.config import Config
+from sr_dpo_jax.data.dataset import TokenizedPairs
+from sr_dpo_jax.data.pipeline import Feed
+from sr_dpo_jax.data.plan import Plan, scoring_plan, scoring_shape
+from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.metrics import Progress
+from sr_dpo_jax.train_step import Objective, Params, Scores, averages, make_score_step, pair_metrics
+
+
+def score_pairs(
+    score_step: Callable[..., Scores],
+    params: Params,
+    feed: Feed,
+    pairs: int,
+    *,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Scores:
+    """Scores of a whole data set in its own order.
+
+    Args:
+      score_step: `(params, batch) -> Scores` of one step.
+      params: of the model that scores.
+      feed: steps that hold every pair once.
+      pairs: N.
+      progress: called with the number of steps done.
+
+    Returns:
+      Scores with `[N, 2]` NumPy arrays, NaN in `augmented` where the feed has no augmented rows.
+    """
+    plain = np.full((pairs, 2), np.nan, np.float32)
+    augmented = np.full((pairs, 2), np.nan, np.float32)
+    tokens = np.zeros((pairs, 2), np.int32)
+    pending: tuple[np.ndarray, Scores] | None = None
+
+    def collect(pair: np.ndarray, scores: Scores) -> None:
+        present = pair >= 0
+        host = jax.device_get(scores)
+        plain[pair[present]] = host.plain[present]
+        tokens[pair[present]] = host.tokens[present]
+        if host.augmented is not None:
+            augmented[pair[present]] = host.augmented[present]
+
+    for done, (step, batch) in enumerate(feed.batches(0), 1):
+        scores = score_step(params, batch)
+        if pending is not None:  # step n is on its way to the device before step n − 1 is waited for
+            collect(*pending)
+        pending = (step.pair, scores)
+        progress(done)
+    if pending is not None:
+        collect(*pending)
+    return Scores(plain, augmented, tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """A held-out data set, ready to be evaluated with any parameters."""
+
+    objective: Objective
+    score_step: Callable[..., Scores]
+    feed: Feed
+    pairs: int
+    reference: np.ndarray | None
+    """`[N, 2 sides, 2 (plain, augmented)]` scores of the reference; None for sft."""
+
+    def metrics(self, params: Params) -> dict[str, float]:
+        return evaluate(self.objective, score_pairs(self.score_step, params, self.feed, self.pairs), self.reference)
+
+
+def evaluate(objective: Objective, policy: Scores, reference: np.ndarray | None) -> dict[str, float]:
+    """Means over all pairs of a data set under their names in metrics.jsonl, each with `eval/` in front.
+
+    Args:
+      objective: whose loss is reported.
+      policy: from `score_pairs`; augmented scores of NaN leave the augmented metrics out.
+      reference: `[N, 2 sides, 2 (plain, augmented)]` scores of the reference; None for sft.
+    """
+    has_augmented = reference is not None and not np.isnan(policy.augmented).any()
+    policy = Scores(policy.plain, policy.augmented if has_augmented else None, policy.tokens)
+    scores = None
+    if reference is not None:
+        scores = Scores(reference[..., 0], reference[..., 1] if has_augmented else None, policy.tokens)
+    per_pair = pair_metrics(objective, jax.tree.map(jnp.asarray, policy), jax.tree.map(jnp.asarray, scores))
+    means = averages({name: np.asarray(value, np.float64) for name, value in per_pair.items()}, policy.tokens)
+    return {f"eval/{name}": float(value) for name, value in means.items()} | {"eval/pairs": len(policy.plain)}
+
+
+def evaluate_command(config: Config) -> dict[str, float]:
+    """`sr-dpo eval`: metrics on data.eval_path, of the latest checkpoint of output_dir or else of model.path.
+
+    The reference is model.path in both cases. Writes them to output_dir/eval.json too.
+    """
+    if config.data.eval_path is None:
+        raise UsageError("data.eval_path is not set: it names the pairs that `sr-dpo eval` measures")
+    directory, tokenizer = read_model(config)
+    pairs = read_data(config, config.data.eval_path, config.data.eval_split, tokenizer)
+    assembly, objective = assemble(config, directory), objective_of(config)
+    preference = objective.name != "sft"
+    feed, plan = _one_pass(assembly, pairs, with_rejected=preference)
+    score_step = make_score_step(assembly.graph, pairs=plan.shape.pairs, mesh=assembly.mesh)
+    reference, base = None, None
+    if preference:
+        scores = assembly.reference_scores(pairs, plan, augmented=bool(config.refinement.prompt))
+        if not scores.complete:
+            base = assembly.base_params()
+            with Progress("reference", total=len(plan), active=jax.process_index() == 0) as progress:
+                scores.fill(score_step, base, progress.update)
+        reference = scores.scores
+    params, step = _latest_params(assembly, base)
+    metrics = HeldOut(objective, score_step, feed, len(pairs.ids), reference).metrics(params)
+    if jax.process_index() == 0:
+        path = Path(config.output_dir) / "eval.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"step": step, **metrics}, indent=2) + "\n", encoding="utf-8")
+    return {"step": step, **metrics}
+
+
+def score_command(config: Config, output: Path) -> int:
+    """`sr-dpo score`: log-probabilities under model.path of every pair of data.path; returns how many."""
+    if not output.parent.is_dir():
+        raise UsageError(f"--output {output}: the directory does not exist; create it first")
+    directory, tokenizer = read_model(config)
+    pairs = read_data(config, config.data.path, config.data.split, tokenizer)
+    assembly = assemble(config, directory)
+    feed, plan = _one_pass(assembly, pairs, with_rejected=True)
+    score_step = make_score_step(assembly.graph, pairs=plan.shape.pairs, mesh=assembly.mesh)
+    with Progress("score", total=len(plan), active=jax.process_index() == 0) as progress:
+        scores = score_pairs(
+            score_step,
+            assembly.base_params(),
+            feed,
+            len(pairs.ids),
+            progress=progress.update,
+        )
+    if jax.process_index() == 0:
+        write_scores(output, pairs, scores)
+    return len(pairs.ids)
+
+
+def _one_pass(assembly: Assembly, pairs: TokenizedPairs, *, with_rejected: bool) -> tuple[Feed, Plan]:
+    config, sizes = assembly.config, pair_sizes(pairs, with_rejected=with_rejected)
+    shape = scoring_shape(
+        *sizes,
+        pairs_per_step=min(config.batch.pairs_per_step, len(pairs.ids)),
+        row_length=config.batch.row_length,
+        row_multiple=config.batch.row_multiple,
+        rows_multiple=assembly.rows_multiple,
+    )
+    plan = scoring_plan(*sizes, shape)
+    augmented = with_rejected and bool(config.refinement.prompt)
+    return assembly.feed(pairs, plan, augmented=augmented, with_rejected=with_rejected), plan
+
+
+def _latest_params(assembly: Assembly, base: Params | None) -> tuple[Params, int]:
+    """Parameters and step of the latest checkpoint of output_dir; without one those of model.path, and step 0."""
+    if (Path(assembly.config.output_dir) / "checkpoints").is_dir():
+        checkpoints = Checkpoints(assembly.config.output_dir, keep=assembly.config.checkpoint.keep)
+        if checkpoints.latest is not None:
+            params = checkpoints.restore_params(assembly.param_shapes, assembly.param_shardings)
+            return params, checkpoints.latest
+    return base if base is not None else assembly.base_params(), 0
+
+
+def write_scores(path: Path, pairs: TokenizedPairs, scores: Scores) -> None:
+    """One JSON line a pair, in the order of the data: id, token counts, log-probabilities in nats, scores if rated."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        for index in range(len(scores.plain)):
+            line: dict[str, Any] = {
+                "id": pairs.ids[index],
+                "prompt_tokens": int(pairs.prompt_tokens[index]),
+                "chosen_tokens": int(pairs.chosen_tokens[index]),
+                "rejected_tokens": int(pairs.rejected_tokens[index]),
+                "logp_chosen": float(scores.plain[index, CHOSEN]),
+                "logp_rejected": float(scores.plain[index, REJECTED]),
+            }
+            if not np.isnan(scores.augmented[index]).any():
+                line["logp_chosen_augmented"] = float(scores.augmented[index, CHOSEN])
+                line["logp_rejected_augmented"] = float(scores.augmented[index, REJECTED])
+            for name in ("chosen_score", "rejected_score"):
+                rating = getattr(pairs, name)[index]
+                if not np.isnan(rating):
+                    line[name] = float(rating)
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    partial.replace(path)

@@ -1,0 +1,98 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard and a progress bar. Process 0 writes, the others do nothing."""
+
+import json
+import math
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import rich.progress
+from tensorboardX import SummaryWriter
+
+
+class MetricsWriter:
+    """Appends lines to metrics.jsonl and scalars to TensorBoard.
+
+    Args:
+      metrics_file: JSON lines, one a step, with `step` = optimizer updates done.
+      tensorboard_dir: event files.
+      first_step: updates done before this run starts. Later lines, from steps after the checkpoint that the run
+        resumes from, are dropped: these steps are done again.
+      active: False on all processes but one.
+    """
+
+    def __init__(self, metrics_file: Path, tensorboard_dir: Path, *, first_step: int, active: bool):
+        self._active = active
+        if not active:
+            return
+        _drop_lines_after(metrics_file, first_step)
+        self._file = metrics_file.open("a", encoding="utf-8")
+        self._tensorboard = SummaryWriter(str(tensorboard_dir), purge_step=first_step + 1)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """One line; numbers that are not finite become strings, which JSON has no number for."""
+        if not self._active:
+            return
+        exact = {key: value if math.isfinite(value) else str(value) for key, value in line.items()}
+        self._file.write(json.dumps(exact) + "\n")
+        self._file.flush()
+        for name, value in line.items():
+            if name != "step":
+                self._tensorboard.add_scalar(name, value, line["step"])
+
+    def close(self) -> None:
+        if self._active:
+            self._file.close()
+            self._tensorboard.close()
+
+
+def _drop_lines_after(metrics_file: Path, step: int) -> None:
+    if not metrics_file.exists():
+        return
+    kept = []
+    for line in metrics_file.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] > step:
+                continue
+        except (json.JSONDecodeError, KeyError):
+            continue  # the line that a kill cut short belongs to a step that is done again
+        kept.append(line)
+    replacement = metrics_file.with_suffix(".jsonl.partial")
+    replacement.write_text("".join(kept), encoding="utf-8")
+    replacement.replace(metrics_file)
+
+
+class Progress:
+    """A bar with step, loss, accuracy, pairs/s and time left; plain lines now and then where there is no terminal."""
+
+    LINES = 20
+
+    def __init__(self, title: str, *, total: int, active: bool):
+        self._console = rich.console.Console(quiet=not active, highlight=False, soft_wrap=True)
+        self._title, self._total, self._last_line = title, total, -1
+        self._bar = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TextColumn("{task.fields[numbers]}"),
+            rich.progress.TimeRemainingColumn(),
+            console=self._console,
+            disable=not (active and self._console.is_terminal),
+        )
+        self._task = self._bar.add_task(title, total=total, numbers="")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def update(self, done: int, numbers: str = "") -> None:
+        self._bar.update(self._task, completed=done, numbers=numbers)
+        mark = done * self.LINES // max(self._total, 1)
+        if not self._console.is_terminal and (mark > self._last_line or done == self._total):
+            self._console.print(f"{self._title} {done}/{self._total}  {numbers}".rstrip())
+            self._last_line = mark

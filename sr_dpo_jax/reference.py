@@ -1,0 +1,121 @@
+"""Scores of the frozen reference: computed once, before training, and cached by content.
+
+A cache entry is one safetensors file of float32 `[N, 2]`, nats, NaN where a pair is not scored yet. Its name is a
+digest of all that the numbers depend on: weights, token ids (with p for the augmented scores), compute type and the
+version of this code; not of training arguments, so runs with other objectives share it. A killed scoring run
+continues where it stopped.
+"""
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from sr_dpo_jax.data.dataset import TokenizedPairs
+from sr_dpo_jax.data.pipeline import Feed
+from sr_dpo_jax.data.plan import Plan
+from sr_dpo_jax.train_step import Params, Scores
+
+log = logging.getLogger(__name__)
+
+CODE_VERSION = "1"
+"""Part of every key; raise it when a change of code changes the numbers by more than float order."""
+SAVE_EVERY_S = 60.0
+KINDS = ("plain", "augmented")
+
+
+def cache_files(
+    cache_dir: Path, pairs: TokenizedPairs, *, weights_digest: str, dtype: str, augmented: bool
+) -> tuple[Path, ...]:
+    """The cache file of the plain scores and, if asked for, that of the augmented ones."""
+    plain = hashlib.sha256(f"{CODE_VERSION} {weights_digest} {dtype}".encode())
+    for array in (pairs.tokens, pairs.offsets):
+        plain.update(np.ascontiguousarray(array).tobytes())
+    digests = [plain.hexdigest()]
+    if augmented:
+        refined = plain.copy()
+        for array in (pairs.head, pairs.augmentation):
+            refined.update(f"{len(array)} ".encode() + np.ascontiguousarray(array).tobytes())
+        digests.append(refined.hexdigest())
+    return tuple(
+        cache_dir / f"reference-{kind}-{digest[:32]}.safetensors"
+        for kind, digest in zip(KINDS, digests, strict=False)
+    )
+
+
+class ReferenceScores:
+    """The scores of one data set, as far as the cache has them.
+
+    Args:
+      files: from `cache_files`.
+      plan: covers every pair.
+      feed: the plan's batches.
+      pairs: N.
+
+    `scores` is `[N, 2 sides, 2 (plain, augmented)]` float32, NaN where nothing is known. Process 0 reads the cache and
+    tells the others, so that all agree on what is left to do.
+    """
+
+    def __init__(self, files: tuple[Path, ...], plan: Plan, feed: Feed, pairs: int):
+        self._files, self._plan, self._feed = files, plan, feed
+        self.scores = np.full((pairs, 2, 2), np.nan, np.float32)
+        if jax.process_index() == 0:
+            for kind, file in enumerate(files):
+                if file.is_file():
+                    try:
+                        self.scores[..., kind] = load_file(file)["scores"]
+                    except (SafetensorError, KeyError, ValueError, OSError) as error:
+                        log.warning("%s is damaged (%s) and is computed again", file, error)
+        if jax.process_count() > 1:
+            self.scores = np.array(multihost_utils.broadcast_one_to_all(self.scores))
+
+    @property
+    def steps(self) -> int:
+        return len(self._plan)
+
+    @property
+    def complete(self) -> bool:
+        return not self._missing().any()
+
+    def fill(self, score_step: Callable[..., Scores], params: Params, progress: Callable[[int], None]) -> None:
+        """Scores the plan's steps from the first one with a missing pair on, saving about once a minute.
+
+        Args:
+          score_step: `(params, batch) -> Scores`.
+          params: the reference's parameters.
+          progress: called with the number of steps done.
+        """
+        unfinished = (self._missing()[self._plan.pair] & (self._plan.pair >= 0)).any(axis=1)
+        first = int(np.flatnonzero(unfinished)[0])
+        saved_at = time.monotonic()
+        for done, (step, batch) in enumerate(self._feed.batches(first), first + 1):
+            result = jax.device_get(score_step(params, batch))
+            present = step.pair >= 0
+            for kind, part in enumerate((result.plain, result.augmented)[: len(self._files)]):
+                self.scores[step.pair[present], :, kind] = part[present]
+            if time.monotonic() - saved_at > SAVE_EVERY_S:
+                _save(self.scores, self._files)
+                saved_at = time.monotonic()
+            progress(done)
+        _save(self.scores, self._files)
+
+    def _missing(self) -> np.ndarray:
+        return np.isnan(self.scores[..., : len(self._files)]).any(axis=(1, 2))
+
+
+def _save(scores: np.ndarray, files: tuple[Path, ...]) -> None:
+    if jax.process_index() != 0:
+        return
+    for kind, file in enumerate(files):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+        save_file({"scores": np.ascontiguousarray(scores[..., kind])}, partial)
+        os.replace(partial, file)
