@@ -187,6 +187,8 @@ def assemble(config: Config, directory: weights.ModelDirectory) -> Assembly:
     mesh = meshes.make_mesh(**config.mesh.model_dump())
     graph, abstract = nnx.split(nnx.eval_shape(_decoder_maker(config, directory, mesh)))
     shardings = nnx.to_pure_dict(meshes.param_shardings(mesh, abstract))
+    if config.model.init == "pretrained":
+        weights.check(directory, abstract)
     log.info(
         "%s on %s: %s parameters, attention dense, activations %s",
         directory.model_type,

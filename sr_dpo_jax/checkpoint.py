@@ -91,7 +91,8 @@ class Checkpoints:
         """Waits for all writes; raises unless the checkpoint of `step` is committed."""
         self._manager.wait_until_finished()
         self._manager.check_for_errors()
-        if step not in self._manager.all_steps(read=True):
+        self._manager.reload()
+        if step not in self._manager.all_steps():
             raise RuntimeError(f"{self._directory}: the checkpoint of step {step} was not committed")
         self._manager.close()
 

@@ -84,9 +84,7 @@ def _forward(hidden: Array, matrix: Array, target: Array, constrain: Constrain) 
     return at_target - normaliser, (hidden, matrix, target, normaliser)
 
 
-def _backward(
-    constrain: Constrain, kept: tuple[Array, ...], cotangent: Array
-) -> tuple[Array, Array, np.ndarray]:
+def _backward(constrain: Constrain, kept: tuple[Array, ...], cotangent: Array) -> tuple[Array, Array, np.ndarray]:
     """∂logp/∂logits = onehot(target) − softmax, made block by block from h, W and the kept normaliser."""
     hidden, matrix, target, normaliser = kept
 

@@ -74,9 +74,9 @@ def train(config: Config) -> int:
         eval_pairs = read_data(config, config.data.eval_path, config.data.eval_split, tokenizer)
     stop = StopSignal()
     assembly = assemble(config, directory)
+    job, state = prepare(assembly, pairs, eval_pairs)
     if jax.process_index() == 0:
         _write_run_files(assembly, pairs, tokenizer_digest(tokenizer))
-    job, state = prepare(assembly, pairs, eval_pairs)
     return run(job, state, stop)
 
 
@@ -112,18 +112,14 @@ def prepare(assembly: Assembly, pairs: TokenizedPairs, eval_pairs: TokenizedPair
             scores.fill(score_step, base, progress.update)
     reference_params = assembly.frozen(base) if online and preference else None
     reference = wanted["training"].scores if "training" in wanted else None
-    feed = assembly.feed(
-        pairs, plan, augmented=objective.refined, with_rejected=preference, reference=reference
-    )
+    feed = assembly.feed(pairs, plan, augmented=objective.refined, with_rejected=preference, reference=reference)
     total_steps = min(len(plan), config.train.max_steps or len(plan))
     train_step, state = _state_and_step(assembly, plan, total_steps, checkpoints, base if not resume else None)
     _, batch = next(feed.batches(0))
     started = time.monotonic()
     compiled = train_step.lower(state, reference_params, batch).compile()
     log.info("compiled the train step in %.1f s", time.monotonic() - started)
-    job = Job(
-        config, plan, total_steps, sizes[0], feed, compiled, reference_params, held_out, checkpoints
-    )
+    job = Job(config, plan, total_steps, sizes[0], feed, compiled, reference_params, held_out, checkpoints)
     return job, state
 
 

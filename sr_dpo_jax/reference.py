@@ -46,8 +46,7 @@ def cache_files(
             refined.update(f"{len(array)} ".encode() + np.ascontiguousarray(array).tobytes())
         digests.append(refined.hexdigest())
     return tuple(
-        cache_dir / f"reference-{kind}-{digest[:32]}.safetensors"
-        for kind, digest in zip(KINDS, digests, strict=False)
+        cache_dir / f"reference-{kind}-{digest[:32]}.safetensors" for kind, digest in zip(KINDS, digests, strict=False)
     )
 
 

@@ -25,6 +25,10 @@ from sr_dpo_jax.optim import Schedule
 Array = jax.Array
 Params = Any
 
+SAME_ROUNDING = {"xla_allow_excess_precision": False}
+"""XLA may keep a bfloat16 value in float32 where it fuses, and fuses otherwise in a program that has a backward pass.
+Policy and reference would then round differently, and the first margins would be noise instead of zero."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +141,7 @@ def make_score_step(graph: nnx.GraphDef, *, pairs: int, mesh: Mesh) -> Callable[
         parts = jax.lax.map(lambda micro: score(graph, params, micro, pairs, mesh), _micro_batches(batch))
         return jax.tree.map(lambda part: part.sum(axis=0), parts)
 
-    return jax.jit(step, out_shardings=replicated(mesh))
+    return jax.jit(step, out_shardings=replicated(mesh), compiler_options=SAME_ROUNDING)
 
 
 def make_train_step(
@@ -169,16 +173,18 @@ def make_train_step(
             more, aux = jax.grad(loss_sum, has_aux=True)(state.params, reference_params, micro)
             return jax.tree.map(lambda total, part: total + part.astype(total.dtype), gradients, more), aux
 
-        zeros = jax.tree.map(lambda param: jnp.zeros(param.shape, jnp.promote_types(param.dtype, jnp.float32)), state.params)
+        zeros = jax.tree.map(
+            lambda param: jnp.zeros(param.shape, jnp.promote_types(param.dtype, jnp.float32)), state.params
+        )
         gradients, (tokens, per_pair) = jax.lax.scan(accumulate, zeros, _micro_batches(batch))
         gradients = jax.tree.map(lambda total, param: (total / pairs).astype(param.dtype), gradients, state.params)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
         metrics = averages({name: value.sum(axis=0) for name, value in per_pair.items()}, tokens.sum(axis=0))
-        metrics |= {"grad_norm": optax.global_norm(gradients), "learning_rate": schedule(state.step)}
+        metrics |= {"grad_norm": optax.tree.norm(gradients), "learning_rate": schedule(state.step)}
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), optimizer_state), metrics
 
     everywhere = replicated(mesh)
-    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, everywhere))
+    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, everywhere), compiler_options=SAME_ROUNDING)
 
 
 def averages(per_pair: dict[str, Array], tokens: Array) -> dict[str, Array]:

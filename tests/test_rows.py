@@ -271,7 +271,7 @@ def test_malformed_rows(tmp_path, format, row, reason):
     assert SECRET not in reason
     result = read_row(tmp_path, format, row)
     assert isinstance(result, BadRow)
-    assert result.reason.replace(": at", " at") == reason
+    assert result.reason == reason
     assert (result.file, result.line) == (str(tmp_path / "row.jsonl"), 1)
 
 
@@ -352,7 +352,7 @@ class TestFiles:
         (tmp_path / "a.jsonl").write_bytes(b"")
         with pytest.raises(UsageError, match="not a known kind of file"):
             read(tmp_path / "a.txt", "hh_rlhf")
-        with pytest.raises(UsageError, match="data.format"):
+        with pytest.raises(UsageError, match=r"data\.format"):
             read(tmp_path / "a.jsonl", "hh")
         with pytest.raises(UsageError, match="remove the revision"):
             read_rows(str(tmp_path / "a.jsonl"), format="hh_rlhf", split="train", revision="main")

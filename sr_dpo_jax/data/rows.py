@@ -153,7 +153,7 @@ def _json_records(file: str) -> Iterator[tuple[int, Any]]:
                     yield blank, BadRow(file, blank, "blank line")
                 first_blank = None
                 try:
-                    yield line, _parse(data)
+                    yield line, _parse(data.rstrip(b"\r\n"))
                 except _UnusableError as error:
                     yield line, BadRow(file, line, str(error))
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -170,7 +170,7 @@ def _parse(data: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise _UnusableError(f"bad UTF-8 at byte {error.start + 1} of the line") from error
     except json.JSONDecodeError as error:
-        raise _UnusableError(f"bad JSON: {error.msg} at column {error.colno}") from error
+        raise _UnusableError(f"bad JSON: {error.msg.rstrip(': ')} at column {error.colno}") from error
     except RecursionError as error:
         raise _UnusableError("bad JSON: nested too deeply") from error
     except ValueError as error:  # Python refuses to convert integers of thousands of digits
@@ -311,8 +311,7 @@ def _implicit_text(chosen: str, rejected: str) -> tuple[str, str, str]:
     A cut by characters would end the prompt inside a word ("A ca" + "t" or "r"), which no model is ever asked to
     continue, and would leave nothing where one side is the start of the other.
     """
-    shortest = min(len(chosen), len(rejected))
-    shared = next((at for at in range(shortest) if chosen[at] != rejected[at]), shortest)
+    shared = len(os.path.commonprefix([chosen, rejected]))  # noqa: RUF071 texts, not paths
     for space in reversed(list(re.finditer(r"\s+", chosen[: shared + 1]))):
         cut = space.start()
         if not rejected[cut : cut + 1].isspace():

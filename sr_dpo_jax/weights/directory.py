@@ -78,6 +78,41 @@ def weights_digest(directory: ModelDirectory) -> str:
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
+def check(directory: ModelDirectory, abstract: Any) -> dict[str, Path]:
+    """Compares the headers of the weight files with the family's table; returns the file that holds each tensor.
+
+    Raises:
+      UsageError: tensors are missing, extra, mis-shaped or not floats (all named at once), or a file is damaged.
+    """
+    tensors, flat_abstract = tensors_of(directory.architecture, directory.model_type), _flatten(abstract)
+    expected = {
+        tensor.name.format(layer=layer): _file_shape(tensor, flat_abstract)
+        for tensor in tensors
+        for layer in _layers(tensor, directory.architecture)
+    }
+    where, problems = {}, []
+    for path in _weight_files(directory.path):
+        try:
+            with safe_open(path, framework="numpy") as file:
+                for name in file.keys():  # noqa: SIM118 (not a mapping)
+                    where[name] = path
+                    part = file.get_slice(name)
+                    if name in expected and tuple(part.get_shape()) != expected[name]:
+                        problems.append(f"{name}: shape {tuple(part.get_shape())}, config.json asks {expected[name]}")
+                    if name in expected and part.get_dtype() not in FLOATS:
+                        problems.append(f"{name}: type {part.get_dtype()}, supported: {', '.join(FLOATS)}")
+        except (SafetensorError, OSError) as error:
+            raise UsageError(f"{path}: damaged or unreadable safetensors file ({error}); fetch it again") from error
+    tied = {"lm_head.weight", "embed_out.weight"} if directory.architecture.tied else set()
+    problems += [f"{name}: missing" for name in expected if name not in where]
+    extra = (name for name in where if name not in expected and name not in tied and not IGNORED.search(name))
+    problems += [f"{name}: not part of this architecture" for name in extra]
+    if problems:
+        listed = "\n  ".join(problems[:40]) + (f"\n  and {len(problems) - 40} more" if len(problems) > 40 else "")
+        raise UsageError(f"{directory.path}: the weights do not fit config.json:\n  {listed}")
+    return where
+
+
 def load_params(directory: ModelDirectory, abstract: Any, shardings: Any, *, dtype: np.dtype) -> Params:
     """Reads the weights onto the mesh, one stacked parameter at a time.
 
@@ -88,10 +123,10 @@ def load_params(directory: ModelDirectory, abstract: Any, shardings: Any, *, dty
       dtype: what the parameters are held in.
 
     Raises:
-      UsageError: tensors are missing, extra, mis-shaped or not floats (all named at once), or a file is damaged.
+      UsageError: as `check`.
     """
     tensors = tensors_of(directory.architecture, directory.model_type)
-    where = _check(directory, tensors, abstract)
+    where = check(directory, abstract)
     flat_abstract, flat_shardings = _flatten(abstract), _flatten(shardings)
     loaded = {}
     for tensor in tensors:
@@ -114,8 +149,8 @@ def save_params(
 
     All processes call it, process 0 writes. Files hold at most `shard_bytes`, or one tensor where that is larger.
     """
-    tensors, flat, flat_abstract = tensors_of(directory.architecture, directory.model_type), _flatten(params), None
-    flat_abstract = _flatten(abstract)
+    tensors = tensors_of(directory.architecture, directory.model_type)
+    flat, flat_abstract = _flatten(params), _flatten(abstract)
     names = [(tensor, layer) for tensor in tensors for layer in _layers(tensor, directory.architecture)]
     shards: list[list[tuple[Tensor, int | None]]] = [[]]
     held = 0
@@ -181,9 +216,11 @@ def _sizes(tensor: Tensor, abstract: Mapping[str, Any]) -> dict[str, int]:
     sizes = {"part": len(tensor.params)}
     for param in tensor.params:
         axes = abstract[param].get_metadata()["axes"]
-        named = zip(_own_axes(abstract[param], re.findall(r"\w+", tensor.layout)), (
-            size for axis, size in zip(axes, abstract[param].shape, strict=True) if axis != "layers"
-        ), strict=True)
+        named = zip(
+            _own_axes(abstract[param], re.findall(r"\w+", tensor.layout)),
+            (size for axis, size in zip(axes, abstract[param].shape, strict=True) if axis != "layers"),
+            strict=True,
+        )
         sizes.update(named)
     return sizes
 
@@ -196,37 +233,6 @@ def _file_shape(tensor: Tensor, abstract: Mapping[str, Any]) -> tuple[int, ...]:
 
 def _layers(tensor: Tensor, architecture: Architecture) -> list[int | None]:
     return list(range(architecture.layers)) if "{layer}" in tensor.name else [None]
-
-
-def _check(directory: ModelDirectory, tensors: tuple[Tensor, ...], abstract: Any) -> dict[str, Path]:
-    """Compares the files with the table before anything is read; returns the file that holds each tensor."""
-    flat_abstract = _flatten(abstract)
-    expected = {
-        tensor.name.format(layer=layer): _file_shape(tensor, flat_abstract)
-        for tensor in tensors
-        for layer in _layers(tensor, directory.architecture)
-    }
-    where, problems = {}, []
-    for path in _weight_files(directory.path):
-        try:
-            with safe_open(path, framework="numpy") as file:
-                for name in file.keys():  # noqa: SIM118 (not a mapping)
-                    where[name] = path
-                    part = file.get_slice(name)
-                    if name in expected and tuple(part.get_shape()) != expected[name]:
-                        problems.append(f"{name}: shape {tuple(part.get_shape())}, config.json asks {expected[name]}")
-                    if name in expected and part.get_dtype() not in FLOATS:
-                        problems.append(f"{name}: type {part.get_dtype()}, supported: {', '.join(FLOATS)}")
-        except (SafetensorError, OSError) as error:
-            raise UsageError(f"{path}: damaged or unreadable safetensors file ({error}); fetch it again") from error
-    tied = {"lm_head.weight", "embed_out.weight"} if directory.architecture.tied else set()
-    problems += [f"{name}: missing" for name in expected if name not in where]
-    extra = (name for name in where if name not in expected and name not in tied and not IGNORED.search(name))
-    problems += [f"{name}: not part of this architecture" for name in extra]
-    if problems:
-        listed = "\n  ".join(problems[:40]) + (f"\n  and {len(problems) - 40} more" if len(problems) > 40 else "")
-        raise UsageError(f"{directory.path}: the weights do not fit config.json:\n  {listed}")
-    return where
 
 
 def _weight_files(directory: Path) -> list[Path]:

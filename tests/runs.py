@@ -1,0 +1,110 @@
+"""Makers of whole runs: a tiny model directory, preference files, configurations, and how to read what a run wrote."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from toy_tokenizers import byte_level_tokenizer
+from transformers import GPTNeoXConfig, LlamaConfig
+
+from sr_dpo_jax import config as configuration
+from sr_dpo_jax.config import Config
+from sr_dpo_jax.demo import make_pairs
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+HH_FILE = SHARED_DATA / "hh_rlhf_harmless_base_test.jsonl.gz"
+P = "Answer well, please: "
+
+TIMES = ("pairs_per_second", "tokens_per_second", "step_time_s")
+
+
+def model_directory(directory: Path, family: str = "gpt_neox", *, vocabulary_tokens: int = 320, **fields: Any) -> Path:
+    """A tokenizer and a config.json of a tiny model, without weights."""
+    texts = [row["prompt"] + row["chosen"] for row in make_pairs(200, seed=0)]
+    byte_level_tokenizer(directory, vocabulary_tokens=vocabulary_tokens, texts=texts, bos=family == "llama")
+    common = {
+        "vocab_size": vocabulary_tokens,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 0,
+    }
+    config_class = {"gpt_neox": GPTNeoXConfig, "llama": LlamaConfig}[family]
+    config_class(**(common | fields)).save_pretrained(directory)
+    return directory
+
+
+def preference_file(path: Path, pairs: int, seed: int = 0) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in make_pairs(pairs, seed)), encoding="utf-8")
+    return path
+
+
+def raw_config(root: Path, model_path: Path, data_path: Path, **sections: Any) -> dict[str, Any]:
+    """A small run's configuration; `sections` replace keys section by section."""
+    raw: dict[str, Any] = {
+        "output_dir": str(root / "run"),
+        "cache_dir": str(root / "cache"),
+        "model": {"path": str(model_path), "init": "random", "dtype": "float32"},
+        "data": {"path": str(data_path), "format": "preference", "max_length": 96, "max_prompt_length": 64},
+        "objective": {"name": "sr_dpo", "lam": 0.5},
+        "refinement": {"prompt": P},
+        "optimizer": {"name": "adamw", "learning_rate": 1e-3, "warmup_steps": 2},
+        "batch": {"pairs_per_step": 8, "row_length": 128, "row_multiple": 8},
+        "checkpoint": {"every_steps": 100},
+    }
+    for name, value in sections.items():
+        raw[name] = {**raw.get(name, {}), **value} if isinstance(value, dict) else value
+    return raw
+
+
+def make_config(root: Path, model_path: Path, data_path: Path, **sections: Any) -> Config:
+    return configuration.from_dict(raw_config(root, model_path, data_path, **sections), where="test")
+
+
+def metrics_of(output_dir: str | Path) -> list[dict[str, Any]]:
+    lines = (Path(output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def without_times(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
+def run_process(
+    arguments: Sequence[str], *, devices: int = 1, **environment: str
+) -> "subprocess.Popen[str]":
+    """`sr-dpo ARGUMENTS` in a process of its own with this many CPU devices."""
+    env = {**os.environ, **environment}
+    kept = [flag for flag in env.get("XLA_FLAGS", "").split() if "device_count" not in flag]
+    env["XLA_FLAGS"] = " ".join([*kept, f"--xla_force_host_platform_device_count={devices}"])
+    env["PYTHONPATH"] = str(REPOSITORY)
+    return subprocess.Popen(
+        [sys.executable, "-m", "sr_dpo_jax.cli", *arguments],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def state_of(output_dir: str | Path) -> dict[str, np.ndarray]:
+    """Every array of the latest checkpoint by its path, read with Orbax alone."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    root = Path(output_dir).absolute() / "checkpoints"
+    step = max(int(entry.name) for entry in root.iterdir() if entry.name.isdigit())
+    with ocp.StandardCheckpointer() as checkpointer:
+        metadata = checkpointer.metadata(root / str(step) / "state").item_metadata
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), metadata.tree)
+        tree = checkpointer.restore(root / str(step) / "state", target)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}

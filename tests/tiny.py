@@ -1,0 +1,174 @@
+"""Makers shared by tests: tiny models of both families, random pairs, and packed batches of them."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh
+
+from sr_dpo_jax import mesh as meshes
+from sr_dpo_jax.batch import SIDES, Batch, Placed, Rows, build_row
+from sr_dpo_jax.model.architecture import Architecture
+from sr_dpo_jax.model.decoder import Decoder
+from sr_dpo_jax.train_step import TrainState, initialise, state_shapes, state_shardings
+
+VOCABULARY = 24
+
+NEOX = Architecture(
+    vocabulary_tokens=VOCABULARY,
+    hidden=32,
+    layers=2,
+    heads=4,
+    kv_heads=4,
+    head_dim=8,
+    mlp=48,
+    norm="layer",
+    norm_epsilon=1e-5,
+    parallel_residual=True,
+    activation="gelu",
+    gated=False,
+    query_bias=True,
+    output_bias=True,
+    mlp_bias=True,
+    rotary_dims=4,
+    rope_theta=10_000.0,
+    tied=False,
+    init_scale=0.2,
+)
+LLAMA = Architecture(
+    vocabulary_tokens=VOCABULARY,
+    hidden=32,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=6,
+    mlp=40,
+    norm="rms",
+    norm_epsilon=1e-6,
+    parallel_residual=False,
+    activation="silu",
+    gated=True,
+    query_bias=False,
+    output_bias=False,
+    mlp_bias=False,
+    rotary_dims=6,
+    rope_theta=10_000.0,
+    tied=True,
+    init_scale=0.2,
+)
+ARCHITECTURES = {"gpt_neox": NEOX, "llama": LLAMA}
+
+
+def make_mesh(replica: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh of the first replica × fsdp × tensor devices."""
+    shape, names = (replica, fsdp, tensor), ("replica", "fsdp", "tensor")
+    devices = jax.devices()[: replica * fsdp * tensor]
+    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What `assembly.assemble` makes of a model directory, without the directory."""
+
+    mesh: Mesh
+    graph: nnx.GraphDef
+    abstract: Any
+    shardings: Any
+    make: Any
+
+    def params(self, seed: int = 0) -> Any:
+        """Random parameters on the mesh, drawn in NumPy; biases and norms too, so that a test sees them."""
+        rng = np.random.default_rng(seed)
+
+        def draw(path: Any, shape: jax.ShapeDtypeStruct) -> np.ndarray:
+            centre = 1.0 if path[-1].key == "scale" else 0.0
+            return (centre + 0.25 * rng.normal(size=shape.shape)).astype(shape.dtype)
+
+        return jax.device_put(jax.tree.map_with_path(draw, self.shapes), self.shardings)
+
+    def state(self, optimizer: Any, seed: int = 0) -> TrainState:
+        """The state before the first update."""
+        params = self.params(seed)
+        moments = initialise(lambda: optimizer.init(params), self.state_shardings(optimizer).optimizer_state)
+        return TrainState(jax.device_put(np.int32(0), meshes.replicated(self.mesh)), params, moments)
+
+    @property
+    def shapes(self) -> Any:
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), nnx.to_pure_dict(self.abstract))
+
+    def state_shardings(self, optimizer: Any) -> TrainState:
+        return state_shardings(state_shapes(self.shapes, optimizer), self.shardings, optimizer, self.mesh)
+
+
+def build(architecture: Architecture, mesh: Mesh, *, dtype: Any = jnp.float32, remat: str = "none") -> Model:
+    """Graph, abstract parameters and shardings, nothing allocated yet."""
+
+    def make() -> Decoder:
+        return Decoder(
+            architecture,
+            dtype=jnp.dtype(dtype),
+            param_dtype=jnp.dtype(dtype),
+            remat=remat,
+            constrain=meshes.constrain(mesh),
+            rngs=nnx.Rngs(0),
+        )
+
+    graph, abstract = nnx.split(nnx.eval_shape(make))
+    return Model(mesh, graph, abstract, nnx.to_pure_dict(meshes.param_shardings(mesh, abstract)), make)
+
+
+Pair = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Prompt, chosen, rejected."""
+
+
+def random_pairs(
+    rng: np.random.Generator, lengths: list[tuple[int, int, int]], *, head: np.ndarray | None = None
+) -> list[Pair]:
+    """Pairs of random tokens with these lengths of (prompt, chosen, rejected); every prompt starts with `head`."""
+    head = np.zeros(0, np.int32) if head is None else head
+    drawn = [[rng.integers(0, VOCABULARY, n).astype(np.int32) for n in of_pair] for of_pair in lengths]
+    return [(np.concatenate([head, prompt[len(head) :]]), *responses) for prompt, *responses in drawn]
+
+
+def pack(
+    pairs: list[Pair],
+    row_of: list[int],
+    *,
+    micro_batches: int,
+    rows: int,
+    row_length: int,
+    scored: int,
+    head_tokens: int = 0,
+    prefix: np.ndarray | None = None,
+) -> Rows:
+    """Rows `[A, R, ...]` of NumPy arrays with pair i in row `row_of[i]`, counted over all micro-batches."""
+    prefix = np.zeros(0, np.int32) if prefix is None else prefix
+    built = []
+    for row in range(micro_batches * rows):
+        members = [Placed(SIDES * slot, *pair) for slot, pair in enumerate(pairs) if row_of[slot] == row]
+        built.append(
+            build_row(
+                members,
+                row_length=row_length,
+                scored=scored,
+                unused_slot=SIDES * len(pairs),
+                head_tokens=head_tokens,
+                prefix=prefix,
+            )
+        )
+    fields = {name: np.stack([row[name] for row in built]).reshape(micro_batches, rows, -1) for name in built[0]}
+    return Rows(**fields, prefix_tokens=len(prefix))
+
+
+def place(batch: Batch, mesh: Mesh) -> Batch:
+    """The batch on the mesh, rows sharded as `Feed` shards them, reference scores everywhere."""
+
+    def put(array: np.ndarray) -> jax.Array:
+        if array.ndim == 2:
+            return jax.device_put(array, meshes.replicated(mesh))
+        return jax.device_put(array, meshes.sharding(mesh, ("steps", "rows", None), array.shape, "batch"))
+
+    return jax.tree.map(put, batch)
