@@ -119,7 +119,7 @@ class Optimizer(Section):
     warmup_steps: NonNegative = 150
     """Linear warm-up: update number n (from 0) is scaled by min(1, (n + 1) / (warmup_steps + 1))."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After the warm-up: flat, or down to zero at the last step."""
+    """After the warm-up: flat, or down towards zero, which would be reached one update after the last."""
     max_grad_norm: Rate = 10.0
     """Global norm that gradients are clipped to."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -199,7 +199,12 @@ class Config(Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 numbers: PyYAML follows YAML 1.1, in which `5e-7` and `4E-4` are strings."""
+    """Numbers as in YAML 1.2, and no dates: in YAML 1.1, which PyYAML follows, `5e-7` and `4E-4` are strings."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's own name; a copy, so that SafeLoader stays as it is)
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 _Loader.add_implicit_resolver(
@@ -242,7 +247,7 @@ def from_dict(raw: dict[str, Any], *, where: str) -> Config:
 def _parse(text: str, *, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader with one more number format)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # PyYAML lets the last two through from `!!int abc`
         raise UsageError(f"{where}: not valid YAML: {error}") from error
 
 

@@ -28,10 +28,33 @@ from sr_dpo_jax.loop import EXIT_DONE, train
 TRAIN_PAIRS, HELD_OUT_PAIRS = 3000, 300
 SFT_WRONG = 0.4
 """Share of wrong answers among the SFT rows without p."""
-WORDS = (
-    "acorn birch cedar daisy elder fern grape hazel iris jasmine kelp lemon maple nettle olive plum quince rose sage "
-    "thyme umbel violet willow yarrow zinnia"
-).split()
+WORDS = [
+    "acorn",
+    "birch",
+    "cedar",
+    "daisy",
+    "elder",
+    "fern",
+    "grape",
+    "hazel",
+    "iris",
+    "jasmine",
+    "kelp",
+    "lemon",
+    "maple",
+    "nettle",
+    "olive",
+    "plum",
+    "quince",
+    "rose",
+    "sage",
+    "thyme",
+    "umbel",
+    "violet",
+    "willow",
+    "yarrow",
+    "zinnia",
+]
 TASKS: dict[str, Callable[[list[str]], list[str]]] = {
     "Copy": lambda words: words,
     "Reverse": lambda words: words[::-1],

@@ -1,6 +1,7 @@
 """Held-out metrics, and scores of single pairs, for any parameters: sums over pairs, divided once.
 
-`score_command` and `evaluate_command` are `sr-dpo score` and `sr-dpo eval`. Every pair counts the same, whatever the batch size, the number of hosts or how full the last step is.
+`score_command` and `evaluate_command` are `sr-dpo score` and `sr-dpo eval`. Every pair counts the same, whatever the
+batch size, the number of hosts or how full the last step is.
 """
 
 import dataclasses

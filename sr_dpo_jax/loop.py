@@ -33,8 +33,10 @@ from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.evaluate import HeldOut
 from sr_dpo_jax.metrics import MetricsWriter, Progress
 from sr_dpo_jax.optim import make_optimizer, make_schedule
+from sr_dpo_jax.reference import ReferenceScores
 from sr_dpo_jax.train_step import (
     Params,
+    Scores,
     TrainState,
     initialise,
     make_score_step,
@@ -89,38 +91,49 @@ def prepare(assembly: Assembly, pairs: TokenizedPairs, eval_pairs: TokenizedPair
     score_step = make_score_step(assembly.graph, pairs=plan.shape.pairs, mesh=assembly.mesh)
     checkpoints = Checkpoints(config.output_dir, keep=config.checkpoint.keep)
 
-    wanted, held_out = {}, None
+    reference: dict[str, ReferenceScores] = {}
     if preference and not online:
         covering = covering_plan(plan, *sizes)
-        wanted["training"] = assembly.reference_scores(pairs, covering, augmented=objective.refined)
+        reference["training"] = assembly.reference_scores(pairs, covering, augmented=objective.refined)
+    eval_feed = None
     if eval_pairs is not None:
         eval_plan = scoring_plan(*pair_sizes(eval_pairs, with_rejected=preference), plan.shape)
         augmented = preference and bool(config.refinement.prompt)
         eval_feed = assembly.feed(eval_pairs, eval_plan, augmented=augmented, with_rejected=preference)
         if preference:
-            wanted["held-out"] = assembly.reference_scores(eval_pairs, eval_plan, augmented=augmented)
-        eval_scores = wanted["held-out"].scores if preference else None  # filled in place below
-        held_out = HeldOut(objective, score_step, eval_feed, len(eval_pairs.ids), eval_scores)
+            reference["held-out"] = assembly.reference_scores(eval_pairs, eval_plan, augmented=augmented)
 
-    resume, base = checkpoints.latest is not None, None
-    missing = {name: scores for name, scores in wanted.items() if not scores.complete}
-    if missing or not resume or (online and preference):
+    resume = checkpoints.latest is not None
+    base = None
+    if not resume or (online and preference) or not all(scores.complete for scores in reference.values()):
         base = assembly.base_params()
-    for name, scores in missing.items():
-        title = f"reference on {name} pairs"
-        with Progress(title, total=scores.steps, active=jax.process_index() == 0) as progress:
-            scores.fill(score_step, base, progress.update)
+    _score_reference(reference, score_step, base)
     reference_params = assembly.frozen(base) if online and preference else None
-    reference = wanted["training"].scores if "training" in wanted else None
-    feed = assembly.feed(pairs, plan, augmented=objective.refined, with_rejected=preference, reference=reference)
     total_steps = min(len(plan), config.train.max_steps or len(plan))
-    train_step, state = _state_and_step(assembly, plan, total_steps, checkpoints, base if not resume else None)
-    _, batch = next(feed.batches(0))
+    train_step, state = _state_and_step(assembly, plan, total_steps, checkpoints, None if resume else base)
+    del base  # the step consumes it, or a checkpoint has taken its place
+
+    train_scores = reference["training"].scores if "training" in reference else None
+    feed = assembly.feed(pairs, plan, augmented=objective.refined, with_rejected=preference, reference=train_scores)
     started = time.monotonic()
-    compiled = train_step.lower(state, reference_params, batch).compile()
-    log.info("compiled the train step in %.1f s", time.monotonic() - started)
-    job = Job(config, plan, total_steps, sizes[0], feed, compiled, reference_params, held_out, checkpoints)
-    return job, state
+    train_step = train_step.lower(state, reference_params, next(feed.batches(0))[1]).compile()
+    held_out = None
+    if eval_feed is not None:
+        compiled = score_step.lower(state.params, next(eval_feed.batches(0))[1]).compile()
+        eval_scores = reference["held-out"].scores if preference else None
+        held_out = HeldOut(objective, compiled, eval_feed, len(eval_pairs.ids), eval_scores)
+    log.info("compiled in %.1f s", time.monotonic() - started)
+    return Job(config, plan, total_steps, sizes[0], feed, train_step, reference_params, held_out, checkpoints), state
+
+
+def _score_reference(
+    reference: dict[str, ReferenceScores], score_step: Callable[..., Scores], base: Params | None
+) -> None:
+    for name, scores in reference.items():
+        if not scores.complete:
+            title, leader = f"reference on {name} pairs", jax.process_index() == 0
+            with Progress(title, total=scores.steps, active=leader) as progress:
+                scores.fill(score_step, base, progress.update)
 
 
 def _plan(
@@ -184,8 +197,8 @@ def _state_and_step(
         state, position = checkpoints.restore(abstract_state(shapes, shardings))
         if position["plan_digest"] != plan.digest:
             raise UsageError(
-                f"{assembly.config.output_dir}: step {position['next_step']} was reached with other data, seed, epochs, "
-                "batch.pairs_per_step or truncation; restore them, or choose another output_dir"
+                f"{assembly.config.output_dir}: step {position['next_step']} was reached with other data, seed, "
+                "epochs, batch.pairs_per_step or truncation; restore them, or choose another output_dir"
             )
         log.info("resuming at step %d", position["next_step"])
     else:

@@ -47,5 +47,5 @@ def make_optimizer(
 
 
 def _is_matrix(params: Any) -> Any:
-    """True where weight decay applies: not on norms and biases, whatever their rank (stacked biases have three axes)."""
+    """True where weight decay applies: not on norms and biases, though stacked biases have up to three axes."""
     return jax.tree.map_with_path(lambda path, _: path[-1].key != "scale" and "bias" not in path[-1].key, params)

@@ -223,7 +223,10 @@ def initialise(make: Callable[[], Any], shardings: Any) -> Any:
 def _micro_batches(batch: Batch) -> Batch:
     """The batch with the axis A in front of every array; reference scores are the same for each micro-batch."""
     steps = batch.plain.tokens.shape[0]
-    repeat = lambda scores: None if scores is None else jnp.broadcast_to(scores, (steps, *scores.shape))  # noqa: E731
+
+    def repeat(scores: Array | None) -> Array | None:
+        return None if scores is None else jnp.broadcast_to(scores, (steps, *scores.shape))
+
     return dataclasses.replace(
         batch, reference=repeat(batch.reference), reference_augmented=repeat(batch.reference_augmented)
     )

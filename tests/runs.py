@@ -78,9 +78,7 @@ def without_times(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
 
 
-def run_process(
-    arguments: Sequence[str], *, devices: int = 1, **environment: str
-) -> "subprocess.Popen[str]":
+def run_process(arguments: Sequence[str], *, devices: int = 1, **environment: str) -> "subprocess.Popen[str]":
     """`sr-dpo ARGUMENTS` in a process of its own with this many CPU devices."""
     env = {**os.environ, **environment}
     kept = [flag for flag in env.get("XLA_FLAGS", "").split() if "device_count" not in flag]

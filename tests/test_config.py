@@ -125,18 +125,16 @@ def test_bad_overrides(tmp_path, override, words):
         assert word in str(error.value)
 
 
-@pytest.mark.xfail(strict=True, raises=(ValueError, RecursionError), reason="PyYAML's own ValueErrors pass through")
-@pytest.mark.parametrize("value", ["2020-13-45", "!!int abc", "0b_", "[" * 3000])
+@pytest.mark.parametrize("value", ["!!int abc", "0b_", "[" * 3000])
 def test_yaml_values_that_pyyaml_itself_fails_on(tmp_path, value):
     with pytest.raises(UsageError, match="output_dir"):
         load(write(tmp_path, yaml.safe_dump(SMALLEST)), [f"output_dir={value}"])
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="the message of a date does not say which key holds it")
-def test_a_date_names_its_key(tmp_path):
-    with pytest.raises(UsageError) as error:
-        load(write(tmp_path, yaml.safe_dump(SMALLEST)), ["model.revision=2020-01-01"])
-    assert "model.revision" in str(error.value)
+@pytest.mark.parametrize("value", ["2020-01-01", "2020-13-45"])
+def test_dates_stay_text(tmp_path, value):
+    config = load(write(tmp_path, yaml.safe_dump(SMALLEST)), [f"model.revision={value}"])
+    assert config.model.revision == value
 
 
 def test_frozen():

@@ -264,8 +264,8 @@ def _fetch(name: str, revision: str | None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UsageError(
-            f"model.path={name}: neither a directory nor a hub name that can be fetched ({type(error).__name__}); check "
-            "the name, model.revision, the network and HF_TOKEN"
+            f"model.path={name}: neither a directory nor a hub name that can be fetched ({type(error).__name__}); "
+            "check the name, model.revision, the network and HF_TOKEN"
         ) from error
 
 

@@ -17,12 +17,12 @@ GPT-NeoX with random weights and a byte-level BPE trained on the data, made on t
     jax-dpo-online           reference run in each step
 
 TRL gets its best: sdpa attention, fused AdamW, no gradient checkpointing, logging, evaluation, saving or telemetry.
-Both sides get every core and glibc's allocator told to keep freed memory, which spares torch thousands of page faults
-a step (--plain-malloc shows by how much). By length, TRL's steps are no longer random samples of the data;
-sr_dpo_jax's stay random. The fewer steps there are to sort the pairs into, the more padding is left in those rows.
+Both sides get every core and glibc's allocator told to keep freed memory instead of faulting it in again at each step
+(--plain-malloc runs without). By length, TRL's steps are no longer random samples of the data; sr_dpo_jax's stay
+random. The fewer steps there are to sort the pairs into, the more padding is left in those rows.
 
 Command, from the repository root (needs the `parity` extra). Expect about an hour on two cores that nothing else uses,
-and ten minutes with --steps 4 --warm-up 1 --rounds 1, which is too few steps for the rows by length (see below):
+and ten minutes with --steps 4 --warm-up 1 --rounds 1, which is too few steps to be fair to the rows by length:
 
     python tests/benchmarks/trl_comparison.py [--data FILE.jsonl.gz] [--steps 24] [--rounds 2] [--json FILE]
 
@@ -30,9 +30,10 @@ How to read the output: `pairs/s` is all timed pairs over all timed seconds, dat
 warm-up excluded, the median of the rounds (best: the fastest round); `median step` is the median time of a step.
 `ratio` is pairs/s over that of the row named, taken within each round, then the median of the rounds: on a shared
 machine only these mean something. `CPU s a step` is the processor time of all threads, and its ratio is the steadier
-one where other work takes the cores; threads that wait for each other may count in it. `peak` is the largest resident set of the row's own process, with all libraries,
-compilation and reference scoring. `scoring` is the time that the cached reference took, once, for all pairs; a step's
-time does not hold it. `tokens in a step` counts what passes through the model, `padding` the part of it that is none.
+one where other work takes the cores; threads that wait for each other may count in it. `peak` is the largest resident
+set of the row's own process, with all libraries, compilation and reference scoring. `scoring` is the time that the
+cached reference took, once, for all pairs, compilation left out; a step's time does not hold it. `tokens in a step`
+counts what passes through the trained model, `padding` the part of it that is none.
 """
 
 import argparse
@@ -47,6 +48,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -244,11 +246,8 @@ def run_trl(row: str, options: argparse.Namespace) -> dict:
         def on_step_end(self, *_, **__):
             clock.step_done()
 
-    def load():
-        return AutoModelForCausalLM.from_pretrained(
-            options.work / "model", dtype=torch.float32, attn_implementation="sdpa"
-        )
-
+    best = {"dtype": torch.float32, "attn_implementation": "sdpa"}
+    load = partial(AutoModelForCausalLM.from_pretrained, options.work / "model", **best)
     tokenizer = AutoTokenizer.from_pretrained(options.work / "model")
     pairs = load_dataset("json", data_files=str(options.work / "pairs.jsonl"), split="train")
     if row.endswith("by-length"):
