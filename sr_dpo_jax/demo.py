@@ -25,7 +25,7 @@ from sr_dpo_jax.config import PAPER_PROMPT
 from sr_dpo_jax.export import export
 from sr_dpo_jax.loop import EXIT_DONE, train
 
-TRAIN_PAIRS, HELD_OUT_PAIRS = 3000, 300
+TRAIN_PAIRS, HELD_OUT_PAIRS = 2500, 300
 SFT_WRONG = 0.4
 """Share of wrong answers among the SFT rows without p."""
 WORDS = [
@@ -136,7 +136,7 @@ def _make_world(output_dir: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     rows = {
-        "sft": make_sft_rows(4 * TRAIN_PAIRS, seed=1),
+        "sft": make_sft_rows(3 * TRAIN_PAIRS, seed=1),
         "train": make_pairs(TRAIN_PAIRS, seed=2),
         "held_out": make_pairs(HELD_OUT_PAIRS, seed=3),
     }
@@ -147,7 +147,7 @@ def _make_world(output_dir: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=512,
+        vocab_size=1024,
         special_tokens=[END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -155,9 +155,9 @@ def _make_world(output_dir: Path) -> None:
     tokenizer.train_from_iterator((row["prompt"] + row["chosen"] for row in rows["sft"]), trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END).save_pretrained(partial)
     GPTNeoXConfig(
-        vocab_size=512,
+        vocab_size=1024,
         hidden_size=128,
-        num_hidden_layers=4,
+        num_hidden_layers=3,
         num_attention_heads=4,
         intermediate_size=512,
         rotary_pct=1.0,
@@ -183,7 +183,7 @@ def _stage(output_dir: Path, name: str, model: Path, *, epochs: int, learning_ra
         },
         "objective": {"name": name, **objective},
         "optimizer": {"name": "adamw", "learning_rate": learning_rate, "warmup_steps": 10, "max_grad_norm": 1.0},
-        "batch": {"pairs_per_step": 64 if name != "sft" else 128, "row_length": 512, "row_multiple": 8},
+        "batch": {"pairs_per_step": 64, "row_length": 256, "row_multiple": 8},
         "train": {"epochs": epochs},
     }
     path = output_dir / f"{name}.yaml"

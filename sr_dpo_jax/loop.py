@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -74,12 +74,12 @@ def train(config: Config) -> int:
     eval_pairs = None
     if config.data.eval_path is not None:
         eval_pairs = read_data(config, config.data.eval_path, config.data.eval_split, tokenizer)
-    stop = StopSignal()
-    assembly = assemble(config, directory)
-    job, state = prepare(assembly, pairs, eval_pairs)
-    if jax.process_index() == 0:
-        _write_run_files(assembly, pairs, tokenizer_digest(tokenizer))
-    return run(job, state, stop)
+    with StopSignal() as stop:  # before jax.distributed starts, whose own handler must come last
+        assembly = assemble(config, directory)
+        job, state = prepare(assembly, pairs, eval_pairs)
+        if jax.process_index() == 0:
+            _write_run_files(assembly, pairs, tokenizer_digest(tokenizer))
+        return run(job, state, stop)
 
 
 def prepare(assembly: Assembly, pairs: TokenizedPairs, eval_pairs: TokenizedPairs | None) -> tuple[Job, TrainState]:
@@ -289,20 +289,27 @@ def _log(
 class StopSignal:
     """SIGTERM, as a preempted machine gets it: the step in flight is finished, saved, and the run ends with 75.
 
-    In a run of several processes, jax's own handler makes all of them stop after the same step.
+    In a run of several processes, jax's own handler makes all of them stop after the same step. A context manager:
+    afterwards SIGTERM does again what it did before.
     """
 
     def __init__(self) -> None:
         self._received = False
-        signal.signal(signal.SIGTERM, self._receive)
 
-    def _receive(self, _number: int, _frame: FrameType | None) -> None:
-        self._received = True
+    def __enter__(self) -> Self:
+        self._before = signal.signal(signal.SIGTERM, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self._before)
 
     def requested(self, step: int) -> bool:
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._received
+
+    def _receive(self, _number: int, _frame: FrameType | None) -> None:
+        self._received = True
 
 
 def _write_run_files(assembly: Assembly, pairs: TokenizedPairs, tokenizer: str) -> None:

@@ -11,6 +11,7 @@ from runs import HH_FILE, make_config, metrics_of, model_directory
 from sr_dpo_jax.config import PAPER_PROMPT
 from sr_dpo_jax.loop import train
 
+DTYPES = ("float32", "bfloat16")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not HH_FILE.exists(), reason=f"REAL DATA IS ABSENT: {HH_FILE}"),
@@ -27,9 +28,14 @@ def world(tmp_path_factory):
     return root, model, data
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("mode", ["cached", "online"])
-@pytest.mark.parametrize("name", ["dpo", "sr_dpo", "ipo", "sr_ipo"])
+@pytest.mark.parametrize(
+    ("name", "mode", "dtype"),
+    [
+        *[(name, mode, dtype) for name in ("sr_dpo", "sr_ipo") for mode in ("cached", "online") for dtype in DTYPES],
+        ("dpo", "cached", "bfloat16"),
+        ("ipo", "online", "float32"),
+    ],
+)
 def test_the_first_loss_is_analytic(world, tmp_path, name, mode, dtype):
     """ln 2 for DPO and Sr-DPO, 1/(4β²) = 25 for IPO and Sr-IPO, to six digits."""
     root, model, data = world
@@ -39,11 +45,11 @@ def test_the_first_loss_is_analytic(world, tmp_path, name, mode, dtype):
         data,
         cache_dir=str(root / "cache"),
         model={"dtype": dtype},
-        data={"format": "hh_rlhf", "max_length": 512, "max_prompt_length": 256, "max_bad_rows": 2},
+        data={"format": "hh_rlhf", "max_length": 256, "max_prompt_length": 128, "max_bad_rows": 2},
         objective={"name": name, "lam": 0.5 if name.startswith("sr") else None},
         refinement={"prompt": PAPER_PROMPT},
         reference={"mode": mode},
-        batch={"pairs_per_step": 64, "row_length": 1536},
+        batch={"pairs_per_step": 64, "row_length": 512},
         train={"max_steps": 1},
     )
     assert train(config) == 0
