@@ -64,7 +64,7 @@ class Assembly:
         if self.config.model.init == "pretrained":
             return weights.weights_digest(self.directory)
         config_json = (self.directory.path / "config.json").read_bytes()
-        drawn = f" random {self.config.seed} {self.config.model.param_dtype}".encode()
+        drawn = f" random {self.config.seed}".encode()
         return hashlib.sha256(config_json + drawn).hexdigest()
 
     @property
@@ -101,7 +101,7 @@ class Assembly:
             self.config.cache_path,
             pairs,
             weights_digest=self.base_digest,
-            dtype=self.config.model.dtype,
+            dtype=f"{self.config.model.dtype} {self.config.model.param_dtype}",
             augmented=augmented,
         )
         return ReferenceScores(files, plan, self.feed(pairs, plan, augmented=augmented), len(pairs.offsets))
@@ -138,15 +138,20 @@ def pair_sizes(pairs: TokenizedPairs, *, with_rejected: bool) -> tuple[np.ndarra
 
 
 def read_data(
-    config: Config, sources: Sequence[Source], split: str, tokenizer: PreTrainedTokenizerBase
+    config: Config,
+    sources: Sequence[Source],
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    augmentation_prompt: str | None,
 ) -> TokenizedPairs:
-    """Reads, checks and tokenises `sources`; touches no device."""
+    """Reads, checks and tokenises `sources`, with p where it is used; touches no device."""
     pairs = dataset.prepare(
         [dataset.Source(source.path, source.weight, source.revision) for source in sources],
         tokenizer,
         format=config.data.format,
         split=split,
-        augmentation_prompt=config.refinement.prompt if config.objective.name != "sft" else None,
+        augmentation_prompt=augmentation_prompt,
         max_length=config.data.max_length,
         max_prompt_length=config.data.max_prompt_length,
         prompt_truncation=config.data.prompt_truncation,

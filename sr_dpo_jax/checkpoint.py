@@ -25,11 +25,12 @@ class Checkpoints:
 
     Args:
       output_dir: the run directory.
-      keep: how many of the newest stay.
+      keep: how many of the newest stay; None keeps all.
+      read_only: refuses to write, and makes no directory.
     """
 
-    def __init__(self, output_dir: str | Path, *, keep: int):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+    def __init__(self, output_dir: str | Path, *, keep: int | None = None, read_only: bool = False):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=not read_only, read_only=read_only)
         self._directory = Path(output_dir).absolute() / "checkpoints"
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 
@@ -41,7 +42,7 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, *, position: dict[str, Any], config: dict[str, Any]) -> None:
         """Copies the state off the devices and writes it in the background; an earlier failed save raises here."""
         self._manager.check_for_errors()
-        self._manager.save(
+        saved = self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(_as_dict(state)),
@@ -49,6 +50,8 @@ class Checkpoints:
                 config=ocp.args.JsonSave(config),
             ),
         )
+        if not saved:
+            raise RuntimeError(f"{self._directory}: Orbax declined to save step {step}")
 
     def restore(self, abstract: TrainState, *, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
         """State and data position of `step`, or of the latest.

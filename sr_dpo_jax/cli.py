@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     def with_config(added: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        added.add_argument("config", help="YAML file; see configs/")
+        added.add_argument("config", help="YAML file; the README shows one")
         added.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the file's")
         return added
 

@@ -46,7 +46,8 @@ class Model(Section):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of activations and matmuls. Norms, softmax and log-probabilities are float32 whatever it is."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the trained parameters and of the optimizer's moments. A frozen reference is kept in `dtype`."""
+    """Type of the trained parameters and of the optimizer's moments. A frozen reference is kept in `dtype`.
+    bfloat16 parameters lose every update below about 1/256 of their value, as the paper's learning rate gives."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes: nothing, all but the matmuls, or whole layers."""
     attention: Literal["auto", "dense"] = "auto"
@@ -140,7 +141,7 @@ class Batch(Section):
 
 class Mesh(Section):
     replica: int = 1
-    """Data-parallel copies of the parameters; the axis between slices."""
+    """Data-parallel copies of the parameters."""
     fsdp: int = -1
     """Shards of parameters, optimizer state and rows; -1 means all devices that are left."""
     tensor: int = 1
@@ -222,7 +223,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot read the configuration ({error}); name an existing YAML file") from error
     if not isinstance(raw, dict):
-        raise UsageError(f"{path}: holds {type(raw).__name__}, not a mapping of sections; see configs/ for examples")
+        raise UsageError(f"{path}: holds {type(raw).__name__}, not a mapping of sections; the README shows one")
     for override in overrides:
         _apply(raw, override)
     return from_dict(raw, where=str(path))
@@ -309,6 +310,8 @@ def _cross_checks(config: Config) -> list[str]:
         )
     if config.optimizer.weight_decay and config.optimizer.name != "adamw":
         found.append(f"  optimizer.weight_decay={config.optimizer.weight_decay}: only adamw uses it; remove it")
+    if config.optimizer.name != "adamw" and (config.optimizer.b1, config.optimizer.b2) != (0.9, 0.999):
+        found.append("  optimizer.b1, optimizer.b2: only adamw uses them; remove them")
     if config.data.max_prompt_length >= config.data.max_length:
         found.append(
             f"  data.max_prompt_length={config.data.max_prompt_length} leaves no room for a response in "
@@ -318,6 +321,13 @@ def _cross_checks(config: Config) -> list[str]:
         found.append(f"  train.eval_every_steps={config.train.eval_every_steps}: set data.eval_path, or remove it")
     if (config.distributed.process_id is None) != (config.distributed.coordinator_address is None):
         found.append("  distributed.process_id and distributed.coordinator_address go together; set both or neither")
+    elif config.distributed.process_id is not None and config.distributed.process_id >= config.distributed.processes:
+        found.append(
+            f"  distributed.process_id={config.distributed.process_id}: not below "
+            f"distributed.processes={config.distributed.processes}; set that to how many were started"
+        )
+    elif config.distributed.coordinator_address is not None and config.distributed.processes == 1:
+        found.append("  distributed.processes=1 has no coordinator; set how many processes were started")
     sizes = config.mesh.model_dump()
     if list(sizes.values()).count(-1) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         found.append(f"  mesh={sizes}: sizes are positive, and at most one of them is -1 (all devices left)")

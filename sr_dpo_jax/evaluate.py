@@ -44,10 +44,10 @@ def score_pairs(
       progress: called with the number of steps done.
 
     Returns:
-      Scores with `[N, 2]` NumPy arrays, NaN in `augmented` where the feed has no augmented rows.
+      Scores with `[N, 2]` NumPy arrays; `augmented` is None where the feed has no augmented rows.
     """
     plain = np.full((pairs, 2), np.nan, np.float32)
-    augmented = np.full((pairs, 2), np.nan, np.float32)
+    augmented = np.full((pairs, 2), np.nan, np.float32) if feed.source.augmented else None
     tokens = np.zeros((pairs, 2), np.int32)
     pending: tuple[np.ndarray, Scores] | None = None
 
@@ -90,14 +90,12 @@ def evaluate(objective: Objective, policy: Scores, reference: np.ndarray | None)
 
     Args:
       objective: whose loss is reported.
-      policy: from `score_pairs`; augmented scores of NaN leave the augmented metrics out.
+      policy: from `score_pairs`.
       reference: `[N, 2 sides, 2 (plain, augmented)]` scores of the reference; None for sft.
     """
-    has_augmented = reference is not None and not np.isnan(policy.augmented).any()
-    policy = Scores(policy.plain, policy.augmented if has_augmented else None, policy.tokens)
     scores = None
     if reference is not None:
-        scores = Scores(reference[..., 0], reference[..., 1] if has_augmented else None, policy.tokens)
+        scores = Scores(reference[..., 0], None if policy.augmented is None else reference[..., 1], policy.tokens)
     per_pair = pair_metrics(objective, jax.tree.map(jnp.asarray, policy), jax.tree.map(jnp.asarray, scores))
     means = averages({name: np.asarray(value, np.float64) for name, value in per_pair.items()}, policy.tokens)
     return {f"eval/{name}": float(value) for name, value in means.items()} | {"eval/pairs": len(policy.plain)}
@@ -111,14 +109,15 @@ def evaluate_command(config: Config) -> dict[str, float]:
     if config.data.eval_path is None:
         raise UsageError("data.eval_path is not set: it names the pairs that `sr-dpo eval` measures")
     directory, tokenizer = read_model(config)
-    pairs = read_data(config, config.data.eval_path, config.data.eval_split, tokenizer)
+    preference = config.objective.name != "sft"
+    p = config.refinement.prompt if preference else None
+    pairs = read_data(config, config.data.eval_path, config.data.eval_split, tokenizer, augmentation_prompt=p)
     assembly, objective = assemble(config, directory), objective_of(config)
-    preference = objective.name != "sft"
     feed, plan = _one_pass(assembly, pairs, with_rejected=preference)
     score_step = make_score_step(assembly.graph, pairs=plan.shape.pairs, mesh=assembly.mesh)
     reference, base = None, None
     if preference:
-        scores = assembly.reference_scores(pairs, plan, augmented=bool(config.refinement.prompt))
+        scores = assembly.reference_scores(pairs, plan, augmented=bool(p))
         if not scores.complete:
             base = assembly.base_params()
             with Progress("reference", total=len(plan), active=jax.process_index() == 0) as progress:
@@ -135,10 +134,11 @@ def evaluate_command(config: Config) -> dict[str, float]:
 
 def score_command(config: Config, output: Path) -> int:
     """`sr-dpo score`: log-probabilities under model.path of every pair of data.path; returns how many."""
-    if not output.parent.is_dir():
-        raise UsageError(f"--output {output}: the directory does not exist; create it first")
+    if not output.parent.is_dir() or output.is_dir():
+        raise UsageError(f"--output {output}: names a directory, or stands in one that does not exist; name a file")
     directory, tokenizer = read_model(config)
-    pairs = read_data(config, config.data.path, config.data.split, tokenizer)
+    p = config.refinement.prompt
+    pairs = read_data(config, config.data.path, config.data.split, tokenizer, augmentation_prompt=p)
     assembly = assemble(config, directory)
     feed, plan = _one_pass(assembly, pairs, with_rejected=True)
     score_step = make_score_step(assembly.graph, pairs=plan.shape.pairs, mesh=assembly.mesh)
@@ -165,22 +165,29 @@ def _one_pass(assembly: Assembly, pairs: TokenizedPairs, *, with_rejected: bool)
         rows_multiple=assembly.rows_multiple,
     )
     plan = scoring_plan(*sizes, shape)
-    augmented = with_rejected and bool(config.refinement.prompt)
+    augmented = with_rejected and len(pairs.augmentation) > 0
     return assembly.feed(pairs, plan, augmented=augmented, with_rejected=with_rejected), plan
 
 
 def _latest_params(assembly: Assembly, base: Params | None) -> tuple[Params, int]:
     """Parameters and step of the latest checkpoint of output_dir; without one those of model.path, and step 0."""
     if (Path(assembly.config.output_dir) / "checkpoints").is_dir():
-        checkpoints = Checkpoints(assembly.config.output_dir, keep=assembly.config.checkpoint.keep)
-        if checkpoints.latest is not None:
-            params = checkpoints.restore_params(assembly.param_shapes, assembly.param_shardings)
-            return params, checkpoints.latest
+        checkpoints = Checkpoints(assembly.config.output_dir, read_only=True)
+        latest = checkpoints.latest
+        if latest is not None:
+            params = checkpoints.restore_params(assembly.param_shapes, assembly.param_shardings, step=latest)
+        checkpoints.close()
+        if latest is not None:
+            return params, latest
     return base if base is not None else assembly.base_params(), 0
 
 
 def write_scores(path: Path, pairs: TokenizedPairs, scores: Scores) -> None:
     """One JSON line a pair, in the order of the data: id, token counts, log-probabilities in nats, scores if rated."""
+    for array in (scores.plain, scores.augmented):
+        if array is not None and not np.isfinite(array).all():
+            bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
+            raise RuntimeError(f"{len(bad)} pairs have no finite log-probability, first id {pairs.ids[bad[0]]}")
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:
         for index in range(len(scores.plain)):
@@ -192,7 +199,7 @@ def write_scores(path: Path, pairs: TokenizedPairs, scores: Scores) -> None:
                 "logp_chosen": float(scores.plain[index, CHOSEN]),
                 "logp_rejected": float(scores.plain[index, REJECTED]),
             }
-            if not np.isnan(scores.augmented[index]).any():
+            if scores.augmented is not None:
                 line["logp_chosen_augmented"] = float(scores.augmented[index, CHOSEN])
                 line["logp_rejected_augmented"] = float(scores.augmented[index, REJECTED])
             for name in ("chosen_score", "rejected_score"):

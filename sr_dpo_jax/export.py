@@ -24,15 +24,19 @@ def export(run_dir: Path, out_dir: Path, *, step: int | None = None) -> None:
     model.param_dtype.
 
     Raises:
-      UsageError: run_dir is no run, the step is not there, or out_dir exists.
+      UsageError: run_dir is no run or has no checkpoint, the step is not there, or out_dir exists.
     """
+    if not (run_dir / "checkpoints").is_dir():
+        raise UsageError(f"{run_dir}: has no checkpoints; name the output_dir of a run of sr-dpo train")
     if out_dir.exists():
         raise UsageError(f"{out_dir}: exists already; name a new directory")
-    config = configuration.load(run_dir / "config.yaml", [f"output_dir={json.dumps(str(run_dir))}"])
+    here = ("distributed={}", "mesh={replica: 1, fsdp: -1, tensor: 1}")  # not the pod that the run was trained on
+    config = configuration.load(run_dir / "config.yaml", [f"output_dir={json.dumps(str(run_dir))}", *here])
     directory, _ = read_model(config)
     assembly = assemble(config, directory)
-    checkpoints = Checkpoints(run_dir, keep=config.checkpoint.keep)
+    checkpoints = Checkpoints(run_dir, read_only=True)
     params = checkpoints.restore_params(assembly.param_shapes, assembly.param_shardings, step=step)
+    checkpoints.close()
     partial = out_dir.with_name(out_dir.name + ".partial")
     if jax.process_index() == 0:
         shutil.rmtree(partial, ignore_errors=True)

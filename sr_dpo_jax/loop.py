@@ -59,6 +59,8 @@ class Job:
     total_steps: int
     tokens: np.ndarray
     """`[N]`, tokens of each pair in a row, for throughput and padding."""
+    identity: dict[str, Any]
+    """What a checkpoint of this run must agree with to be resumed."""
     feed: Feed
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     """Compiled: a batch of another shape raises instead of compiling again."""
@@ -69,14 +71,23 @@ class Job:
 
 def train(config: Config) -> int:
     """Runs or resumes training; returns the exit code: 0 done, 75 preempted (the same command goes on)."""
-    directory, tokenizer = read_model(config)
-    pairs = read_data(config, config.data.path, config.data.split, tokenizer)
-    eval_pairs = None
-    if config.data.eval_path is not None:
-        eval_pairs = read_data(config, config.data.eval_path, config.data.eval_split, tokenizer)
+    root = Path(config.output_dir)
+    if root.exists() and not root.is_dir():
+        raise UsageError(f"output_dir={root}: is a file; name a directory")
     with StopSignal() as stop:  # before jax.distributed starts, whose own handler must come last
-        assembly = assemble(config, directory)
-        job, state = prepare(assembly, pairs, eval_pairs)
+        try:
+            directory, tokenizer = read_model(config)
+            p = config.refinement.prompt if config.objective.name != "sft" else None
+            pairs = read_data(config, config.data.path, config.data.split, tokenizer, augmentation_prompt=p)
+            eval_pairs = None
+            if config.data.eval_path is not None:
+                split = config.data.eval_split
+                eval_pairs = read_data(config, config.data.eval_path, split, tokenizer, augmentation_prompt=p)
+            assembly = assemble(config, directory)
+            job, state = prepare(assembly, pairs, eval_pairs)
+        except Preempted:
+            log.warning("stopped by a signal before the first step; run the same command to go on")
+            return EXIT_PREEMPTED
         if jax.process_index() == 0:
             _write_run_files(assembly, pairs, tokenizer_digest(tokenizer))
         return run(job, state, stop)
@@ -98,7 +109,7 @@ def prepare(assembly: Assembly, pairs: TokenizedPairs, eval_pairs: TokenizedPair
     eval_feed = None
     if eval_pairs is not None:
         eval_plan = scoring_plan(*pair_sizes(eval_pairs, with_rejected=preference), plan.shape)
-        augmented = preference and bool(config.refinement.prompt)
+        augmented = len(eval_pairs.augmentation) > 0
         eval_feed = assembly.feed(eval_pairs, eval_plan, augmented=augmented, with_rejected=preference)
         if preference:
             reference["held-out"] = assembly.reference_scores(eval_pairs, eval_plan, augmented=augmented)
@@ -110,8 +121,11 @@ def prepare(assembly: Assembly, pairs: TokenizedPairs, eval_pairs: TokenizedPair
     _score_reference(reference, score_step, base)
     reference_params = assembly.frozen(base) if online and preference else None
     total_steps = min(len(plan), config.train.max_steps or len(plan))
-    train_step, state = _state_and_step(assembly, plan, total_steps, checkpoints, None if resume else base)
-    del base  # the step consumes it, or a checkpoint has taken its place
+    identity = _identity(assembly, pairs, plan)
+    if resume:
+        base = None  # its memory is needed for what the checkpoint holds
+    train_step, state = _state_and_step(assembly, plan, total_steps, checkpoints, base, identity)
+    del base  # the first step consumes it
 
     train_scores = reference["training"].scores if "training" in reference else None
     feed = assembly.feed(pairs, plan, augmented=objective.refined, with_rejected=preference, reference=train_scores)
@@ -123,7 +137,21 @@ def prepare(assembly: Assembly, pairs: TokenizedPairs, eval_pairs: TokenizedPair
         eval_scores = reference["held-out"].scores if preference else None
         held_out = HeldOut(objective, compiled, eval_feed, len(eval_pairs.ids), eval_scores)
     log.info("compiled in %.1f s", time.monotonic() - started)
-    return Job(config, plan, total_steps, sizes[0], feed, train_step, reference_params, held_out, checkpoints), state
+    job = Job(config, plan, total_steps, sizes[0], identity, feed, train_step, reference_params, held_out, checkpoints)
+    return job, state
+
+
+def _identity(assembly: Assembly, pairs: TokenizedPairs, plan: Plan) -> dict[str, Any]:
+    """What must be the same for a checkpoint to go on as the run that it was, by the key that decides it."""
+    config = assembly.config
+    return {
+        "data.path": pairs.digest,
+        "model.path": assembly.base_digest,
+        "steps (seed, data.path weights, train.epochs, batch.pairs_per_step)": plan.digest,
+        "objective": config.objective.model_dump(),
+        "optimizer": config.optimizer.model_dump(),
+        "model.param_dtype": config.model.param_dtype,
+    }
 
 
 def _score_reference(
@@ -173,7 +201,12 @@ def _plan(
 
 
 def _state_and_step(
-    assembly: Assembly, plan: Plan, total_steps: int, checkpoints: Checkpoints, base: Params | None
+    assembly: Assembly,
+    plan: Plan,
+    total_steps: int,
+    checkpoints: Checkpoints,
+    base: Params | None,
+    identity: dict[str, Any],
 ) -> tuple[Callable[..., Any], TrainState]:
     """The jitted train step, and the state: fresh around `base`, or of the latest checkpoint where `base` is None."""
     section = assembly.config.optimizer
@@ -195,10 +228,11 @@ def _state_and_step(
     shardings = state_shardings(shapes, assembly.param_shardings, optimizer, assembly.mesh)
     if base is None:
         state, position = checkpoints.restore(abstract_state(shapes, shardings))
-        if position["plan_digest"] != plan.digest:
+        changed = [key for key, value in identity.items() if position["identity"].get(key) != value]
+        if changed:
             raise UsageError(
-                f"{assembly.config.output_dir}: step {position['next_step']} was reached with other data, seed, "
-                "epochs, batch.pairs_per_step or truncation; restore them, or choose another output_dir"
+                f"{assembly.config.output_dir}: step {position['next_step']} was reached with another value of "
+                f"{', '.join(changed)}; restore it, or choose another output_dir"
             )
         log.info("resuming at step %d", position["next_step"])
     else:
@@ -218,6 +252,7 @@ def _state_and_step(
 
 def run(job: Job, state: TrainState, stop: "StopSignal") -> int:
     """The loop. Step n is on its way to the device before the metrics of step n − 1 are fetched."""
+    stop.stepping()
     config, leader = job.config, jax.process_index() == 0
     first, root = int(state.step), Path(config.output_dir)
     writer = MetricsWriter(root / "metrics.jsonl", root / "tensorboard", first_step=first, active=leader)
@@ -242,12 +277,12 @@ def run(job: Job, state: TrainState, stop: "StopSignal") -> int:
             if evaluate_now or save_now:
                 _log(job, writer, progress, *pending, clock)
                 pending = None
+            if evaluate_now:  # before saving: a committed step has all its lines, and a lost one is done again
+                writer.write({"step": step, **job.held_out.metrics(state.params)})
             if save_now:
-                position = {"next_step": step, "plan_digest": job.plan.digest}
+                position = {"next_step": step, "identity": job.identity}
                 job.checkpoints.save(step, state, position=position, config=config.model_dump(mode="json"))
                 saved = step
-            if evaluate_now:
-                writer.write({"step": step, **job.held_out.metrics(state.params)})
             if evaluate_now or save_now:
                 clock = time.monotonic()
     writer.close()
@@ -286,15 +321,20 @@ def _log(
     return now
 
 
+class Preempted(BaseException):
+    """SIGTERM came before the first step: there is nothing to save that is not saved."""
+
+
 class StopSignal:
     """SIGTERM, as a preempted machine gets it: the step in flight is finished, saved, and the run ends with 75.
 
-    In a run of several processes, jax's own handler makes all of them stop after the same step. A context manager:
-    afterwards SIGTERM does again what it did before.
+    Before the first step it raises Preempted where it meets the program. In a run of several processes, jax's own
+    handler takes over when they join, and makes all of them stop after the same step. A context manager: afterwards
+    SIGTERM does again what it did before.
     """
 
     def __init__(self) -> None:
-        self._received = False
+        self._stepping, self._received = False, False
 
     def __enter__(self) -> Self:
         self._before = signal.signal(signal.SIGTERM, self._receive)
@@ -304,12 +344,19 @@ class StopSignal:
         signal.signal(signal.SIGTERM, self._before)
 
     def requested(self, step: int) -> bool:
+        """Whether to stop after this step; every process must ask at every step."""
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._received
 
+    def stepping(self) -> None:
+        """From here on the signal waits for the end of a step."""
+        self._stepping = True
+
     def _receive(self, _number: int, _frame: FrameType | None) -> None:
         self._received = True
+        if not self._stepping:
+            raise Preempted
 
 
 def _write_run_files(assembly: Assembly, pairs: TokenizedPairs, tokenizer: str) -> None:

@@ -62,8 +62,11 @@ def make_mesh(*, replica: int, fsdp: int, tensor: int) -> Mesh:
     if devices % fixed or (not free and fixed != devices):
         raise UsageError(f"mesh={sizes}: does not make up {devices} devices; set one size to -1, or fix the product")
     shape = tuple(devices // fixed if size == -1 else size for size in sizes.values())
-    # Auto: the compiler propagates shardings. make_mesh's own default asks for a type on every reshape.
-    return jax.make_mesh(shape, tuple(sizes), axis_types=(AxisType.Auto,) * len(shape))
+    try:
+        # Auto: the compiler propagates shardings. make_mesh's own default asks for a type on every reshape.
+        return jax.make_mesh(shape, tuple(sizes), axis_types=(AxisType.Auto,) * len(shape))
+    except (ValueError, NotImplementedError, AssertionError) as error:
+        raise UsageError(f"mesh={sizes}: jax cannot lay it over these devices ({error}); choose other sizes") from error
 
 
 def row_shards(mesh: Mesh) -> int:

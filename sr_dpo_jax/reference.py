@@ -26,7 +26,7 @@ from sr_dpo_jax.train_step import Params, Scores
 
 log = logging.getLogger(__name__)
 
-CODE_VERSION = "1"
+CODE_VERSION = "2"
 """Part of every key; raise it when a change of code changes the numbers by more than float order."""
 SAVE_EVERY_S = 60.0
 KINDS = ("plain", "augmented")
@@ -95,16 +95,28 @@ class ReferenceScores:
         unfinished = (self._missing()[self._plan.pair] & (self._plan.pair >= 0)).any(axis=1)
         first = int(np.flatnonzero(unfinished)[0])
         saved_at = time.monotonic()
-        for done, (step, batch) in enumerate(self._feed.batches(first), first + 1):
-            result = jax.device_get(score_step(params, batch))
-            present = step.pair >= 0
-            for kind, part in enumerate((result.plain, result.augmented)[: len(self._files)]):
-                self.scores[step.pair[present], :, kind] = part[present]
-            if time.monotonic() - saved_at > SAVE_EVERY_S:
-                _save(self.scores, self._files)
-                saved_at = time.monotonic()
-            progress(done)
-        _save(self.scores, self._files)
+        try:
+            for done, (step, batch) in enumerate(self._feed.batches(first), first + 1):
+                self._take(step.pair, jax.device_get(score_step(params, batch)))
+                if time.monotonic() - saved_at > SAVE_EVERY_S:
+                    _save(self.scores, self._files)
+                    saved_at = time.monotonic()
+                progress(done)
+        finally:
+            _save(self.scores, self._files)
+        if not self.complete:
+            bad = np.flatnonzero(self._missing())
+            raise RuntimeError(
+                f"the reference gives {len(bad)} pairs a log-probability of NaN, first pair {bad[0]}: its weights, or "
+                "model.dtype, are at fault"
+            )
+
+    def _take(self, pair: np.ndarray, result: Scores) -> None:
+        """Fills what is missing; known scores stay, so that a resumed run sees what it saw before."""
+        pair, present = pair[pair >= 0], pair >= 0
+        for kind, part in enumerate((result.plain, result.augmented)[: len(self._files)]):
+            known = self.scores[pair, :, kind]
+            self.scores[pair, :, kind] = np.where(np.isnan(known), part[present], known)
 
     def _missing(self) -> np.ndarray:
         return np.isnan(self.scores[..., : len(self._files)]).any(axis=(1, 2))

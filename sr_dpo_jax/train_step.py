@@ -177,10 +177,12 @@ def make_train_step(
             lambda param: jnp.zeros(param.shape, jnp.promote_types(param.dtype, jnp.float32)), state.params
         )
         gradients, (tokens, per_pair) = jax.lax.scan(accumulate, zeros, _micro_batches(batch))
-        gradients = jax.tree.map(lambda total, param: (total / pairs).astype(param.dtype), gradients, state.params)
+        gradients = jax.tree.map(lambda total: total / pairs, gradients)
+        grad_norm = optax.tree.norm(gradients)
+        gradients = jax.tree.map(lambda gradient, param: gradient.astype(param.dtype), gradients, state.params)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
         metrics = averages({name: value.sum(axis=0) for name, value in per_pair.items()}, tokens.sum(axis=0))
-        metrics |= {"grad_norm": optax.tree.norm(gradients), "learning_rate": schedule(state.step)}
+        metrics |= {"grad_norm": grad_norm, "learning_rate": schedule(state.step)}
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), optimizer_state), metrics
 
     everywhere = replicated(mesh)

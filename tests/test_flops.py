@@ -43,7 +43,7 @@ def forward(length):
     a = architecture()
     body = a.layers * (4 * a.hidden * a.hidden + 2 * a.hidden * a.mlp)
     return (
-        2 * body * ROWS * length + 4 * a.layers * a.hidden * ROWS * length** 2,
+        2 * body * ROWS * length + 4 * a.layers * a.hidden * ROWS * length**2,
         2 * a.vocabulary_tokens * a.hidden * ROWS * SCORED,
     )
 

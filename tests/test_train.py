@@ -129,11 +129,16 @@ def test_resuming_is_bitwise(world, tmp_path):
     assert train(config) == 0, "a finished run has nothing left to do"
 
 
-def test_resuming_on_other_data_is_refused(world, tmp_path):
+def test_resuming_as_another_run_is_refused(world, tmp_path):
     model, data, _ = world
     assert train(make_config(tmp_path, model, data, train={"max_steps": 1})) == 0
-    with pytest.raises(UsageError, match="reached with other data"):
-        train(make_config(tmp_path, model, data, seed=1))
+    for change, key in (
+        ({"seed": 1}, "seed"),
+        ({"objective": {"beta": 0.2}}, "objective"),
+        ({"refinement": {"prompt": "Another instruction: "}}, "data.path"),
+    ):
+        with pytest.raises(UsageError, match=key):
+            train(make_config(tmp_path, model, data, **change))
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(world, tmp_path):
@@ -203,6 +208,32 @@ def test_score_writes_one_line_a_pair_in_order(world, tmp_path):
         assert line["logp_chosen"] < 0 and line["logp_rejected_augmented"] < 0
         # A model of random weights gives each token about 1 in 320.
         assert line["logp_chosen"] / line["chosen_tokens"] == pytest.approx(-math.log(320), rel=0.05)
+
+
+def test_score_with_an_sft_config_measures_p_too(world, tmp_path):
+    model, data, _ = world
+    scores = []
+    for objective in ({"name": "sft", "lam": None}, {"name": "sr_dpo"}):
+        path = write_config(tmp_path / "config.yaml", raw_config(tmp_path, model, data, objective=objective))
+        assert main(["score", str(path), "--output", str(tmp_path / "scores.jsonl")]) == 0
+        scores.append((tmp_path / "scores.jsonl").read_text())
+    assert scores[0] == scores[1]
+    line = json.loads(scores[0].splitlines()[0])
+    assert line["logp_chosen_augmented"] != line["logp_chosen"]
+
+
+def test_an_evaluation_cut_short_is_done_again(world, tmp_path, monkeypatch):
+    """A run that dies in its last evaluation has not saved the last step, so the same command evaluates."""
+    model, data, held_out = world
+    config = make_config(tmp_path, model, data, data={"eval_path": str(held_out)}, checkpoint={"every_steps": 4})
+    with monkeypatch.context() as patched:
+        patched.setattr("sr_dpo_jax.evaluate.HeldOut.metrics", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    assert train(config) == 0
+    lines = metrics_of(config.output_dir)
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if "eval/loss" in line] == [6]
 
 
 def test_two_processes_equal_one(world, tmp_path):

@@ -58,8 +58,10 @@ class StepSource:
         augmented: bool,
         row_multiple: int,
     ):
-        self._pairs, self._plan, self._augmented = pairs, plan, augmented
+        self._pairs, self._plan, self.augmented = pairs, plan, augmented
         self._micro_batches, self._local_rows, self._with_rejected = micro_batches, local_rows, with_rejected
+        if augmented and not len(pairs.augmentation):
+            raise ValueError("rows with p were asked for, but the pairs were tokenised without it")
         self._prefix = np.concatenate([pairs.head, pairs.augmentation])
         # A pair's augmented prompt goes without the head, so p is all that a row can gain.
         longest = plan.shape.row_length + len(pairs.augmentation)
@@ -77,7 +79,7 @@ class StepSource:
         empty = self._prefix[:0]
         plain = self._stack(members, self._plan.shape.row_length, 0, empty)
         augmented = None
-        if self._augmented:
+        if self.augmented:
             augmented = self._stack(members, self._augmented_length, len(self._pairs.head), self._prefix)
         return HostStep(pair, plain, augmented, len(self._prefix))
 

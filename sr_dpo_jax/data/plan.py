@@ -156,7 +156,13 @@ def _epoch_order(source: np.ndarray, source_weights: np.ndarray, seed: int, epoc
     drawn = []
     for index, weight in enumerate(source_weights):
         members = np.flatnonzero(source == index)
-        whole, part = divmod(round(float(weight) * len(members)), max(len(members), 1))
+        count = round(float(weight) * len(members))
+        if count == 0:
+            raise UsageError(
+                f"data.path entry {index}: weight {weight} of {len(members)} pairs draws none an epoch; raise the "
+                "weight or remove the entry"
+            )
+        whole, part = divmod(count, len(members))
         drawn += [members] * whole + [rng.permutation(members)[:part]]
     return rng.permutation(np.concatenate(drawn))
 

@@ -17,6 +17,7 @@ import jax
 import ml_dtypes  # noqa: F401 (teaches NumPy, and through it safetensors, what bfloat16 is)
 import numpy as np
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from jax.experimental import multihost_utils
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -65,9 +66,10 @@ def open_directory(path: str, *, revision: str | None = None) -> ModelDirectory:
         raise UsageError(f"{config_path}: auto_map asks for code of its own, which is never run; use a built-in family")
     try:
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
-    except (ValueError, OSError, KeyError) as error:
-        raise UsageError(f"{config_path}: transformers cannot read it: {error}") from error
-    return ModelDirectory(directory, config.model_type, architecture_of(config, where=str(config_path)))
+        architecture = architecture_of(config, where=str(config_path))
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, ZeroDivisionError, StrictDataclassError) as error:
+        raise UsageError(f"{config_path}: not the configuration of a known model: {error}; restore the file") from error
+    return ModelDirectory(directory, config.model_type, architecture)
 
 
 def weights_digest(directory: ModelDirectory) -> str:

@@ -3,7 +3,7 @@
     python tests/benchmarks/hh_run.py [--hidden 256] [--layers 6] [--output DIR]
 
 A Pythia-shaped model of random weights and a tokenizer trained on the same file; 64 pairs a step, row_length 2048,
-reference cached. On two CPU cores about 20 minutes at the default size. Prints the exit code, first and last
+reference cached. On two CPU cores about 15 minutes at the default size. Prints the exit code, first and last
 losses, accuracy, padding, throughput, and how many programs were compiled once the first step was under way.
 """
 

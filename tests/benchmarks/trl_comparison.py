@@ -84,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--layers", type=int, default=6)
     made.add_argument("--heads", type=int, default=4)
     made.add_argument("--vocabulary", type=int, default=8192)
-    made.add_argument("--row-length", type=int, default=1024, help="sr_dpo_jax's batch.row_length")
+    made.add_argument("--row-length", type=int, default=640, help="sr_dpo_jax's batch.row_length")
     made.add_argument("--rows", default=",".join(ROWS), help="comma-separated; default all")
     made.add_argument("--plain-malloc", action="store_true", help="leave the allocator as it is")
     made.add_argument("--json", type=Path, help="write all measurements here")
