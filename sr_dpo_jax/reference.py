@@ -16,8 +16,8 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from sr_dpo_jax.data.dataset import TokenizedPairs
 from sr_dpo_jax.data.pipeline import Feed
@@ -70,7 +70,7 @@ class ReferenceScores:
             for kind, file in enumerate(files):
                 if file.is_file():
                     try:
-                        self.scores[..., kind] = load_file(file)["scores"]
+                        self.scores[..., kind] = _load(file)
                     except (SafetensorError, KeyError, ValueError, OSError) as error:
                         log.warning("%s is damaged (%s) and is computed again", file, error)
         if jax.process_count() > 1:
@@ -122,11 +122,20 @@ class ReferenceScores:
         return np.isnan(self.scores[..., : len(self._files)]).any(axis=(1, 2))
 
 
+def _load(file: Path) -> np.ndarray:
+    with safe_open(file, framework="numpy") as opened:
+        scores, digest = opened.get_tensor("scores"), opened.metadata()["sha256"]
+    if hashlib.sha256(scores.tobytes()).hexdigest() != digest:
+        raise ValueError("its scores do not match their digest")
+    return scores
+
+
 def _save(scores: np.ndarray, files: tuple[Path, ...]) -> None:
     if jax.process_index() != 0:
         return
     for kind, file in enumerate(files):
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-        save_file({"scores": np.ascontiguousarray(scores[..., kind])}, partial)
+        array = np.ascontiguousarray(scores[..., kind])
+        save_file({"scores": array}, partial, {"sha256": hashlib.sha256(array.tobytes()).hexdigest()})
         os.replace(partial, file)

@@ -54,7 +54,7 @@ def test_score_equals_pytorch_on_200_hh_pairs(torch, tmp_path, family):
     if not HH_FILE.exists():
         pytest.skip(f"REAL DATA IS ABSENT: {HH_FILE}")
     directory = model_directory(
-        tmp_path / "model", family, vocabulary_tokens=600, hidden_size=64, num_hidden_layers=3, **FAMILIES[family]
+        tmp_path / "model", family, vocabulary_tokens=1200, hidden_size=64, num_hidden_layers=3, **FAMILIES[family]
     )
     model = random_weights(torch, directory)
     data = tmp_path / "pairs.jsonl"
@@ -67,7 +67,7 @@ def test_score_equals_pytorch_on_200_hh_pairs(torch, tmp_path, family):
         model={"init": "pretrained"},
         data={"format": "hh_rlhf", "max_length": 512, "max_prompt_length": 256, "max_bad_rows": 16},
         refinement={"prompt": PAPER_PROMPT},
-        batch={"pairs_per_step": 32, "row_length": 1536},
+        batch={"pairs_per_step": 32, "row_length": 1024},
     )
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(raw), encoding="utf-8")

@@ -210,6 +210,32 @@ def test_score_writes_one_line_a_pair_in_order(world, tmp_path):
         assert line["logp_chosen"] / line["chosen_tokens"] == pytest.approx(-math.log(320), rel=0.05)
 
 
+def test_the_reference_cache_is_keyed_and_checked(world, tmp_path):
+    """Shared by runs that differ in β, missed on another type of parameters, never believed when a byte is flipped."""
+    model, data, _ = world
+
+    def first_loss(name, **sections):
+        config = make_config(tmp_path, model, data, output_dir=str(tmp_path / name), train={"max_steps": 1}, **sections)
+        assert train(config) == 0
+        return metrics_of(config.output_dir)[0]["loss"]
+
+    def files():
+        return sorted((tmp_path / "cache").glob("reference-*"))
+
+    assert first_loss("a") == pytest.approx(math.log(2), abs=1e-6)
+    scored = {file: file.stat().st_mtime_ns for file in files()}
+    assert len(scored) == 2, "one of the plain scores, one of the augmented"
+    assert first_loss("b", objective={"beta": 0.3}) == pytest.approx(math.log(2), abs=1e-6)
+    assert {file: file.stat().st_mtime_ns for file in files()} == scored, "nothing was scored again"
+    for file in scored:
+        content = bytearray(file.read_bytes())
+        content[-3] ^= 0x40
+        file.write_bytes(content)
+    assert first_loss("c") == pytest.approx(math.log(2), abs=1e-6)
+    first_loss("d", model={"param_dtype": "bfloat16"})
+    assert len(files()) == 4
+
+
 def test_score_with_an_sft_config_measures_p_too(world, tmp_path):
     model, data, _ = world
     scores = []

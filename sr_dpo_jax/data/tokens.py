@@ -60,7 +60,7 @@ class _UnusableError(Exception):
     """Becomes a `BadRow`; never leaves this file."""
 
 
-def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """Loads a fast tokenizer from a Hugging Face directory or hub name; code that comes with it is never run.
 
     Raises:
@@ -69,7 +69,7 @@ def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedToken
     if not os.path.isdir(path) and path.startswith(("/", "./", "../", "~")):
         raise UsageError(f"model.path={path}: no such directory; give a Hugging Face directory or hub name")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, use_fast=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True, trust_remote_code=False)
     except Exception as error:  # a damaged tokenizer.json raises a bare Exception
         first_line = str(error).partition("\n")[0]
         raise UsageError(

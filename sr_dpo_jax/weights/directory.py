@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def check(directory: ModelDirectory, abstract: Any) -> dict[str, Path]:
 
 
 def load_params(directory: ModelDirectory, abstract: Any, shardings: Any, *, dtype: np.dtype) -> Params:
-    """Reads the weights onto the mesh, one stacked parameter at a time.
+    """Reads the weights onto the mesh, one stacked parameter at a time; a host keeps what its own devices hold.
 
     Args:
       directory: from `open_directory`.
@@ -132,16 +133,43 @@ def load_params(directory: ModelDirectory, abstract: Any, shardings: Any, *, dty
     flat_abstract, flat_shardings = _flatten(abstract), _flatten(shardings)
     loaded = {}
     for tensor in tensors:
-        stacks = {param: np.empty(flat_abstract[param].shape, dtype) for param in tensor.params}
+        boxes = {param: _local_box(flat_shardings[param], flat_abstract[param].shape) for param in tensor.params}
+        stacks = {param: np.empty([side.stop - side.start for side in box], dtype) for param, box in boxes.items()}
         for layer in _layers(tensor, directory.architecture):
             name = tensor.name.format(layer=layer)
             with safe_open(where[name], framework="numpy") as file:
                 parts = from_file_layout(file.get_tensor(name), tensor, flat_abstract)
             for param, part in parts.items():
-                stacks[param][... if layer is None else layer] = part
+                if layer is None:
+                    stacks[param][...] = part[boxes[param]]
+                else:
+                    stacks[param][layer] = part[boxes[param][1:]]  # layers are never sharded
         for param, stack in stacks.items():
-            loaded[param] = jax.make_array_from_callback(stack.shape, flat_shardings[param], stack.__getitem__)
+            shape = flat_abstract[param].shape
+            loaded[param] = jax.make_array_from_callback(
+                shape, flat_shardings[param], partial(_from_box, stack, boxes[param], shape)
+            )
     return _unflatten(loaded)
+
+
+def _local_box(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> tuple[slice, ...]:
+    """The smallest box around what this process's devices hold: all that a host needs to have in memory."""
+    bounds = np.array([_bounds(index, shape) for index in sharding.addressable_devices_indices_map(shape).values()])
+    starts, stops = bounds[..., 0].min(axis=0), bounds[..., 1].max(axis=0)
+    return tuple(slice(int(start), int(stop)) for start, stop in zip(starts, stops, strict=True))
+
+
+def _from_box(
+    stack: np.ndarray, box: tuple[slice, ...], shape: tuple[int, ...], index: tuple[slice, ...]
+) -> np.ndarray:
+    """What one device holds, given as an index into the whole array, out of the box."""
+    within = zip(_bounds(index, shape), box, strict=True)
+    return stack[tuple(slice(start - side.start, stop - side.start) for (start, stop), side in within)]
+
+
+def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Start and stop on each axis; jax writes a whole axis as slice(None)."""
+    return [side.indices(size)[:2] for side, size in zip(index, shape, strict=True)]
 
 
 def save_params(
