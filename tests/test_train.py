@@ -84,6 +84,7 @@ def test_the_first_step_is_the_analytic_loss(world, tmp_path, name, mode):
     assert metrics_of(config.output_dir)[0]["loss"] == pytest.approx(LOSS_AT_START[name], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_sft_learns_and_its_export_starts_dpo(world, tmp_path):
     model, data, _ = world
     config = make_config(
@@ -210,6 +211,7 @@ def test_score_writes_one_line_a_pair_in_order(world, tmp_path):
         assert line["logp_chosen"] / line["chosen_tokens"] == pytest.approx(-math.log(320), rel=0.05)
 
 
+@pytest.mark.slow
 def test_the_reference_cache_is_keyed_and_checked(world, tmp_path):
     """Shared by runs that differ in β, missed on another type of parameters, never believed when a byte is flipped."""
     model, data, _ = world
