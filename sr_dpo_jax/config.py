@@ -51,7 +51,7 @@ class Model(Section):
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes: nothing, all but the matmuls, or whole layers."""
     attention: Literal["auto", "dense"] = "auto"
-    """The attention path; `auto` picks by platform and shape and says which in the log."""
+    """The attention path. There is one so far, dense, so both values mean it; the log says so."""
 
 
 class Source(Section):

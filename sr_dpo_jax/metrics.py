@@ -1,6 +1,7 @@
 """Where a run's numbers go: metrics.jsonl, TensorBoard and a progress bar. Process 0 writes, the others do nothing."""
 
 import json
+import logging
 import math
 from pathlib import Path
 from types import TracebackType
@@ -8,6 +9,8 @@ from typing import Any, Self
 
 import rich.progress
 from tensorboardX import SummaryWriter
+
+log = logging.getLogger(__name__)
 
 
 class MetricsWriter:
@@ -55,7 +58,9 @@ def _drop_lines_after(metrics_file: Path, step: int) -> None:
             if json.loads(line)["step"] > step:
                 continue
         except (json.JSONDecodeError, KeyError):
-            continue  # the line that a kill cut short belongs to a step that is done again
+            # A kill cuts the last line short, and its step is done again; anywhere else the file was damaged.
+            log.warning("%s: a line that is not a whole metrics line is dropped", metrics_file)
+            continue
         kept.append(line)
     replacement = metrics_file.with_suffix(".jsonl.partial")
     replacement.write_text("".join(kept), encoding="utf-8")
