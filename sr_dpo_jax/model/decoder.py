@@ -221,6 +221,9 @@ def _look_up_backward(
 ) -> tuple[Array, np.ndarray]:
     table, tokens = kept
     wide = at_least_float32(table.dtype)
+    # Whole on every device, which then adds up its own columns of the table. Left alone, the compiler exchanges rows
+    # for columns with an all-to-all where the mesh has a tensor axis.
+    cotangent = constrain(cotangent, (None, None, None))
     gradient = jnp.zeros(table.shape, wide).at[tokens].add(cotangent.astype(wide))
     gradient = constrain(gradient, ("vocabulary", "table")).astype(table.dtype)
     return gradient, np.zeros(tokens.shape, jax.dtypes.float0)
