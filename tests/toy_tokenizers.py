@@ -1,7 +1,9 @@
 """Tiny tokenizers and chat templates, made on the spot, saved as Hugging Face directories."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -35,6 +37,128 @@ GEMMA = (
     "{{ '<turn>' + role + '\\n' + (m['content'] | trim) + '<end>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<turn>model\\n' }}{% endif %}"
 )
+_ALTERNATE = (
+    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Roles must alternate: user, assistant, ...') }}{% endif %}"
+)
+_SPLIT_SYSTEM = (
+    "{% set system = messages[0]['content'] if messages[0]['role'] == 'system' else none %}"
+    "{% set turns = messages[1:] if system is not none else messages %}"
+)
+# BOS before every user turn; the system message within the first; contents trimmed; no generation prompt.
+LLAMA2 = (
+    _SPLIT_SYSTEM + "{% for m in turns %}" + _ALTERNATE + "{% if m['role'] == 'user' %}"
+    "{% set start = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' if loop.first and system is not none else '' %}"
+    "{{ bos_token + '[INST] ' + (start + m['content']) | trim + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+# A system header with two dates in front of everything, whether or not there is a system message.
+LLAMA31 = (
+    _SPLIT_SYSTEM
+    + "{{ bos_token + '<|start|>system<|stop|>\\n\\nKnows the world up to May 2023.\\nThe date: 1 June 2024.\\n\\n' }}"
+    "{{ (system or '') | trim + '<|eot|>' }}{% for m in turns %}"
+    "{{ '<|start|>' + m['role'] + '<|stop|>\\n\\n' + m['content'] | trim + '<|eot|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant<|stop|>\\n\\n' }}{% endif %}"
+)
+# Spaces inside the brackets; EOS after each response; a system message only before a user turn that comes last.
+MISTRAL = (
+    _SPLIT_SYSTEM + "{{ bos_token }}{% for m in turns %}" + _ALTERNATE + "{% if m['role'] == 'user' %}"
+    "{{ '[INST] ' + (system + '\\n\\n' if loop.last and system is not none else '') + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+# A default system message where none is given.
+QWEN25 = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nYou are a toy.<|im_end|>\\n' }}{% endif %}"
+    + CHATML
+)
+# Thoughts of turns before the last question are dropped; the last turn has a block of thought, be it empty.
+QWEN3 = (
+    "{% set last = namespace(question=0) %}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}{% set last.question = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}"
+    "{% if m['role'] == 'assistant' %}{% set parts = m['content'].split('</think>') %}"
+    "{% set thought = parts[0].split('<think>')[-1].strip('\\n') if parts | length > 1 else '' %}"
+    "{% if loop.index0 > last.question %}{{ '<think>\\n' + thought + '\\n</think>\\n\\n' }}{% endif %}"
+    "{{ parts[-1].lstrip('\\n') }}{% else %}{{ m['content'] }}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
+    "{% endif %}"
+)
+# The generation prompt opens the block of thought.
+QWEN3_THINKING = QWEN3[: QWEN3.index("{% if enable_thinking")] + "{{ '<think>\\n' }}{% endif %}"
+# The system message within the first user turn.
+GEMMA3 = (
+    _SPLIT_SYSTEM
+    + "{{ bos_token }}{% for m in turns %}"
+    + _ALTERNATE
+    + "{{ '<turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\\n' }}"
+    "{{ (system + '\\n\\n' if loop.first and system is not none else '') + m['content'] | trim + '<end>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<turn>model\\n' }}{% endif %}"
+)
+# EOS once, after the end of the whole conversation.
+PHI3 = (
+    _TURN + "{{ '<|' + m['role'] + '|>\\n' + m['content'] + '<|end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+# Starts with the BOS token, which is the EOS token; the newline after a response is left out at the end.
+OLMO2 = (
+    "{{ bos_token }}" + _TURN + "{{ '<|' + m['role'] + '|>\\n' + m['content'] }}"
+    "{{ eos_token if m['role'] == 'assistant' }}{{ '\\n' if m['role'] != 'assistant' or not loop.last }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatFamily:
+    """A template in the manner of a model family, with the kind of tokenizer that the family has."""
+
+    template: str
+    special_tokens: tuple[str, ...] = ()
+    bos: bool = False
+    """Whether a post-processor puts BOS before every text."""
+    eos_token: str = "</s>"
+    bos_token: str = "<s>"
+    dummy_prefix: Literal["first", "always"] | None = None
+    """A space before a text, or before a text and after every special token; None: byte-level."""
+
+
+CHAT_FAMILIES = {
+    "llama2": ChatFamily(LLAMA2, bos=True, dummy_prefix="first"),
+    "llama3": ChatFamily(LLAMA3, ("<|start|>", "<|stop|>", "<|eot|>"), bos=True, eos_token="<|eot|>"),
+    "llama31": ChatFamily(LLAMA31, ("<|start|>", "<|stop|>", "<|eot|>"), bos=True, eos_token="<|eot|>"),
+    "mistral": ChatFamily(MISTRAL, bos=True, dummy_prefix="always"),
+    "zephyr": ChatFamily(ZEPHYR, bos=True, dummy_prefix="always"),
+    "qwen25": ChatFamily(QWEN25, ("<|im_start|>", "<|im_end|>"), eos_token="<|im_end|>"),
+    "qwen3": ChatFamily(QWEN3, ("<|im_start|>", "<|im_end|>"), eos_token="<|im_end|>"),
+    "qwen3_thinking": ChatFamily(QWEN3_THINKING, ("<|im_start|>", "<|im_end|>"), eos_token="<|im_end|>"),
+    "gemma2": ChatFamily(GEMMA, ("<turn>", "<end>"), bos=True),
+    "gemma3": ChatFamily(GEMMA3, ("<turn>", "<end>"), bos=True),
+    "phi3": ChatFamily(PHI3, ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"), dummy_prefix="always"),
+    "olmo2": ChatFamily(OLMO2, bos_token="</s>"),
+}
+
+
+def chat_tokenizer(directory: Path, name: str, *, vocabulary_tokens: int = 384) -> Path:
+    """Saves the tokenizer of a chat family; `vocabulary_tokens` is for byte-level ones."""
+    family = CHAT_FAMILIES[name]
+    names = {"eos_token": family.eos_token, "bos_token": family.bos_token}
+    if family.dummy_prefix is None:
+        return byte_level_tokenizer(
+            directory,
+            vocabulary_tokens=vocabulary_tokens,
+            bos=family.bos,
+            chat_template=family.template,
+            special_tokens=family.special_tokens,
+            **names,
+        )
+    return dummy_prefix_tokenizer(
+        directory,
+        scheme=family.dummy_prefix,
+        bos=family.bos,
+        chat_template=family.template,
+        special_tokens=family.special_tokens,
+        **names,
+    )
 
 
 def byte_level_tokenizer(
@@ -46,10 +170,12 @@ def byte_level_tokenizer(
     append_eos: bool = False,
     chat_template: str | None = None,
     special_tokens: Sequence[str] = (),
+    eos_token: str = "</s>",
+    bos_token: str = "<s>",
 ) -> Path:
     """Saves a byte-level BPE trained on `texts`; returns `directory`, which `load_tokenizer` loads.
 
-    Ids: `</s>` 0 (EOS, and PAD as well), `<s>` 1, then `special_tokens`, then the 256 bytes, then the merges.
+    Ids: `</s>` 0 (PAD, and by default EOS), `<s>` 1, then `special_tokens`, then the 256 bytes, then the merges.
 
     Args:
       directory: where to; made if need be.
@@ -59,6 +185,7 @@ def byte_level_tokenizer(
       append_eos: whether a post-processor puts `</s>` after every text.
       chat_template: Jinja source.
       special_tokens: more tokens that are never split, such as a template's.
+      eos_token, bos_token: which tokens are EOS and BOS.
     """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -71,7 +198,7 @@ def byte_level_tokenizer(
     )
     backend.train_from_iterator(texts, trainer)
     _post_process(backend, bos=bos, append_eos=append_eos)
-    return _save(backend, directory, chat_template)
+    return _save(backend, directory, chat_template, eos_token=eos_token, bos_token=bos_token)
 
 
 def merging_tokenizer(directory: Path) -> Path:
@@ -93,16 +220,39 @@ def word_tokenizer(
     return _save(backend, directory, chat_template)
 
 
-def dummy_prefix_tokenizer(directory: Path, *, chat_template: str | None = None) -> Path:
-    """Saves a tokenizer that, as those of Llama 2 and Mistral do, puts a space before any text; uses BOS."""
-    alphabet = sorted(set("".join(ENGLISH).replace(" ", "") + "<|>"))
-    vocabulary = {token: number for number, token in enumerate(["</s>", "<s>", "<unk>", "▁", "▁S", *alphabet])}
+def dummy_prefix_tokenizer(
+    directory: Path,
+    *,
+    scheme: Literal["first", "always"] = "always",
+    bos: bool = True,
+    chat_template: str | None = None,
+    special_tokens: Sequence[str] = (),
+    eos_token: str = "</s>",
+    bos_token: str = "<s>",
+) -> Path:
+    """Saves a tokenizer that, as SentencePiece does, puts a space before any text; its one merge is that of "▁S".
+
+    Args:
+      directory: where to; made if need be.
+      scheme: `first` puts it before the text alone, as Llama 2 does, `always` after special tokens too, as Mistral and
+        Phi-3 do.
+      bos: whether a post-processor puts BOS before every text.
+      chat_template: Jinja source.
+      special_tokens: more tokens that are never split; they swallow whitespace after them, as those of Phi-3.
+      eos_token, bos_token: which tokens are EOS and BOS.
+    """
+    alphabet = [chr(code) for code in range(ord("!"), ord("~") + 1)]
+    tokens = ["</s>", "<s>", "<unk>", "▁", "▁S", "\n", *alphabet, *special_tokens]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[("▁", "S")], unk_token="<unk>"))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    if scheme == "always":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
-    backend.add_special_tokens(["</s>", "<s>"])
-    _post_process(backend, bos=True, append_eos=False)
-    return _save(backend, directory, chat_template)
+    backend.add_special_tokens(["</s>", "<s>", *(AddedToken(token, rstrip=True) for token in special_tokens)])
+    _post_process(backend, bos=bos, append_eos=False)
+    return _save(backend, directory, chat_template, eos_token=eos_token, bos_token=bos_token)
 
 
 def _post_process(backend: Tokenizer, *, bos: bool, append_eos: bool) -> None:
@@ -113,11 +263,18 @@ def _post_process(backend: Tokenizer, *, bos: bool, append_eos: bool) -> None:
         )
 
 
-def _save(backend: Tokenizer, directory: Path, chat_template: str | None) -> Path:
+def _save(
+    backend: Tokenizer,
+    directory: Path,
+    chat_template: str | None,
+    *,
+    eos_token: str = "</s>",
+    bos_token: str = "<s>",
+) -> Path:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        eos_token=AddedToken("</s>", normalized=False),
-        bos_token=AddedToken("<s>", normalized=False),
+        eos_token=AddedToken(eos_token, normalized=False),
+        bos_token=AddedToken(bos_token, normalized=False),
         pad_token=AddedToken("</s>", normalized=False),
     )
     tokenizer.chat_template = chat_template

@@ -23,9 +23,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jinja2
-from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from sr_dpo_jax.data.mid_text import MidText, text_ids
 from sr_dpo_jax.data.rows import BadRow, Pair
 from sr_dpo_jax.errors import UsageError
 
@@ -97,7 +97,7 @@ def uses_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     bos = tokenizer.bos_token_id
     if bos is None:
         return False
-    bare = _ids(tokenizer, ["a"])[0]
+    bare = text_ids(tokenizer, ["a"])[0]
     return bos not in bare and tokenizer(["a"])["input_ids"][0][: 1 + len(bare)] == [bos, *bare]
 
 
@@ -170,7 +170,7 @@ class PairEncoder:
         if augmentation_prompt is not None and not augmentation_prompt.strip():
             raise UsageError("refinement.prompt is blank; give the instruction p, or null for none")
         self._tokenizer = tokenizer
-        self._mid_text = _without_dummy_prefix(tokenizer)
+        self._mid_text = MidText(tokenizer)
         self._augmentation_prompt = augmentation_prompt
         self._bos = [tokenizer.bos_token_id] if uses_bos(tokenizer) else []
         self._template: _ChatTemplate | None = None
@@ -182,25 +182,20 @@ class PairEncoder:
         Raises:
           UsageError: conversations, but no chat template, or one that cannot place p verbatim.
         """
-        results: list[PairTokens | BadRow] = []
         texts = [self._text(pair) for pair in pairs]
         good = [text for text in texts if isinstance(text, _Text)]
-        # A rest with nothing before it opens a text; whatever else is tokenised stands in the middle of one.
-        opening = iter(_ids(self._tokenizer, [text.rest for text in good if not text.head]))
-        inner = iter(_ids(self._mid_text, [text.rest for text in good if text.head]))
-        chosen = iter(_ids(self._mid_text, [text.chosen for text in good]))
-        rejected = iter(_ids(self._mid_text, [text.rejected for text in good]))
+        prompts = self._prompts(good)
+        last = [_last(prompt) for _, _, prompt in prompts]
+        chosen = self._mid_text.ids([text.chosen for text in good], after=last)
+        rejected = self._mid_text.ids([text.rejected for text in good], after=last)
+        encoded = zip(prompts, chosen, rejected, strict=True)
+        results: list[PairTokens | BadRow] = []
         for pair, text in zip(pairs, texts, strict=True):
             if isinstance(text, BadRow):
                 results.append(text)
                 continue
+            (head, augmentation, prompt), *responses = next(encoded)
             try:
-                head, augmentation = self._head(text.head)
-                rest = next(inner if text.head else opening)
-                responses = next(chosen), next(rejected)
-                if not text.head and self._bos and rest[:1] == self._bos:
-                    rest = rest[1:]  # a text that was written out with its BOS
-                prompt = [*head, *rest]
                 if not prompt:
                     raise _UnusableError("the prompt has no tokens")
                 ended = [self._ended(ids, side) for ids, side in zip(responses, ("chosen", "rejected"), strict=True)]
@@ -208,6 +203,21 @@ class PairEncoder:
             except _UnusableError as error:
                 results.append(BadRow(pair.file, pair.line, str(error)))
         return results
+
+    def _prompts(self, texts: list[_Text]) -> list[tuple[tuple[int, ...], tuple[int, ...], list[int]]]:
+        """Ids of head, p and prompt of each text."""
+        heads = [self._head(text.head) for text in texts]
+        # A rest with nothing before it opens a text; whatever else is tokenised stands in the middle of one.
+        opening = iter(text_ids(self._tokenizer, [text.rest for text in texts if not text.head]))
+        within = [(text.rest, _last(head)) for text, (head, _) in zip(texts, heads, strict=True) if text.head]
+        inner = iter(self._mid_text.ids([rest for rest, _ in within], after=[last for _, last in within]))
+        prompts = []
+        for text, (head, augmentation) in zip(texts, heads, strict=True):
+            rest = next(inner if text.head else opening)
+            if not text.head and self._bos and rest[:1] == self._bos:
+                rest = rest[1:]  # a text that was written out with its BOS
+            prompts.append((head, augmentation, [*head, *rest]))
+        return prompts
 
     def _text(self, pair: Pair) -> _Text | BadRow:
         if isinstance(pair.prompt, str):
@@ -221,12 +231,14 @@ class PairEncoder:
 
     def _head(self, text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         if text not in self._heads:
-            head = _ids(self._tokenizer, [text])[0] if text else []
+            head = text_ids(self._tokenizer, [text])[0] if text else []
             if head[: len(self._bos)] != self._bos:
                 head = self._bos + head
-            augmentation = []
-            if self._augmentation_prompt is not None:
-                augmentation = _ids(self._mid_text if text else self._tokenizer, [self._augmentation_prompt])[0]
+            augmentation, p = [], self._augmentation_prompt
+            if p is not None:
+                (augmentation,) = (
+                    self._mid_text.ids([p], after=[_last(head)]) if text else text_ids(self._tokenizer, [p])
+                )
             self._heads[text] = tuple(head), tuple(augmentation)
         return self._heads[text]
 
@@ -265,11 +277,14 @@ class _ChatTemplate:
         responses = []
         for side, content in (("chosen", pair.chosen), ("rejected", pair.rejected)):
             whole = self._render([*prompt, {"role": "assistant", "content": content}])
-            turn = whole[len(rendered) :]
-            if not whole.startswith(rendered) or content.strip() not in turn or not turn.endswith(self._ending):
+            # Where the generation prompt opens a block of thought, it holds the first letters of the content.
+            said = whole.removesuffix(self._ending)
+            turn = said[len(rendered) :]
+            placed = said.startswith(rendered) and whole == said + self._ending and turn.strip()
+            if not placed or not said.rstrip().endswith(content.strip()):
                 raise _UnusableError(f"the chat template does not place the {side} response after its own prompt")
             # Whitespace after the end-of-turn token belongs to the next turn: at generation it is never reached.
-            responses.append(turn[: len(turn) - len(self._ending)] + self._ending.rstrip())
+            responses.append(turn + self._ending.rstrip())
         return _Text(head, rest, *responses)
 
     def _probe(self) -> None:
@@ -329,34 +344,5 @@ def _put_before(text: str, prompt: list[dict[str, str]], first: int) -> list[dic
     return [*prompt[:first], changed, *prompt[first + 1 :]]
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    if not texts:
-        return []
-    # verbose=False: a text longer than the model's context is no news here, truncation comes later.
-    options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
-    return tokenizer(texts, verbose=False, **options)["input_ids"]
-
-
-def _without_dummy_prefix(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The same tokenizer for text that does not open a sequence.
-
-    SentencePiece tokenizers (Llama 2, Mistral, so Zephyr) put a space before any text they are given. In front of a
-    response that follows "<|assistant|>\\n" it would be a space that the model neither saw nor should write.
-    """
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    bare = {**state, "normalizer": _bare(state["normalizer"]), "pre_tokenizer": _bare(state["pre_tokenizer"])}
-    if bare == state:
-        return tokenizer
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(bare)))
-
-
-def _bare(step: dict | None) -> dict | None:
-    """A normalizer or pre-tokenizer of the tokenizer.json format, without the rules that put a space in front."""
-    if step is None or step["type"] == "Prepend":
-        return None
-    if step["type"] == "Sequence":
-        inner = "normalizers" if "normalizers" in step else "pretokenizers"
-        return {**step, inner: [bare for bare in map(_bare, step[inner]) if bare is not None]}
-    if step["type"] == "Metaspace":
-        return {**step, "prepend_scheme": "never"}
-    return {**step, "add_prefix_space": False} if "add_prefix_space" in step else step
+def _last(ids: Sequence[int]) -> int | None:
+    return ids[-1] if ids else None
