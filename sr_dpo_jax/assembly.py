@@ -22,9 +22,9 @@ from sr_dpo_jax import mesh as meshes
 from sr_dpo_jax.config import Config, Source
 from sr_dpo_jax.data import dataset, tokens
 from sr_dpo_jax.data.dataset import TokenizedPairs
+from sr_dpo_jax.data.fit import require_fit
 from sr_dpo_jax.data.pipeline import Feed, StepSource, local_rows
 from sr_dpo_jax.data.plan import Plan
-from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.model.decoder import Decoder
 from sr_dpo_jax.reference import ReferenceScores, cache_files
 from sr_dpo_jax.train_step import Objective, Params, initialise
@@ -82,18 +82,8 @@ class Assembly:
         return initialise(lambda: nnx.to_pure_dict(nnx.state(make())), self.param_shardings)
 
     def frozen(self, params: Params) -> Params:
-        """A copy of the parameters to keep on the mesh as online reference, in model.dtype.
-
-        Norms stay as they are: they are applied in float32, all else is cast to model.dtype where it is used, so the
-        copy gives the same numbers as the original.
-        """
-        dtype = jnp.dtype(self.config.model.dtype)
-
-        def narrow(path: Any, param: jax.Array) -> jax.Array:
-            is_norm = any("norm" in key.key for key in path)
-            return jnp.array(param, dtype=param.dtype if is_norm else dtype, copy=True)
-
-        return jax.tree.map_with_path(narrow, params)
+        """A copy of the parameters to keep on the mesh as online reference, in model.dtype."""
+        return reference_copy(params, jnp.dtype(self.config.model.dtype))
 
     def reference_scores(self, pairs: TokenizedPairs, plan: Plan, *, augmented: bool) -> ReferenceScores:
         """The frozen reference's scores of a data set, as far as the cache has them."""
@@ -129,6 +119,20 @@ class Assembly:
             row_multiple=self.config.batch.row_multiple,
         )
         return Feed(source, rows, row_sharding, meshes.replicated(self.mesh), reference)
+
+
+def reference_copy(params: Params, dtype: jnp.dtype) -> Params:
+    """A copy of the parameters in `dtype`, the type that the model computes in.
+
+    Norms stay as they are: they are applied in float32, all else is cast to `dtype` where it is used, so the copy gives
+    the same numbers as the original.
+    """
+
+    def narrow(path: Any, param: jax.Array) -> jax.Array:
+        is_norm = any("norm" in key.key for key in path)
+        return jnp.array(param, dtype=param.dtype if is_norm else dtype, copy=True)
+
+    return jax.tree.map_with_path(narrow, params)
 
 
 def pair_sizes(pairs: TokenizedPairs, *, with_rejected: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -174,15 +178,10 @@ def read_data(
 
 
 def read_model(config: Config) -> tuple[weights.ModelDirectory, PreTrainedTokenizerBase]:
-    """Architecture and tokenizer of model.path; touches no device."""
+    """Architecture and tokenizer of model.path, which must fit each other; touches no device."""
     directory = weights.open_directory(config.model.path, revision=config.model.revision)
     tokenizer = tokens.load_tokenizer(str(directory.path))
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= directory.architecture.vocabulary_tokens:
-        raise UsageError(
-            f"model.path={config.model.path}: the tokenizer has token id {largest}, but config.json says "
-            f"vocab_size={directory.architecture.vocabulary_tokens}; use the tokenizer that belongs to the model"
-        )
+    require_fit(tokenizer, directory.path, vocabulary_tokens=directory.architecture.vocabulary_tokens)
     return directory, tokenizer
 
 

@@ -50,6 +50,13 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     export.add_argument("out_dir", type=Path, metavar="OUT_DIR")
     export.add_argument("--step", type=int, help="default: the latest")
+    inspect = command("inspect", _inspect, "what a person wants to know of a model before a run; touches no device")
+    inspect.add_argument("model", metavar="MODEL", help="a Hugging Face directory or hub name")
+    inspect.add_argument("--revision", help="pin of a hub name")
+    inspect.add_argument("--mesh", default="fsdp=8", metavar="replica=1,fsdp=8,tensor=1", help="default: fsdp=8")
+    inspect.add_argument("--prompt", default=configuration.PAPER_PROMPT, help="the instruction p; default: the paper's")
+    inspect.add_argument("--digest", action="store_true", help="reads the weights whole, for their sha256")
+    inspect.add_argument("--json", type=Path, metavar="FILE", help="writes the same there")
     demo = command("demo", _demo, "SFT, DPO and Sr-DPO of a small model on a small world, in minutes")
     demo.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="DIR")
     return parser
@@ -88,6 +95,26 @@ def _export(options: argparse.Namespace) -> int:
     export(options.run_dir, options.out_dir, step=options.step)
     print(f"written to {options.out_dir}")
     return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # the accelerator belongs to whoever trains on it
+    from sr_dpo_jax.inspection import inspect_model, parse_mesh
+    from sr_dpo_jax.inspection_print import print_inspection, write_json
+
+    found = inspect_model(
+        options.model,
+        revision=options.revision,
+        mesh=parse_mesh(options.mesh),
+        prompt=options.prompt,
+        digest=options.digest,
+    )
+    print_inspection(found)
+    if options.json is not None:
+        write_json(options.json, found)
+    return EXIT_USAGE if found.problems else 0
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sr_dpo_jax.errors import UsageError
 
@@ -69,12 +69,20 @@ def make_mesh(*, replica: int, fsdp: int, tensor: int) -> Mesh:
         raise UsageError(f"mesh={sizes}: jax cannot lay it over these devices ({error}); choose other sizes") from error
 
 
+def abstract_mesh(*, replica: int, fsdp: int, tensor: int) -> AbstractMesh:
+    """The mesh of so many devices without the devices: it gives shardings, and holds no arrays."""
+    sizes = {"replica": replica, "fsdp": fsdp, "tensor": tensor}
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
 def row_shards(mesh: Mesh) -> int:
     """How many devices share the rows of a micro-batch."""
     return int(np.prod([mesh.shape[name] for name in TABLE["rows"]]))
 
 
-def sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...], name: str) -> NamedSharding:
+def sharding(
+    mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shape: tuple[int, ...], name: str
+) -> NamedSharding:
     """The sharding of an array with these logical axes; None is an axis that is whole on every device.
 
     Raises:
@@ -97,7 +105,7 @@ def sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...], n
     return NamedSharding(mesh, PartitionSpec(*parts))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 

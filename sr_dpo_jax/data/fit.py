@@ -1,0 +1,74 @@
+"""Whether a tokenizer belongs to a model: a wrong one trains without an error, on ids that mean something else."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from sr_dpo_jax.data.tokens import uses_bos
+from sr_dpo_jax.errors import UsageError
+
+
+def require_fit(tokenizer: PreTrainedTokenizerBase, directory: Path, *, vocabulary_tokens: int) -> None:
+    """Refuses a tokenizer that does not fit the model.
+
+    Args:
+      tokenizer: as `tokens.load_tokenizer` gives it.
+      directory: holds the model's config.json and, where it has one, generation_config.json.
+      vocabulary_tokens: rows of the model's embedding.
+
+    Raises:
+      UsageError: the tokenizer does not fit, with every problem; or a file that cannot be read.
+    """
+    found = misfits(tokenizer, directory, vocabulary_tokens=vocabulary_tokens)
+    if found:
+        raise UsageError("\n  ".join([f"{directory}: the tokenizer does not fit the model:", *found]))
+
+
+def misfits(tokenizer: PreTrainedTokenizerBase, directory: Path, *, vocabulary_tokens: int) -> list[str]:
+    """Every problem with its remedy, none where the tokenizer fits; arguments and errors as `require_fit`.
+
+    A model that names no EOS or BOS token takes any.
+    """
+    config, generation = _fields(directory / "config.json"), _fields(directory / "generation_config.json")
+    found = []
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= vocabulary_tokens:
+        found.append(
+            f"it has token id {largest}, but config.json says vocab_size={vocabulary_tokens}; use the tokenizer that "
+            "belongs to the model"
+        )
+    known = _as_list(config.get("eos_token_id")) + _as_list(generation.get("eos_token_id"))
+    if known and tokenizer.eos_token_id not in known:
+        found.append(
+            f"its EOS token {tokenizer.eos_token!r} has id {tokenizer.eos_token_id}, but config.json and "
+            f"generation_config.json say eos_token_id={sorted(set(known))}; correct eos_token in "
+            "tokenizer_config.json, or, if the model was trained to end so, add the id to generation_config.json"
+        )
+    bos = config.get("bos_token_id")
+    if bos is not None and uses_bos(tokenizer) and tokenizer.bos_token_id != bos:
+        found.append(
+            f"it starts text with the BOS token {tokenizer.bos_token!r}, id {tokenizer.bos_token_id}, but config.json "
+            f"says bos_token_id={bos}; correct bos_token in tokenizer_config.json, or the id in config.json"
+        )
+    return found
+
+
+def _fields(path: Path) -> dict[str, Any]:
+    """What the file says itself: the defaults that transformers puts in for missing fields are not the model's word."""
+    if not path.is_file():
+        return {}
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UsageError(f"{path}: not valid JSON ({error}); restore the file") from error
+    if not isinstance(fields, dict):
+        raise UsageError(f"{path}: holds {type(fields).__name__}, not an object; restore the file")
+    return fields
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
