@@ -99,6 +99,9 @@ def test_memory_is_what_lies_on_a_device(llama, shape, dtype):
         assert memory.parameters_bytes == on_first_device(state.params)
         assert memory.moments_bytes[name] == on_first_device(state.optimizer_state)
     assert memory.online_reference_bytes == on_first_device(reference_copy(state.params, jnp.dtype("bfloat16")))
+    norms = 5 * 32 // sizes["fsdp"]  # they stay in their own type
+    wide = memory.parameters_bytes // jnp.dtype(dtype).itemsize - norms
+    assert memory.online_reference_bytes == 2 * wide + jnp.dtype(dtype).itemsize * norms
     assert memory.gradients_bytes == memory.parameters_bytes * (2 if dtype == "bfloat16" else 1)
     parts = memory.parameters_bytes + memory.gradients_bytes + memory.moments_bytes["adamw"]
     assert memory.total_bytes("adamw", online=False) == parts

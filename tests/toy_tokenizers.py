@@ -100,6 +100,7 @@ PHI3 = (
     _TURN + "{{ '<|' + m['role'] + '|>\\n' + m['content'] + '<|end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
+PHI3_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 # Starts with the BOS token, which is the EOS token; the newline after a response is left out at the end.
 OLMO2 = (
     "{{ bos_token }}" + _TURN + "{{ '<|' + m['role'] + '|>\\n' + m['content'] }}"
@@ -133,7 +134,8 @@ CHAT_FAMILIES = {
     "qwen3_thinking": ChatFamily(QWEN3_THINKING, ("<|im_start|>", "<|im_end|>"), eos_token="<|im_end|>"),
     "gemma2": ChatFamily(GEMMA, ("<turn>", "<end>"), bos=True),
     "gemma3": ChatFamily(GEMMA3, ("<turn>", "<end>"), bos=True),
-    "phi3": ChatFamily(PHI3, ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"), dummy_prefix="always"),
+    "phi3": ChatFamily(PHI3, PHI3_TOKENS, dummy_prefix="always"),
+    "phi3_first": ChatFamily(PHI3, PHI3_TOKENS, dummy_prefix="first"),
     "olmo2": ChatFamily(OLMO2, bos_token="</s>"),
 }
 
