@@ -1,0 +1,214 @@
+# shellcheck shell=sh disable=SC2034 # what seems unused here is read by the scripts
+# What the scripts share: arguments, --dry-run, and what they ask of gcloud. Sourced, never run.
+
+here=$(dirname "$0") dry_run='' words='' tpu_nodes=''
+exec 3>&1 # --dry-run prints here, also from where a script reads a command's output
+
+json() ( # the words, as the items of a list
+  comma=''
+  for word in "$@"; do
+    printf '%s"%s"' "$comma" "$(printf '%s' "$word" | sed 's/\\/\\\\/g; s/"/\\"/g')"
+    comma=', '
+  done
+)
+
+# Every option there is. A script names those that it takes, and sets its defaults; nothing comes from the environment.
+name='' zone='' project='' accelerator_type='' runtime_version='' slices='' spot='' reserved='' service_account=''
+valid_until_duration='' package='' share='' mount='' token_file='' python='' processes='' slice='' worker='' lines=''
+follow='' delete_when_done='' image='' accelerator='' topology='' claim='' chips='' max_restarts='' queue=''
+token_secret='' namespace='' apply='' tries='' poll_s=''
+
+note() { printf '%s: %s\n' "${0##*/}" "$1" >&2; }
+
+die() {
+  note "$1"
+  exit 2
+}
+
+quote() ( # the words, as a shell reads them back
+  space=''
+  for word in "$@"; do
+    case $word in
+      '' | *[!A-Za-z0-9_./:=,@%+-]*) word="'$(printf '%s' "$word" | sed "s/'/'\\\\''/g")'" ;;
+    esac
+    printf '%s%s' "$space" "$word"
+    space=' '
+  done
+)
+
+# Arguments
+
+options() { # NEEDED TAKEN FLAGS [OPERANDS]: the options that a script takes, by the names of their variables
+  needed=$1 taken=$2 flags=$3 operands=${4-}
+}
+
+parse() { # sets the variables, and `words` to the operands, quoted for eval
+  while [ $# -gt 0 ]; do
+    case $1 in
+      *[[:cntrl:]]*) die "an argument holds a line break or another control character; remove it" ;;
+      --help)
+        sed -n '2,/^set /s/^# \{0,1\}//p' "$0"
+        exit 0
+        ;;
+      --dry-run) dry_run=--dry-run ;;
+      -*=*) set_option "${1%%=*}" "${1#*=}" ;;
+      -*)
+        if is_in "$flags" "$1"; then
+          eval "$(variable_of "$1")=\$1"
+        else
+          [ $# -gt 1 ] || die "$1: has no value, or is no option; --help lists them"
+          set_option "$1" "$2"
+          shift
+        fi
+        ;;
+      *)
+        [ -n "$operands" ] || die "'$1': is not an option, and this script takes nothing else; --help lists them"
+        words="$words $(quote "$1")"
+        ;;
+    esac
+    shift
+  done
+  for variable in $needed; do
+    eval "[ -n \"\$$variable\" ]" || die "--$(printf '%s' "$variable" | tr _ -): is missing; --help tells what it is"
+  done
+}
+
+variable_of() { printf '%s' "${1#--}" | tr - _; }
+
+is_in() { # VARIABLES OPTION
+  case $2 in *[!a-z-]*) return 1 ;; esac
+  case " $1 " in *" $(variable_of "$2") "*) ;; *) return 1 ;; esac
+}
+
+set_option() { # OPTION VALUE
+  is_in "$needed $taken" "$1" || die "$1: no such option; --help lists them"
+  case $2 in '' | -*) die "$1: '$2' is not a value; give one that does not begin with a dash" ;; esac
+  why=''
+  case $1 in
+    --package | --token-file) [ -f "$2" ] || why='not a file; name one that exists' ;;
+    --mount) case $2 in *[!A-Za-z0-9._/-]* | [!/]* | */) why='not a directory like /mnt/sr_dpo' ;; esac ;;
+    --name | --namespace | --zone | --queue | --claim | --token-secret)
+      case $2 in [!a-z]* | *[!a-z0-9-]* | *-) why='not a name; use a-z, 0-9 and -, a letter first' ;; esac ;;
+    --lines | --max-restarts | --poll-s | --slice)
+      case $2 in *[!0-9]* | 0?* | ???????*) why='not a whole number; give one' ;; esac ;;
+    --chips | --processes | --slices | --tries)
+      case $2 in *[!0-9]* | 0* | ???????*) why='not a whole number above 0; give one' ;; esac ;;
+    *) case $2 in *[!A-Za-z0-9._:/@-]*) why='not possible here; use letters, digits and ._:/@-' ;; esac ;;
+  esac
+  [ -z "$why" ] || die "$1: '$2' is $why"
+  eval "$(variable_of "$1")=\$2"
+}
+
+check_training() { # CONFIG [section.key=value ...]: refuses here what would fail on the workers, or lose the run
+  [ $# -gt 0 ] || die "CONFIG: is missing; name the YAML file of the run"
+  [ -f "$1" ] || die "CONFIG: '$1' is not a file; name the YAML file of the run"
+  output_dir=$(sed -n "s/^output_dir: *[\"']\{0,1\}\([^\"' ]*\).*/\1/p" "$1")
+  shift
+  for word in "$@"; do
+    case $word in
+      distributed.processes=*) die "$word: is set by this script; remove it" ;;
+      output_dir=*) output_dir=${word#output_dir=} ;;
+      [a-z]*=*) ;;
+      *) die "'$word': is not of the form section.key=value" ;;
+    esac
+  done
+  case $output_dir in
+    "$mount"/*) ;;
+    *) die "output_dir: '$output_dir' is not below $mount, the disk that all workers share; a new TPU would not find the
+run again. Set output_dir=$mount/RUN (sr-dpo writes to mounted disks only, not to gs:// addresses), or --mount" ;;
+  esac
+}
+
+# Commands
+
+run() { # the way to every command that another machine sees
+  if [ -n "$dry_run" ]; then printf '+ %s\n' "$(quote "$@")" >&3; else "$@"; fi
+}
+
+ask() { # ANSWER COMMAND...: what the command prints; in --dry-run, ANSWER
+  answer=$1
+  shift
+  run "$@" || return
+  [ -z "$dry_run" ] || printf '%s\n' "$answer"
+}
+
+tpus() { # HOW... COMMAND...: gcloud compute tpus COMMAND in the project and the zone
+  run gcloud compute tpus "$@" --project="$project" --zone="$zone" --quiet
+}
+
+insist() ( # COMMAND...: at most $tries times; 2 is bad usage, and final
+  failures=0
+  while :; do
+    code=0
+    "$@" || code=$?
+    failures=$((failures + 1))
+    case $code in 0 | 2) exit "$code" ;; esac
+    [ "$failures" -lt "$tries" ] || exit "$code"
+    note "failed with $code, $failures of $tries times; again"
+    pause "$failures"
+  done
+)
+
+pause() { # FAILURES: $poll_s seconds, doubled by each of the first four failures
+  sleep "$((poll_s << ($1 < 4 ? $1 : 4)))"
+}
+
+# A queued resource and its TPUs, one a slice
+
+describe() { # ANSWER KIND NAME FIELD
+  ask "$1" gcloud compute tpus "$2" describe "$3" --format="value($4)" --project="$project" --zone="$zone"
+}
+
+state() ( # [ANSWER]: NONE where there is no such queued resource, PREEMPTED where one of its TPUs is gone
+  code=0
+  errors=$(mktemp)
+  found=$(describe "${1-ACTIVE}" queued-resources "$name" state.state 2>"$errors") || code=$?
+  if [ "$code" -ne 0 ] && grep -q NOT_FOUND "$errors"; then found=NONE code=0; else cat "$errors" >&2; fi
+  rm -f "$errors"
+  [ "$code" -eq 0 ] || exit "$code"
+  if [ "$found" = ACTIVE ]; then
+    members=$(nodes) || exit
+    for node in $members; do
+      health=$(describe READY tpu-vm "$node" state) || exit
+      case $health in PREEMPTED | TERMINATED) found=PREEMPTED ;; esac
+    done
+  fi
+  printf '%s\n' "$found"
+)
+
+nodes() ( # the names of the TPUs
+  found=$(describe "$name" queued-resources "$name" 'tpu.nodeSpec[].nodeId') || exit
+  if [ -z "$found" ]; then
+    note "queued resource $name names no TPU; status.sh shows it"
+    exit 1
+  fi
+  printf '%s\n' "$found" | tr ';' '\n'
+)
+
+on_every_node() ( # FUNCTION [WORD...]: FUNCTION NODE WORD... for all at once; the gravest code, 2 over 75 over the rest
+  jobs='' gravest=0 function=$1
+  shift
+  for node in $tpu_nodes; do
+    "$function" "$node" "$@" &
+    jobs="$jobs $!"
+  done
+  for job in $jobs; do
+    code=0
+    wait "$job" || code=$?
+    case $gravest,$code in *,0 | 2,*) ;; 0,* | *,2 | *,75) gravest=$code ;; esac
+  done
+  exit "$gravest"
+)
+
+remote() { # NODE WORKERS WORD...: the words as one command on these workers
+  node=$1 workers=$2
+  shift 2
+  tpus tpu-vm ssh "$node" --worker="$workers" --command="$(quote "$@")" \
+    --ssh-flag=-oBatchMode=yes --ssh-flag=-oConnectTimeout=15 --ssh-flag=-oServerAliveInterval=30
+}
+
+upload() { # NODE TARGET FILE...: to all workers
+  node=$1 target=$2
+  shift 2
+  tpus tpu-vm scp "$@" "$node:$target" --worker=all --scp-flag=-oBatchMode=yes --scp-flag=-oConnectTimeout=15
+}

@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# Prints the manifest of a run on GKE (a ConfigMap with CONFIG, and a JobSet), or applies it.
+#
+#   jobset.sh --name=NAME --image=IMAGE --accelerator=tpu-v6e-slice --topology=4x4 --claim=CLAIM
+#             CONFIG [section.key=value ...]
+#
+#   --claim=CLAIM             a ReadWriteMany volume claim, the disk that all workers share
+#   --mount=/mnt/sr_dpo       where it is mounted; output_dir lies below it
+#   --chips=4                 of one host; with the topology they tell how many hosts make up a slice
+#   --slices=1                node pools of that topology
+#   --max-restarts=10         failures that are borne; preemptions do not count
+#   --spot                    on spot nodes only
+#   --queue=QUEUE             of Kueue; multislice-queue in clusters made by XPK
+#   --service-account=NAME    of Kubernetes
+#   --token-secret=SECRET     whose key `token` is a Hugging Face token
+#   --namespace=default       where all these are
+#   --apply                   hands the manifest to kubectl apply
+#   --dry-run                 prints the manifest and the command, and runs none
+set -euo pipefail
+. "$(dirname "$0")/common.sh"
+options "name image accelerator topology claim" \
+  "mount chips slices max_restarts queue service_account token_secret namespace" "spot apply" \
+  "CONFIG [section.key=value ...]"
+mount=/mnt/sr_dpo chips=4 slices=1 max_restarts=10 namespace=default
+parse "$@"
+eval "set -- $words"
+check_training "$@"
+printf '%s' "$topology" | grep -Eqx '[1-9][0-9]*(x[1-9][0-9]*)+' ||
+  die "--topology: '$topology' is not like 4x4 or 2x2x4"
+total=$(($(printf '%s' "$topology" | sed 's/x/ * /g')))
+if [ "$chips" -eq 0 ] || [ $((total % chips)) -ne 0 ]; then
+  die "--chips: hosts of $chips do not make up the $total chips of --topology=$topology"
+fi
+hosts=$((total / chips))
+config=$1
+shift
+
+edits='/^#/d'
+fill() { # KEY VALUE ...: what a key becomes; without a value its lines go
+  while [ $# -gt 0 ]; do
+    edit="/{{$1}}/d"
+    [ -z "$2" ] || edit="s|{{$1}}|$(printf '%s' "$2" | sed 's/[\\&|]/\\&/g')|"
+    edits="$edits
+$edit"
+    shift 2
+  done
+}
+fill NAME "$name" NAMESPACE "$namespace" QUEUE "$queue" MAX_RESTARTS "$max_restarts" SLICES "$slices" HOSTS "$hosts"
+fill SERVICE_ACCOUNT "$service_account" ACCELERATOR "$accelerator" TOPOLOGY "$topology" SPOT "${spot:+true}"
+fill IMAGE "$image" TOKEN_SECRET "$token_secret" CHIPS "$chips" MOUNT "$mount" CLAIM "$claim"
+# Last, for an argument may hold what looks like a key.
+fill ARGS "[$(json train /etc/sr_dpo/config.yaml "distributed.processes=$((hosts * slices))" "$@")]"
+
+manifest() {
+  sed '/{{CONFIG}}/,$d' "$here/jobset.yaml" | sed "$edits"
+  sed 's/^/    /' "$config"
+  echo
+  sed '1,/{{CONFIG}}/d' "$here/jobset.yaml" | sed "$edits"
+}
+text=$(manifest)
+if [ -z "$apply" ] || [ -n "$dry_run" ]; then printf '%s\n' "$text"; fi
+[ -z "$apply" ] || run kubectl apply --filename=- <<END
+$text
+END
