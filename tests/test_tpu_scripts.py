@@ -25,7 +25,7 @@ ROUND = ["create", "ssh mkdir", "scp", "ssh worker_setup", "scp", "ssh run"]
 
 
 class Cloud:
-    """A fake gcloud and kubectl, first on PATH, and what they have seen."""
+    """A fake gcloud and kubectl, first on PATH, and what they have seen; and a sleep that takes no time."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -34,6 +34,8 @@ class Cloud:
             shim = root / "bin" / tool
             shim.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "{ROOT}/tests/fake_cloud.py" {tool} "$@"\n')
             shim.chmod(0o755)
+        (root / "bin" / "sleep").write_text('#!/bin/sh\necho "$1" >> "$FAKE_CLOUD/pauses"\n')
+        (root / "bin" / "sleep").chmod(0o755)
         self.package, self.config = root / "a package.whl", root / "a config.yaml"
         self.package.write_text("")
         self.config.write_text("output_dir: /mnt/sr_dpo/run\nmodel: {path: m}  # it's\n\ndata:\n  path: d\n")
@@ -64,7 +66,7 @@ class Cloud:
         return done
 
     def keep_running(self, *arguments, code: int = 0) -> subprocess.CompletedProcess:
-        needed = [*PLACE, *TPU, "--tries=3", "--poll-s=0", f"--package={self.package}", self.config]
+        needed = [*PLACE, *TPU, "--tries=3", f"--package={self.package}", self.config]
         return self.run("keep_running.sh", *needed, *arguments, code=code)
 
     @property
@@ -76,6 +78,11 @@ class Cloud:
     def steps(self) -> list[str]:
         """What was asked for, in order, without the questions."""
         return [step_of(call) for call in self.calls if "describe" not in call]
+
+    @property
+    def pauses(self) -> list[int]:
+        """Seconds."""
+        return [int(line) for line in (self.root / "pauses").read_text().splitlines()]
 
     def call(self, step: str) -> list[str]:
         """The first call of this kind."""
@@ -103,7 +110,7 @@ def cloud(tmp_path):
 
 
 ALL = {
-    "create.sh": [*PLACE, *TPU, "--spot", "--poll-s=0"],
+    "create.sh": [*PLACE, *TPU, "--spot"],
     "setup.sh": [*PLACE, "--package=PACKAGE", "--share=gs://a-bucket", "--token-file=CONFIG"],
     "launch.sh": [*PLACE, "CONFIG", "mesh.replica=2"],
     "status.sh": PLACE,
@@ -250,7 +257,7 @@ def test_config_must_be_there_and_on_the_shared_disk(cloud, script):
 
 def test_create_waits_until_it_is_given(cloud):
     cloud.sees(requests=[["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]])
-    cloud.run("create.sh", *PLACE, *TPU, "--spot", "--poll-s=0")
+    cloud.run("create.sh", *PLACE, *TPU, "--spot")
     assert cloud.steps == ["create"]
     place = ["--project=test-project", "--zone=test-zone1-a", "--quiet"]
     wanted = ["gcloud", "compute", "tpus", "queued-resources", "create", "pod", "--node-id=pod", *TPU, "--spot", *place]
@@ -259,7 +266,7 @@ def test_create_waits_until_it_is_given(cloud):
 
 def test_create_asks_again_until_it_is_given(cloud):
     cloud.sees(requests=[["PROVISIONING", "FAILED"], ["WAITING_FOR_RESOURCES", "SUSPENDED"], ["ACTIVE"]])
-    done = cloud.run("create.sh", *PLACE, *TPU, "--reserved", "--poll-s=0")
+    done = cloud.run("create.sh", *PLACE, *TPU, "--reserved")
     assert cloud.steps == ["create", "delete", "create", "delete", "create"]
     assert "--reserved" in cloud.calls[1] and done.stderr.count("there is no capacity") == 1
     assert re.findall("pod: (.*)", done.stderr) == [
@@ -275,7 +282,7 @@ def test_create_leaves_alone_what_is_given(cloud):
 
 def test_create_gives_back_what_was_preempted_before_the_queue_says_so(cloud):
     cloud.has("pod", node_state="PREEMPTED", requests=[["FAILED"]])
-    done = cloud.run("create.sh", *PLACE, *TPU, "--poll-s=0", "--tries=1", code=1)  # the fake has no second request
+    done = cloud.run("create.sh", *PLACE, *TPU, "--tries=1", code=1)  # the fake has no second request
     assert cloud.steps[:2] == ["delete", "create"]
     assert "pod: PREEMPTED" in done.stderr
 
@@ -283,17 +290,16 @@ def test_create_gives_back_what_was_preempted_before_the_queue_says_so(cloud):
 @pytest.mark.parametrize("call", ["queued-resources create", "queued-resources describe", "queued-resources delete"])
 def test_a_failing_gcloud_is_tried_again_a_few_times(cloud, call):
     cloud.sees(requests=[["FAILED"], ["ACTIVE"]], fail={call: [1, 1]})
-    cloud.run("create.sh", *PLACE, *TPU, "--tries=3", "--poll-s=0")
+    cloud.run("create.sh", *PLACE, *TPU, "--tries=3")
     cloud.sees(requests=[["FAILED"], ["ACTIVE"]], fail={call: [1, 1, 7]})
-    done = cloud.run("create.sh", *PLACE, *TPU, "--tries=3", "--poll-s=0", code=7)
+    done = cloud.run("create.sh", *PLACE, *TPU, "--tries=3", code=7)
     assert f"ERROR: {call}: told to fail" in done.stderr
 
 
-def test_pauses_double(cloud):
+def test_pauses_double_up_to_a_limit(cloud):
     cloud.sees(fail={"queued-resources create": [1] * 9})
-    started = time.monotonic()
-    cloud.run("create.sh", *PLACE, *TPU, "--tries=2", "--poll-s=1", code=1)
-    assert time.monotonic() - started >= 2
+    cloud.run("create.sh", *PLACE, *TPU, "--tries=8", "--poll-s=3", code=1)
+    assert cloud.pauses == [3, 6, 12, 24, 48, 48, 48]
 
 
 @pytest.mark.parametrize(
@@ -322,7 +328,7 @@ def test_no_failure_is_swallowed(cloud, script, call):
 
 
 def test_several_slices(cloud):
-    cloud.run("create.sh", *PLACE, *TPU, "--slices=3", "--poll-s=0")
+    cloud.run("create.sh", *PLACE, *TPU, "--slices=3")
     assert {"--node-count=3", "--node-prefix=pod"} <= set(cloud.call("create"))
     cloud.has("pod-0", "pod-1", "pod-2", hosts=4, launches=[{"code": {"pod-0": 0, "pod-1": 0, "pod-2": 0}}])
     cloud.run("launch.sh", *PLACE, cloud.config, "mesh.replica=3")
@@ -393,6 +399,7 @@ def test_failures_are_borne_only_so_often(cloud):
     done = cloud.keep_running(code=1)
     assert cloud.steps == [*ROUND, *ROUND[1:], *ROUND[1:]]
     assert "failed with 1, 2 of 3 times" in done.stderr
+    assert cloud.pauses == [30, 30, 60]  # until it was given; after the first failure; after the second
 
 
 def test_a_preemption_between_forgives_failures(cloud):
@@ -448,7 +455,7 @@ def test_no_token_is_seen_anywhere(cloud):
 SR_DPO = """#!/bin/bash
 echo "step $*"
 trap 'echo saved; exit 75' TERM
-while [ ! -f ~/go_on ]; do sleep 0.05; done
+while [ ! -f ~/go_on ]; do /bin/sleep 0.05; done
 exit "$(cat ~/go_on)"
 """
 
@@ -617,7 +624,7 @@ def test_a_machine_that_goes_down_signals_everything(workers):
 def test_what_a_run_leaves_behind_does_not_hold_the_launch(workers):
     for home in workers.homes:
         command = home / "sr_dpo" / "venv" / "bin" / "sr-dpo"
-        command.write_text("#!/bin/bash\necho step\nsleep 60 > /dev/null 2>&1 &\necho $! > ~/left_behind\n")
+        command.write_text("#!/bin/bash\necho step\n/bin/sleep 60 > /dev/null 2>&1 &\necho $! > ~/left_behind\n")
     launched = workers.launch()
     launched.communicate(timeout=50)
     assert launched.returncode == 0

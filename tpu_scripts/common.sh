@@ -4,14 +4,6 @@
 here=$(dirname "$0") dry_run='' words='' tpu_nodes=''
 exec 3>&1 # --dry-run prints here, also from where a script reads a command's output
 
-json() ( # the words, as the items of a list
-  comma=''
-  for word in "$@"; do
-    printf '%s"%s"' "$comma" "$(printf '%s' "$word" | sed 's/\\/\\\\/g; s/"/\\"/g')"
-    comma=', '
-  done
-)
-
 # Every option there is. A script names those that it takes, and sets its defaults; nothing comes from the environment.
 name='' zone='' project='' accelerator_type='' runtime_version='' slices='' spot='' reserved='' service_account=''
 valid_until_duration='' package='' share='' mount='' token_file='' python='' processes='' slice='' worker='' lines=''
@@ -33,6 +25,14 @@ quote() ( # the words, as a shell reads them back
     esac
     printf '%s%s' "$space" "$word"
     space=' '
+  done
+)
+
+json() ( # the words, as the items of a list
+  comma=''
+  for word in "$@"; do
+    printf '%s"%s"' "$comma" "$(printf '%s' "$word" | sed 's/\\/\\\\/g; s/"/\\"/g')"
+    comma=', '
   done
 )
 
@@ -132,7 +132,7 @@ ask() { # ANSWER COMMAND...: what the command prints; in --dry-run, ANSWER
   [ -z "$dry_run" ] || printf '%s\n' "$answer"
 }
 
-tpus() { # HOW... COMMAND...: gcloud compute tpus COMMAND in the project and the zone
+tpus() { # COMMAND...: gcloud compute tpus COMMAND in the project and the zone
   run gcloud compute tpus "$@" --project="$project" --zone="$zone" --quiet
 }
 
@@ -149,8 +149,9 @@ insist() ( # COMMAND...: at most $tries times; 2 is bad usage, and final
   done
 )
 
-pause() { # FAILURES: $poll_s seconds, doubled by each of the first four failures
-  sleep "$((poll_s << ($1 < 4 ? $1 : 4)))"
+pause() { # FAILURES: $poll_s seconds after none or one, then twice as long each time, up to 16 times
+  doublings=$(($1 < 1 ? 0 : $1 > 5 ? 4 : $1 - 1))
+  sleep "$((poll_s << doublings))"
 }
 
 # A queued resource and its TPUs, one a slice

@@ -28,9 +28,7 @@ check_training "$@"
 printf '%s' "$topology" | grep -Eqx '[1-9][0-9]*(x[1-9][0-9]*)+' ||
   die "--topology: '$topology' is not like 4x4 or 2x2x4"
 total=$(($(printf '%s' "$topology" | sed 's/x/ * /g')))
-if [ "$chips" -eq 0 ] || [ $((total % chips)) -ne 0 ]; then
-  die "--chips: hosts of $chips do not make up the $total chips of --topology=$topology"
-fi
+[ $((total % chips)) -eq 0 ] || die "--chips: hosts of $chips do not make up the $total chips of --topology=$topology"
 hosts=$((total / chips))
 config=$1
 shift
