@@ -25,10 +25,11 @@ from sr_dpo_jax.data.dataset import TokenizedPairs
 from sr_dpo_jax.data.fit import require_fit
 from sr_dpo_jax.data.pipeline import Feed, StepSource, local_rows
 from sr_dpo_jax.data.plan import Plan
-from sr_dpo_jax.model.decoder import Decoder
+from sr_dpo_jax.model.decoder import Constrain, Decoder
 from sr_dpo_jax.reference import ReferenceScores, cache_files
 from sr_dpo_jax.train_step import Objective, Params, initialise
 from sr_dpo_jax.weights import directory as weights
+from sr_dpo_jax.weights.read import load_params
 
 log = logging.getLogger(__name__)
 
@@ -77,8 +78,8 @@ class Assembly:
         """The weights of model.path, or drawn from the seed, sharded on the mesh, in model.param_dtype."""
         dtype = jnp.dtype(self.config.model.param_dtype)
         if self.config.model.init == "pretrained":
-            return weights.load_params(self.directory, self.abstract, self.param_shardings, dtype=dtype)
-        make = _decoder_maker(self.config, self.directory, self.mesh)
+            return load_params(self.directory, self.abstract, self.param_shardings, dtype=dtype)
+        make = _decoder_maker(self.config, self.directory, meshes.constrain(self.mesh))
         return initialise(lambda: nnx.to_pure_dict(nnx.state(make())), self.param_shardings)
 
     def frozen(self, params: Params) -> Params:
@@ -178,21 +179,30 @@ def read_data(
 
 
 def read_model(config: Config) -> tuple[weights.ModelDirectory, PreTrainedTokenizerBase]:
-    """Architecture and tokenizer of model.path, which must fit each other; touches no device."""
-    directory = weights.open_directory(config.model.path, revision=config.model.revision)
+    """Architecture and tokenizer of model.path, which must fit each other; touches no device.
+
+    Weights that are to be read are checked too.
+    """
+    pretrained = config.model.init == "pretrained"
+    directory = weights.open_directory(config.model.path, revision=config.model.revision, weights=pretrained)
     tokenizer = tokens.load_tokenizer(str(directory.path))
     require_fit(tokenizer, directory.path, vocabulary_tokens=directory.architecture.vocabulary_tokens)
+    if pretrained:
+        weights.check(directory, abstract_params(config, directory))
     return directory, tokenizer
+
+
+def abstract_params(config: Config, directory: weights.ModelDirectory) -> Any:
+    """Tree of abstract nnx parameters: shapes, types and logical axes; touches no device."""
+    return nnx.state(nnx.eval_shape(_decoder_maker(config, directory, lambda array, axes: array)))
 
 
 def assemble(config: Config, directory: weights.ModelDirectory) -> Assembly:
     """Starts the devices: joins the processes, makes the mesh, checks the shardings of all parameters."""
     meshes.start_distributed(**config.distributed.model_dump())
     mesh = meshes.make_mesh(**config.mesh.model_dump())
-    graph, abstract = nnx.split(nnx.eval_shape(_decoder_maker(config, directory, mesh)))
+    graph, abstract = nnx.split(nnx.eval_shape(_decoder_maker(config, directory, meshes.constrain(mesh))))
     shardings = nnx.to_pure_dict(meshes.param_shardings(mesh, abstract))
-    if config.model.init == "pretrained":
-        weights.check(directory, abstract)
     log.info(
         "%s on %s: %s parameters, attention dense, activations %s",
         directory.model_type,
@@ -203,14 +213,14 @@ def assemble(config: Config, directory: weights.ModelDirectory) -> Assembly:
     return Assembly(config, directory, mesh, graph, abstract, shardings)
 
 
-def _decoder_maker(config: Config, directory: weights.ModelDirectory, mesh: Mesh) -> Any:
+def _decoder_maker(config: Config, directory: weights.ModelDirectory, constrain: Constrain) -> Any:
     def make() -> Decoder:
         return Decoder(
             directory.architecture,
             dtype=jnp.dtype(config.model.dtype),
             param_dtype=jnp.dtype(config.model.param_dtype),
             remat=config.model.remat,
-            constrain=meshes.constrain(mesh),
+            constrain=constrain,
             rngs=nnx.Rngs(config.seed),
         )
 

@@ -9,15 +9,17 @@ whole.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.train_step import Params, TrainState
+from sr_dpo_jax.weights.layout import flatten, unflatten
 
 
 class Checkpoints:
@@ -62,7 +64,7 @@ class Checkpoints:
         Raises:
           UsageError: the step is not there, or its arrays have other shapes than the configured model.
         """
-        step = self._existing(step)
+        step = self.existing(step)
         arguments = ocp.args.Composite(
             state=ocp.args.StandardRestore(_as_dict(abstract)), position=ocp.args.JsonRestore()
         )
@@ -76,7 +78,7 @@ class Checkpoints:
         Raises:
           UsageError: the step is not there, or its parameters have other shapes.
         """
-        step = self._existing(step)
+        step = self.existing(step)
         wanted = jax.tree.map(
             lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where), shapes, shardings
         )
@@ -90,6 +92,36 @@ class Checkpoints:
             restored = self._manager.restore(step, args=ocp.args.Composite(state=arguments))
         return restored["state"]["params"]
 
+    def check_params(self, shapes: Mapping[str, tuple[int, ...]], *, step: int) -> None:
+        """Compares the parameters of a step, without reading them, with the shapes that a model has by path.
+
+        Raises:
+          UsageError: parameters are missing, extra or of other shapes; all are named.
+        """
+        path = self._directory / str(step)
+        with ocp.StandardCheckpointer() as checkpointer:
+            tree = checkpointer.metadata(path / "state").item_metadata.tree
+        held = {name: tuple(leaf.shape) for name, leaf in flatten(tree["params"]).items()}
+        wrong = [
+            f"{name}: {held.get(name, 'missing')}, the model has {shapes.get(name, 'no such parameter')}"
+            for name in sorted(held.keys() | shapes.keys())
+            if held.get(name) != shapes.get(name)
+        ]
+        if wrong:
+            raise UsageError(
+                "\n  ".join([f"{path}: not of the configured model; restore config.yaml or model.path", *wrong])
+            )
+
+    def read_params(self, names: Sequence[str], *, step: int) -> dict[str, np.ndarray]:
+        """Some parameters of a step, whole and in host memory, by path; nothing else is read and no device is used."""
+        wanted = unflatten(dict.fromkeys(names, 0))
+        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        arguments = ocp.args.PyTreeRestore(
+            item={"params": wanted}, restore_args={"params": restore_args}, partial_restore=True
+        )
+        restored = self._manager.restore(step, args=ocp.args.Composite(state=arguments))
+        return flatten(restored["state"]["params"])
+
     def finish(self, step: int) -> None:
         """Waits for all writes; raises unless the checkpoint of `step` is committed."""
         self._manager.wait_until_finished()
@@ -102,7 +134,8 @@ class Checkpoints:
     def close(self) -> None:
         self._manager.close()
 
-    def _existing(self, step: int | None) -> int:
+    def existing(self, step: int | None) -> int:
+        """The step itself, or the latest for None; raises UsageError where it is not there."""
         step = self.latest if step is None else step
         if step is None or step not in self._manager.all_steps():
             raise UsageError(f"{self._directory}: no checkpoint of step {step}; there are {self._manager.all_steps()}")

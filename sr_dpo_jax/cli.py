@@ -50,6 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     export.add_argument("out_dir", type=Path, metavar="OUT_DIR")
     export.add_argument("--step", type=int, help="default: the latest")
+    export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the run's param_dtype")
+    export.add_argument("--shard-bytes", type=int, metavar="N", help="most bytes of a file of weights; default: 5 GB")
     inspect = command("inspect", _inspect, "what a person wants to know of a model before a run; touches no device")
     inspect.add_argument("model", metavar="MODEL", help="a Hugging Face directory or hub name")
     inspect.add_argument("--revision", help="pin of a hub name")
@@ -92,7 +94,7 @@ def _eval(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from sr_dpo_jax.export import export
 
-    export(options.run_dir, options.out_dir, step=options.step)
+    export(options.run_dir, options.out_dir, step=options.step, dtype=options.dtype, shard_bytes=options.shard_bytes)
     print(f"written to {options.out_dir}")
     return 0
 

@@ -138,6 +138,7 @@ def _write_run_files(assembly: Assembly, pairs: TokenizedPairs, tokenizer: str) 
             "tokenizer": tokenizer,
             "weights": assembly.base_digest,
         },
+        "model": {"path": assembly.config.model.path, "revision": assembly.directory.revision},
         "pairs": len(pairs.ids),
         "bad_rows": len(pairs.report.bad_rows),
         "mesh": dict(assembly.mesh.shape),

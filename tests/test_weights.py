@@ -1,21 +1,33 @@
 """Hugging Face directories in and out without PyTorch: bit for bit on any mesh, every fault named."""
 
+import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import tiny
-from runs import model_directory
+from flax import nnx
+from runs import REPOSITORY, model_directory
 from safetensors.numpy import load_file, save_file
 
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.weights import directory as weights
+from sr_dpo_jax.weights import read
+from sr_dpo_jax.weights.families import Tensor
+from sr_dpo_jax.weights.layout import blocks_of, file_shape, flatten
+from sr_dpo_jax.weights.read import load_params
+from sr_dpo_jax.weights.write import plan_files
 
 FAMILIES = {
     "gpt_neox": {"rotary_pct": 0.25},
     "llama": {"num_key_value_heads": 2, "head_dim": 24, "attention_bias": True, "tie_word_embeddings": True},
 }
+TYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32, "float64": np.float64}
 
 
 def written(tmp_path, family, *, shard_bytes=10**9):
@@ -24,8 +36,13 @@ def written(tmp_path, family, *, shard_bytes=10**9):
     directory = weights.open_directory(str(path))
     model = tiny.build(directory.architecture, tiny.make_mesh())
     params = model.params()
-    weights.save_params(params, directory, model.abstract, path, dtype=np.dtype("float32"), shard_bytes=shard_bytes)
+    tiny.save_weights(params, directory, model.abstract, path, shard_bytes=shard_bytes)
     return directory, model, params
+
+
+def tensors_in(path):
+    """Every tensor of a directory by name, read by the safetensors library alone."""
+    return {name: array for file in path.glob("*.safetensors") for name, array in load_file(file).items()}
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2)])
@@ -34,7 +51,7 @@ def test_out_and_in_is_bit_for_bit_on_any_mesh(tmp_path, family, shape):
     directory, _, params = written(tmp_path, family, shard_bytes=20_000)
     assert len(list(directory.path.glob("model-*.safetensors"))) > 3
     model = tiny.build(directory.architecture, tiny.make_mesh(*shape))
-    loaded = weights.load_params(directory, model.abstract, model.shardings, dtype=np.dtype("float32"))
+    loaded = load_params(directory, model.abstract, model.shardings, dtype=np.dtype("float32"))
     assert jax.tree.structure(loaded) == jax.tree.structure(params)
     for ours, theirs, sharding in zip(
         jax.tree.leaves(loaded), jax.tree.leaves(params), jax.tree.leaves(model.shardings), strict=True
@@ -43,20 +60,215 @@ def test_out_and_in_is_bit_for_bit_on_any_mesh(tmp_path, family, shape):
         assert ours.sharding == sharding
 
 
-def test_a_host_keeps_only_the_box_of_its_devices():
-    mesh = tiny.make_mesh(fsdp=8)
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp"))
-    whole = np.arange(6 * 16).reshape(6, 16)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_and_out_is_bit_for_bit(tmp_path, family, dtype):
+    """Files of random bits, subnormal numbers among them, through float32 parameters on a mesh and back."""
+    directory, *_ = written(tmp_path, family)
+    rng, file = np.random.default_rng(5), directory.path / "model.safetensors"
+    given = {}
+    for name, array in load_file(file).items():
+        bits = rng.integers(0, 256, (*array.shape, np.dtype(TYPES[dtype]).itemsize), np.uint8)
+        number = bits.view(TYPES[dtype])[..., 0]
+        with np.errstate(invalid="ignore"):
+            given[name] = np.where(np.isfinite(number), number, TYPES[dtype](-0.0))
+    save_file(given, file)
+    model = tiny.build(directory.architecture, tiny.make_mesh(1, 4, 2))
+    loaded = load_params(directory, model.abstract, model.shardings, dtype=np.dtype("float32"))
+    out = tmp_path / "out"
+    out.mkdir()
+    tiny.save_weights(loaded, directory, model.abstract, out, dtype=dtype, shard_bytes=30_000)
+    back = tensors_in(out)
+    assert back.keys() == given.keys()
+    for name, array in given.items():
+        assert back[name].dtype == array.dtype and back[name].tobytes() == array.tobytes(), name
 
-    class TwoOfEight:  # stands for a process that holds the third and fourth device
-        def addressable_devices_indices_map(self, shape):
-            everything = sharding.devices_indices_map(shape)
-            return {device: everything[device] for device in list(everything)[2:4]}
 
-    box = weights._local_box(TwoOfEight(), whole.shape)
-    assert box == (slice(0, 6), slice(4, 8))
-    for index in TwoOfEight().addressable_devices_indices_map(whole.shape).values():
-        np.testing.assert_array_equal(weights._from_box(whole[box], box, whole.shape, index), whole[index])
+def test_each_tensor_is_read_in_its_own_type(tmp_path):
+    """Four types in one directory, each converted from its own: to float32, and rounded to bfloat16."""
+    directory, model, _ = written(tmp_path, "llama", shard_bytes=30_000)
+    given = {}
+    for file in sorted(directory.path.glob("model-*.safetensors")):
+        tensors = load_file(file)
+        for number, name in enumerate(tensors):
+            tensors[name] = tensors[name].astype(list(TYPES.values())[number % 4])
+        save_file(tensors, file)
+        given |= tensors
+    assert len({array.dtype for array in given.values()}) == 4
+    for dtype in ("float32", "bfloat16"):
+        out = tmp_path / dtype
+        out.mkdir()
+        loaded = load_params(directory, model.abstract, model.shardings, dtype=np.dtype(dtype))
+        assert {leaf.dtype for leaf in jax.tree.leaves(loaded)} == {np.dtype(dtype)}
+        tiny.save_weights(loaded, directory, model.abstract, out, dtype=dtype)
+        for name, array in tensors_in(out).items():
+            assert array.tobytes() == given[name].astype(TYPES[dtype]).tobytes(), name
+
+
+def abstract_of(**shapes):
+    """Abstract parameters by path: a path's axes with their sizes."""
+    make = {
+        path: nnx.Param(jax.ShapeDtypeStruct(tuple(axes.values()), np.float32), axes=tuple(axes))
+        for path, axes in shapes.items()
+    }
+    return make
+
+
+def test_parameters_one_after_the_other_in_one_tensor():
+    """A row of the kind that phi3 has: query, key and value along the first dimension, the last two of fewer heads."""
+    abstract = abstract_of(
+        query={"layers": 2, "embed": 6, "heads": 4, "head_dim": 3},
+        key={"layers": 2, "embed": 6, "kv_heads": 2, "head_dim": 3},
+        value={"layers": 2, "embed": 6, "kv_heads": 2, "head_dim": 3},
+    )
+    row = Tensor("fused.{layer}", "(heads head_dim) embed", ("query", "key", "value"))
+    blocks = blocks_of(row, abstract)
+    assert file_shape(blocks) == (12 + 6 + 6, 6)
+    file = np.arange(24 * 6).reshape(24, 6)
+    expected = {
+        "query": file[:12].reshape(4, 3, 6).transpose(2, 0, 1),
+        "key": file[12:18].reshape(2, 3, 6).transpose(2, 0, 1),
+        "value": file[18:].reshape(2, 3, 6).transpose(2, 0, 1),
+    }
+    # The second half of the heads and the middle of the residual stream, as a device of a mesh holds them.
+    bounds = {
+        "query": ((0, 2), (2, 5), (2, 4), (0, 3)),
+        "key": ((0, 2), (2, 5), (1, 2), (0, 3)),
+        "value": ((0, 2), (2, 5), (1, 2), (0, 3)),
+    }
+    rows = 0
+    for block in blocks:
+        wanted = block.wanted(bounds)
+        region = file[block.region(wanted)]
+        rows += len(region)
+        ((param, part),) = block.parts(region, wanted).items()
+        cut = tuple(slice(*sides) for sides in bounds[param][1:])
+        np.testing.assert_array_equal(part, expected[param][cut])
+    assert rows == 6 + 3 + 3, "nothing else of the first dimension is read"
+
+
+def test_interleaved_parameters_and_norms_over_heads():
+    abstract = abstract_of(
+        gate={"layers": 2, "mlp": 4},
+        up={"layers": 2, "mlp": 4},
+        key_norm={"layers": 2, "kv_heads": 2, "head_dim": 3},
+        scale={"embed": 5},
+    )
+    (block,) = blocks_of(Tensor("fused.{layer}", "(mlp part)", ("gate", "up")), abstract)
+    wanted = block.wanted({"gate": ((0, 2), (2, 4)), "up": ((0, 2), (2, 4))})
+    parts = block.parts(np.arange(8)[block.region(wanted)], wanted)
+    assert {name: part.tolist() for name, part in parts.items()} == {"gate": [4, 6], "up": [5, 7]}
+    (block,) = blocks_of(Tensor("norm.{layer}", "(heads head_dim)", ("key_norm",)), abstract)
+    wanted = block.wanted({"key_norm": ((0, 2), (1, 2), (0, 3))})
+    assert block.parts(np.arange(6)[block.region(wanted)], wanted)["key_norm"].tolist() == [[3, 4, 5]]
+    (block,) = blocks_of(Tensor("norm", "embed", ("scale",)), abstract)
+    assert file_shape((block,)) == (5,)
+    with pytest.raises(ValueError, match="does not fit"):
+        blocks_of(Tensor("norm", "mlp", ("scale",)), abstract)
+    with pytest.raises(ValueError, match="not sharded as"):
+        block = blocks_of(Tensor("fused.{layer}", "(mlp part)", ("gate", "up")), abstract)[0]
+        block.wanted({"gate": ((0, 2), (2, 4)), "up": ((0, 2), (0, 2))})
+
+
+class Counting:
+    """`safe_open` that adds up the bytes that leave it, and refuses whole tensors."""
+
+    bytes_read = 0
+    real = staticmethod(read.safe_open)
+
+    def __init__(self, path, framework):
+        self.file = self.real(path, framework=framework)
+
+    def __enter__(self):
+        self.file.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        return self.file.__exit__(*error)
+
+    def get_slice(self, name):
+        counted, part = self, self.file.get_slice(name)
+
+        class Slice:
+            def __getitem__(self, region):
+                array = part[region]
+                type(counted).bytes_read += array.nbytes
+                return array
+
+        return Slice()
+
+
+@dataclasses.dataclass(frozen=True)
+class OfProcess:
+    """The sharding of a mesh as a process with some of its devices sees it."""
+
+    sharding: jax.sharding.Sharding
+    first: int
+    last: int
+
+    def addressable_devices_indices_map(self, shape):
+        everything = self.sharding.devices_indices_map(shape)
+        return {device: everything[device] for device in list(everything)[self.first : self.last]}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("shape", "first", "share"), [((1, 8, 1), 2, 1 / 4), ((1, 4, 2), 4, 1 / 4), ((2, 4, 1), 0, 1 / 2)]
+)
+def test_a_host_reads_what_its_devices_hold(tmp_path, monkeypatch, family, shape, first, share):
+    """Two of eight devices: a quarter of the bytes, or half where the mesh keeps two copies; biases are small."""
+    directory, _, params = written(tmp_path, family, shard_bytes=20_000)
+    model = tiny.build(directory.architecture, tiny.make_mesh(*shape))
+    mine = jax.tree.map(lambda sharding: OfProcess(sharding, first, first + 2), model.shardings)
+    monkeypatch.setattr(read, "safe_open", Counting)
+    monkeypatch.setattr(Counting, "bytes_read", 0)
+    monkeypatch.setattr(jax, "make_array_from_single_device_arrays", lambda shape, sharding, pieces: pieces)
+    loaded = flatten(load_params(directory, model.abstract, mine, dtype=np.dtype("float32")))
+    total = sum(array.nbytes for array in tensors_in(directory.path).values())
+    assert share * total <= Counting.bytes_read < (share + 0.02) * total
+    whole, shardings = flatten(jax.device_get(params)), flatten(model.shardings)
+    for name, pieces in loaded.items():
+        indices = shardings[name].devices_indices_map(whole[name].shape)
+        assert len(pieces) == 2
+        for piece in pieces:
+            np.testing.assert_array_equal(piece, whole[name][indices[next(iter(piece.devices()))]], err_msg=name)
+
+
+def test_replicas_are_read_once(tmp_path, monkeypatch):
+    directory, *_ = written(tmp_path, "llama")
+    model = tiny.build(directory.architecture, tiny.make_mesh(8, 1, 1))
+    monkeypatch.setattr(read, "safe_open", Counting)
+    monkeypatch.setattr(Counting, "bytes_read", 0)
+    load_params(directory, model.abstract, model.shardings, dtype=np.dtype("float32"))
+    assert Counting.bytes_read == sum(array.nbytes for array in tensors_in(directory.path).values())
+
+
+def test_files_are_planned_before_they_are_written():
+    sizes = {"a": 4, "b": 6, "c": 11, "d": 1, "e": 9, "f": 1}
+    names = ["model-00001-of-00004", "model-00002-of-00004", "model-00003-of-00004", "model-00004-of-00004"]
+    plan = plan_files(sizes, 10)
+    assert list(plan.values()) == [f"{names[number]}.safetensors" for number in (0, 0, 1, 2, 2, 3)]
+    assert set(plan_files(sizes, 32).values()) == {"model.safetensors"}
+
+
+def test_the_index_is_right(tmp_path):
+    directory, *_ = written(tmp_path, "llama", shard_bytes=20_000)
+    index = json.loads((directory.path / "model.safetensors.index.json").read_text())
+    arrays = tensors_in(directory.path)
+    assert index["metadata"]["total_size"] == sum(array.nbytes for array in arrays.values())
+    assert index["weight_map"].keys() == arrays.keys()
+    for name, file in index["weight_map"].items():
+        assert name in load_file(directory.path / file)
+    for file in directory.path.glob("*.safetensors"):
+        held = load_file(file)
+        assert len(held) == 1 or sum(array.nbytes for array in held.values()) <= 20_000
+
+
+def test_numbers_that_a_type_cannot_hold_are_refused(tmp_path):
+    directory, model, params = written(tmp_path, "llama")
+    params["final_norm"]["scale"] = params["final_norm"]["scale"].at[3].set(1e6)
+    with pytest.raises(UsageError, match=r"model\.norm\.weight.*not finite in float16"):
+        tiny.save_weights(params, directory, model.abstract, tmp_path, dtype="float16")
 
 
 def test_the_files_have_the_names_and_layout_of_transformers(tmp_path):
@@ -121,6 +333,148 @@ def test_faults_are_named_before_anything_is_loaded(tmp_path, damage, words):
         weights.check(directory, model.abstract)
     for word in words:
         assert word in str(error.value)
+
+
+INDEX = "model.safetensors.index.json"
+
+
+def sharded(tmp_path):
+    """A directory of several files, its abstract parameters, its files and its index."""
+    directory, model, _ = written(tmp_path, "llama", shard_bytes=30_000)
+    files = sorted(directory.path.glob("model-*.safetensors"))
+    return directory, model.abstract, files, json.loads((directory.path / INDEX).read_text())
+
+
+def test_all_faults_are_in_one_error(tmp_path):
+    directory, abstract, files, index = sharded(tmp_path)
+    assert len(files) > 5
+    norms, names = "model.layers.{}.input_layernorm.weight", [list(load_file(file)) for file in files]
+    first, second = load_file(files[0]), load_file(files[1])
+    missing, misshaped, twice = names[1][0], names[1][1], names[1][2]
+    (untyped,), (moved, unnamed), lost = names[0][:1], names[2][:2], names[3]
+    first = {untyped: first[untyped].astype(np.int16), twice: second[twice]}
+    del second[missing]
+    second |= {misshaped: np.zeros(31, np.float32), norms.format(7): np.zeros(32, np.float32)}
+    save_file(first, files[0])
+    save_file(second, files[1])
+    index["weight_map"] |= {moved: files[0].name, norms.format(8): files[2].name}
+    del index["weight_map"][unnamed]
+    (directory.path / INDEX).write_text(json.dumps(index))
+    files[3].unlink()
+    files[4].write_bytes(files[4].read_bytes()[:100])
+    with pytest.raises(UsageError) as error:
+        weights.check(directory, abstract)
+    lines = str(error.value).split("\n  ")[1:]
+    expected = [
+        (missing, f"missing from {files[1].name}"),
+        (misshaped, "shape (31,)"),
+        (norms.format(7), "not part"),
+        (norms.format(8), "not part"),
+        (twice, f"held by {files[0].name} and by {files[1].name}"),
+        (untyped, "type I16"),
+        (moved, f"held by {files[2].name}, but {INDEX} says {files[0].name}"),
+        (unnamed, "says nothing of it"),
+        (files[3].name, "missing"),
+        (files[4].name, "damaged"),
+    ]
+    for name, words in expected:
+        assert [line for line in lines if name in line and words in line], (name, words, lines)
+    assert len(lines) == len(expected), "tensors of a lost file are not listed one by one"
+    assert not [name for name in lost if name in str(error.value)]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../escaped.safetensors",
+        "/etc/escaped.safetensors",
+        "..\\escaped.safetensors",
+        "C:\\escaped.safetensors",
+        "sub/escaped.safetensors",
+        "..",
+        "",
+        ".",
+        "escaped.bin",
+        "esca\0ped.safetensors",
+        "esca\ud800ped.safetensors",
+        "e" * 300 + ".safetensors",
+        7,
+        None,
+        ["model.safetensors"],
+    ],
+)
+def test_names_that_are_no_file_of_the_directory(tmp_path, name):
+    directory, abstract, _, index = sharded(tmp_path)
+    (tmp_path / "escaped.safetensors").write_bytes(b"canary")
+    index["weight_map"]["model.norm.weight"] = name
+    (directory.path / INDEX).write_text(json.dumps(index))
+    for check in (lambda: weights.check(directory, abstract), lambda: weights.weights_digest(directory)):
+        with pytest.raises(UsageError, match=r"weight_map names .*nothing was read"):
+            check()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", '{"weight_map": []}', '{"weight_map": {}}', "[" * 100_000, "\xff", '{"weight_map": 1}'],
+)
+def test_damaged_indices(tmp_path, text):
+    directory, abstract, *_ = sharded(tmp_path)
+    (directory.path / INDEX).write_bytes(text.encode("latin-1"))
+    with pytest.raises(UsageError, match=r"index\.json: damaged"):
+        weights.check(directory, abstract)
+
+
+@pytest.mark.parametrize("name", [INDEX, "model-00002-of-00009.safetensors", "tokenizer.json", "config.json"])
+def test_links_that_leave_the_directory_are_refused(tmp_path, name):
+    """Also towards a neighbour whose name begins alike; a link that stays inside is fine."""
+    directory, abstract, files, _ = sharded(tmp_path)
+    name = files[1].name if name.startswith("model-") else name
+    inside, outside = directory.path / "copy", tmp_path / "model-outside"
+    (directory.path / name).rename(inside)
+    (directory.path / name).symlink_to("copy")
+    weights.check(weights.open_directory(str(directory.path)), abstract)
+    (directory.path / name).unlink()
+    inside.rename(outside)
+    (directory.path / name).symlink_to(outside)
+    with pytest.raises(UsageError, match=f"{name}: is a link that leaves the directory"):
+        weights.check(weights.open_directory(str(directory.path)), abstract)
+
+
+def test_an_index_beside_a_single_file_is_refused(tmp_path):
+    directory, abstract, files, _ = sharded(tmp_path)
+    files[0].with_name("model.safetensors").write_bytes(files[0].read_bytes())
+    with pytest.raises(UsageError, match="only one can be meant"):
+        weights.check(directory, abstract)
+
+
+def test_weights_are_checked_before_any_device_is_touched(tmp_path):
+    """In a process of its own: sound weights and damaged ones, and no backend of jax comes up."""
+    directory, *_ = written(tmp_path, "gpt_neox")
+    program = """
+import sys
+from jax._src import xla_bridge
+from sr_dpo_jax import config as configuration
+from sr_dpo_jax.assembly import read_model
+from sr_dpo_jax.errors import UsageError
+path = sys.argv[1]
+raw = {"output_dir": path, "model": {"path": path}, "data": {"path": path}, "objective": {"name": "dpo"}}
+config = configuration.from_dict(raw, where="test")
+read_model(config)
+assert not xla_bridge.backends_are_initialized()
+file = path + "/model.safetensors"
+content = open(file, "rb").read()
+open(file, "wb").write(content[:-1])
+try:
+    read_model(config)
+except UsageError as error:
+    assert not xla_bridge.backends_are_initialized()
+    print(error)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", program, str(directory.path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "model.safetensors: damaged" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Makers shared by tests: tiny models of both families, random pairs, and packed batches of them."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +15,10 @@ from sr_dpo_jax.batch import SIDES, Batch, Placed, Rows, build_row
 from sr_dpo_jax.model.architecture import Architecture
 from sr_dpo_jax.model.decoder import Decoder
 from sr_dpo_jax.train_step import TrainState, initialise, state_shapes, state_shardings
+from sr_dpo_jax.weights.directory import ModelDirectory
+from sr_dpo_jax.weights.families import tensors_of
+from sr_dpo_jax.weights.layout import flatten
+from sr_dpo_jax.weights.write import save_params
 
 VOCABULARY = 24
 
@@ -118,6 +123,22 @@ def build(architecture: Architecture, mesh: Mesh, *, dtype: Any = jnp.float32, r
 
     graph, abstract = nnx.split(nnx.eval_shape(make))
     return Model(mesh, graph, abstract, nnx.to_pure_dict(meshes.param_shardings(mesh, abstract)), make)
+
+
+def save_weights(
+    params: Any,
+    directory: ModelDirectory,
+    abstract: Any,
+    out: Path,
+    *,
+    dtype: str = "float32",
+    shard_bytes: int = 10**9,
+) -> None:
+    """A whole tree of parameters as a directory's weight files."""
+    flat = jax.device_get(flatten(params))
+    tensors = tensors_of(directory.architecture, directory.model_type)
+    groups = ({param: flat[param] for param in tensor.params} for tensor in tensors)
+    save_params(groups, directory, abstract, out, dtype=np.dtype(dtype), shard_bytes=shard_bytes)
 
 
 Pair = tuple[np.ndarray, np.ndarray, np.ndarray]

@@ -1,16 +1,19 @@
-"""A Hugging Face directory -> architecture and sharded parameters, and back.
+"""A Hugging Face directory or hub name -> its architecture, its files, and whether its weights are whole and fit.
 
 Format: safetensors, one file or an index `model.safetensors.index.json` with its `weight_map`. Nothing else is read:
-no pickle, no code, no file outside the directory.
+no pickle, no code, no file outside the directory. Nothing here touches a device, but for the digest of a run of several
+processes.
+
+Next: `read.py`, which brings the weights to the devices.
 """
 
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +21,51 @@ import jax
 import ml_dtypes  # noqa: F401 (teaches NumPy, and through it safetensors, what bfloat16 is)
 import numpy as np
 import transformers
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import errors as hub_errors
+from huggingface_hub import snapshot_download
 from jax.experimental import multihost_utils
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.model.architecture import Architecture
-from sr_dpo_jax.weights.families import Tensor, architecture_of, tensors_of
+from sr_dpo_jax.weights.families import architecture_of, tensors_of
+from sr_dpo_jax.weights.layout import blocks_of, file_shape, flatten, names_of
 
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""All that transformers may read to make a tokenizer of the families here, its chat template included."""
+TEMPLATES = "additional_chat_templates"
+"""A folder of chat templates with names, `*.jinja`."""
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 IGNORED = re.compile(r"\.(rotary_emb\.inv_freq|attention\.(bias|masked_bias))$")
 """Buffers that old files carry and that are computed from the config."""
 FLOATS = ("F16", "BF16", "F32", "F64")
-
-Params = dict[str, Any]
+LISTED = 40
+"""How many problems of a directory an error names."""
+BAD_CONFIG = (
+    ValueError,
+    OSError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    hub_errors.StrictDataclassError,
+)
+"""What transformers and the tables raise on fields that make no sense."""
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,294 +75,229 @@ class ModelDirectory:
     path: Path
     model_type: str
     architecture: Architecture
+    revision: str | None
+    """The commit that a hub name was resolved to; None for a directory that the user named."""
 
 
-def open_directory(path: str, *, revision: str | None = None) -> ModelDirectory:
-    """Finds a directory, or fetches a hub name's config, tokenizer and safetensors, and reads its architecture.
+def open_directory(path: str, *, revision: str | None = None, weights: bool = True) -> ModelDirectory:
+    """Finds a directory, or fetches the files of a hub name, and reads its architecture.
+
+    Args:
+      path: a directory, or a hub name such as `owner/name`.
+      revision: branch, tag or commit of a hub name.
+      weights: whether a hub name's weights are fetched too.
 
     Raises:
       UsageError: nothing is there, it needs code of its own, or its architecture is not supported.
     """
-    directory = Path(path)
-    if not directory.is_dir():
-        if directory.is_absolute() or path.startswith("."):
-            raise UsageError(f"model.path={path}: no such directory; give a Hugging Face directory or hub name")
-        directory = _fetch(path, revision)
-    config_path = directory / "config.json"
+    directory, commit = Path(path), None
+    if directory.is_dir():
+        if revision is not None:
+            raise UsageError(f"model.revision={revision}: pins a hub name, but {path} is a directory; remove it")
+    elif Path(path).is_absolute() or path.startswith((".", "~")):
+        raise UsageError(f"model.path={path}: no such directory; give a Hugging Face directory or hub name")
+    else:
+        directory = _fetch(path, revision, weights)
+        commit = directory.name
+    for name in (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, TEMPLATES):
+        _refuse_escape(directory, name)
+    config_path = directory / CONFIG
     if not config_path.is_file():
         raise UsageError(f"{config_path}: missing; model.path must be a Hugging Face model directory")
-    try:
-        raw = json.loads(config_path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UsageError(f"{config_path}: not valid JSON ({error}); restore the file") from error
+    raw = _read_json(config_path)
     if "auto_map" in raw:
         raise UsageError(f"{config_path}: auto_map asks for code of its own, which is never run; use a built-in family")
     try:
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
         architecture = architecture_of(config, where=str(config_path))
-    except (ValueError, OSError, KeyError, TypeError, AttributeError, ZeroDivisionError, StrictDataclassError) as error:
+    except BAD_CONFIG as error:
         raise UsageError(f"{config_path}: not the configuration of a known model: {error}; restore the file") from error
-    return ModelDirectory(directory, config.model_type, architecture)
+    return ModelDirectory(directory, config.model_type, architecture, commit)
 
 
 def weights_digest(directory: ModelDirectory) -> str:
-    """sha256 over config and weight files, as hexadecimal: what a reference cache and a run's manifest are keyed by."""
-    with ThreadPoolExecutor() as pool:
-        files = [directory.path / "config.json", *_weight_files(directory.path)]
-        digests = list(pool.map(_file_digest, files))
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
+    """sha256 over config and weight files, as hexadecimal: what a reference cache and a run's manifest are keyed by.
+
+    Of several processes each reads its share of the files, so all must call it.
+    """
+    files = [directory.path / CONFIG, *weight_files(directory.path)[0]]
+    digests = np.zeros((len(files), 32), np.uint8)
+    mine = slice(jax.process_index(), None, jax.process_count())
+    if files[mine]:
+        with ThreadPoolExecutor() as pool:
+            digests[mine] = [np.frombuffer(digest, np.uint8) for digest in pool.map(_file_digest, files[mine])]
+    if jax.process_count() > 1:
+        digests = np.asarray(multihost_utils.process_allgather(digests)).max(axis=0)  # zero where another one read
+    return hashlib.sha256("".join(digest.tobytes().hex() for digest in digests).encode()).hexdigest()
 
 
 def check(directory: ModelDirectory, abstract: Any) -> dict[str, Path]:
-    """Compares the headers of the weight files with the family's table; returns the file that holds each tensor.
+    """Compares index and headers of the weight files with the family's table; returns the file that holds each tensor.
+
+    Touches no device.
 
     Raises:
-      UsageError: tensors are missing, extra, mis-shaped or not floats (all named at once), or a file is damaged.
+      UsageError: files are missing or damaged, or tensors are missing, extra, mis-shaped, not floats, held twice, or
+        not where the index says; all are named at once.
     """
-    tensors, flat_abstract = tensors_of(directory.architecture, directory.model_type), _flatten(abstract)
-    expected = {
-        tensor.name.format(layer=layer): _file_shape(tensor, flat_abstract)
-        for tensor in tensors
-        for layer in _layers(tensor, directory.architecture)
-    }
-    where, problems = {}, []
-    for path in _weight_files(directory.path):
+    files, weight_map = weight_files(directory.path)
+    expected = _expected(directory, abstract)
+    optional = {"lm_head.weight", "embed_out.weight"} if directory.architecture.tied else set()
+    held: dict[str, list[str]] = {}
+    problems, unreadable = [], set()
+    for path in files:
         try:
-            with safe_open(path, framework="numpy") as file:
-                for name in file.keys():  # noqa: SIM118 (not a mapping)
-                    where[name] = path
-                    part = file.get_slice(name)
-                    if name in expected and tuple(part.get_shape()) != expected[name]:
-                        problems.append(f"{name}: shape {tuple(part.get_shape())}, config.json asks {expected[name]}")
-                    if name in expected and part.get_dtype() not in FLOATS:
-                        problems.append(f"{name}: type {part.get_dtype()}, supported: {', '.join(FLOATS)}")
-        except (SafetensorError, OSError) as error:
-            raise UsageError(f"{path}: damaged or unreadable safetensors file ({error}); fetch it again") from error
-    tied = {"lm_head.weight", "embed_out.weight"} if directory.architecture.tied else set()
-    problems += [f"{name}: missing" for name in expected if name not in where]
-    extra = (name for name in where if name not in expected and name not in tied and not IGNORED.search(name))
-    problems += [f"{name}: not part of this architecture" for name in extra]
+            header = _header(path)
+        except UsageError as error:
+            problems.append(str(error))
+            unreadable.add(path.name)
+            continue
+        for name, (shape, dtype) in header.items():
+            held.setdefault(name, []).append(path.name)
+            if name in expected and shape != expected[name]:
+                problems.append(f"{name}: shape {shape}, {CONFIG} asks {expected[name]}")
+            if name in expected and dtype not in FLOATS:
+                problems.append(f"{name}: type {dtype}, supported: {', '.join(FLOATS)}")
+    for name in sorted(expected.keys() | held.keys() | (weight_map or {}).keys()):
+        if name not in expected:
+            if name not in optional and not IGNORED.search(name):
+                problems.append(f"{name!r}: not part of this architecture")
+            continue
+        holders, mapped = held.get(name, []), (weight_map or {}).get(name)
+        if len(holders) > 1:
+            problems.append(f"{name}: held by {' and by '.join(holders)}")
+        elif not holders and mapped not in unreadable and not (weight_map is None and unreadable):
+            problems.append(f"{name}: missing" + (f" from {mapped}, where {INDEX} has it" if mapped else ""))
+        elif holders and weight_map is not None and mapped != holders[0]:
+            problems.append(f"{name}: held by {holders[0]}, but {INDEX} says {mapped or 'nothing of it'}")
     if problems:
-        listed = "\n  ".join(problems[:40]) + (f"\n  and {len(problems) - 40} more" if len(problems) > 40 else "")
-        raise UsageError(f"{directory.path}: the weights do not fit config.json:\n  {listed}")
-    return where
+        more = f"\n  and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
+        listed = "\n  ".join(problems[:LISTED]) + more
+        raise UsageError(f"{directory.path}: the weights are not what {CONFIG} asks for:\n  {listed}")
+    return {name: directory.path / held[name][0] for name in expected}
 
 
-def load_params(directory: ModelDirectory, abstract: Any, shardings: Any, *, dtype: np.dtype) -> Params:
-    """Reads the weights onto the mesh, one stacked parameter at a time; a host keeps what its own devices hold.
-
-    Args:
-      directory: from `open_directory`.
-      abstract: tree of abstract nnx parameters; metadata `axes` gives each one's layout.
-      shardings: where each parameter goes, the same tree.
-      dtype: what the parameters are held in.
+def weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """The files that should hold the weights, and the index's `weight_map`; None where one file holds all.
 
     Raises:
-      UsageError: as `check`.
+      UsageError: the index is damaged, stands beside a single file, or names what is not a file of the directory.
     """
-    tensors = tensors_of(directory.architecture, directory.model_type)
-    where = check(directory, abstract)
-    flat_abstract, flat_shardings = _flatten(abstract), _flatten(shardings)
-    loaded = {}
-    for tensor in tensors:
-        boxes = {param: _local_box(flat_shardings[param], flat_abstract[param].shape) for param in tensor.params}
-        stacks = {param: np.empty([side.stop - side.start for side in box], dtype) for param, box in boxes.items()}
-        for layer in _layers(tensor, directory.architecture):
-            name = tensor.name.format(layer=layer)
-            with safe_open(where[name], framework="numpy") as file:
-                parts = from_file_layout(file.get_tensor(name), tensor, flat_abstract)
-            for param, part in parts.items():
-                if layer is None:
-                    stacks[param][...] = part[boxes[param]]
-                else:
-                    stacks[param][layer] = part[boxes[param][1:]]  # layers are never sharded
-        for param, stack in stacks.items():
-            shape = flat_abstract[param].shape
-            loaded[param] = jax.make_array_from_callback(
-                shape, flat_shardings[param], partial(_from_box, stack, boxes[param], shape)
-            )
-    return _unflatten(loaded)
-
-
-def _local_box(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> tuple[slice, ...]:
-    """The smallest box around what this process's devices hold: all that a host needs to have in memory."""
-    bounds = np.array([_bounds(index, shape) for index in sharding.addressable_devices_indices_map(shape).values()])
-    starts, stops = bounds[..., 0].min(axis=0), bounds[..., 1].max(axis=0)
-    return tuple(slice(int(start), int(stop)) for start, stop in zip(starts, stops, strict=True))
-
-
-def _from_box(
-    stack: np.ndarray, box: tuple[slice, ...], shape: tuple[int, ...], index: tuple[slice, ...]
-) -> np.ndarray:
-    """What one device holds, given as an index into the whole array, out of the box."""
-    within = zip(_bounds(index, shape), box, strict=True)
-    return stack[tuple(slice(start - side.start, stop - side.start) for (start, stop), side in within)]
-
-
-def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Start and stop on each axis; jax writes a whole axis as slice(None)."""
-    return [side.indices(size)[:2] for side, size in zip(index, shape, strict=True)]
-
-
-def save_params(
-    params: Params, directory: ModelDirectory, abstract: Any, out: Path, *, dtype: np.dtype, shard_bytes: int
-) -> None:
-    """Writes the weights as sharded safetensors under their Hugging Face names; one layer is on the host at a time.
-
-    All processes call it, process 0 writes. Files hold at most `shard_bytes`, or one tensor where that is larger.
-    """
-    tensors = tensors_of(directory.architecture, directory.model_type)
-    flat, flat_abstract = _flatten(params), _flatten(abstract)
-    names = [(tensor, layer) for tensor in tensors for layer in _layers(tensor, directory.architecture)]
-    shards: list[list[tuple[Tensor, int | None]]] = [[]]
-    held = 0
-    for tensor, layer in names:
-        size = sum(
-            np.prod(flat[param].shape[layer is not None :], dtype=np.int64) * np.dtype(dtype).itemsize
-            for param in tensor.params
-        )
-        if held and held + size > shard_bytes:
-            shards.append([])
-            held = 0
-        shards[-1].append((tensor, layer))
-        held += int(size)
-    weight_map, total = {}, 0
-    for number, shard in enumerate(shards, 1):
-        file_name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        arrays = {}
-        for tensor, layer in shard:
-            parts = {param: _to_host(flat[param] if layer is None else flat[param][layer]) for param in tensor.params}
-            name = tensor.name.format(layer=layer)
-            arrays[name] = to_file_layout(parts, tensor, flat_abstract).astype(dtype)
-            weight_map[name] = file_name
-            total += arrays[name].nbytes
-        if jax.process_index() == 0:
-            save_file(arrays, out / file_name, metadata={"format": "pt"})
-    if jax.process_index() == 0 and len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (out / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def from_file_layout(array: np.ndarray, tensor: Tensor, abstract: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """One tensor of one layer as the file has it -> each parameter's part of that layer."""
-    axes = re.findall(r"\w+", tensor.layout)
-    sizes = _sizes(tensor, abstract)
-    array = array.reshape([sizes[axis] for axis in axes])
-    parts = {}
-    for number, param in enumerate(tensor.params):
-        part = np.take(array, number, axis=axes.index("part")) if "part" in axes else array
-        kept = [axis for axis in axes if axis != "part"]
-        parts[param] = part.transpose([kept.index(axis) for axis in _own_axes(abstract[param], axes)])
-    return parts
-
-
-def to_file_layout(parts: Mapping[str, np.ndarray], tensor: Tensor, abstract: Mapping[str, Any]) -> np.ndarray:
-    """The inverse of `from_file_layout`."""
-    axes = re.findall(r"\w+", tensor.layout)
-    kept = [axis for axis in axes if axis != "part"]
-    arrays = []
-    for param in tensor.params:
-        own = _own_axes(abstract[param], axes)
-        arrays.append(parts[param].transpose([own.index(axis) for axis in kept]))
-    array = np.stack(arrays, axis=axes.index("part")) if "part" in axes else arrays[0]
-    return np.ascontiguousarray(array.reshape(_file_shape(tensor, abstract)))
-
-
-def _own_axes(param: Any, axes: list[str]) -> list[str]:
-    """The parameter's axes but `layers`, under the names that the file's layout has for them."""
-    own = [axis for axis in param.get_metadata()["axes"] if axis != "layers"]
-    return [axis if axis in axes else axis.replace("kv_heads", "heads") for axis in own]
-
-
-def _sizes(tensor: Tensor, abstract: Mapping[str, Any]) -> dict[str, int]:
-    sizes = {"part": len(tensor.params)}
-    for param in tensor.params:
-        axes = abstract[param].get_metadata()["axes"]
-        named = zip(
-            _own_axes(abstract[param], re.findall(r"\w+", tensor.layout)),
-            (size for axis, size in zip(axes, abstract[param].shape, strict=True) if axis != "layers"),
-            strict=True,
-        )
-        sizes.update(named)
-    return sizes
-
-
-def _file_shape(tensor: Tensor, abstract: Mapping[str, Any]) -> tuple[int, ...]:
-    sizes = _sizes(tensor, abstract)
-    dimensions = re.findall(r"\(([^)]*)\)|(\w+)", tensor.layout)
-    return tuple(int(np.prod([sizes[axis] for axis in (group or single).split()])) for group, single in dimensions)
-
-
-def _layers(tensor: Tensor, architecture: Architecture) -> list[int | None]:
-    return list(range(architecture.layers)) if "{layer}" in tensor.name else [None]
-
-
-def _weight_files(directory: Path) -> list[Path]:
     index = directory / INDEX
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UsageError(f"{index}: damaged index ({error}); fetch it again") from error
-    else:
-        names = [SINGLE]
+    for name in (INDEX, SINGLE):
+        _refuse_escape(directory, name)
+    if not index.exists():
+        return [directory / SINGLE], None
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UsageError(f"{index}: damaged index (no weight_map); fetch it again")
+    names = {name if isinstance(name, str) else repr(name) for name in weight_map.values()}
+    odd = sorted(name for name in names if not _is_file_name(name))
+    if odd:
+        listed = ", ".join(map(repr, odd[:LISTED]))
+        raise UsageError(f"{index}: weight_map names {listed}, no bare name of a safetensors file; nothing was read")
     for name in names:
-        if Path(name).name != name:
-            raise UsageError(f"{index}: weight_map names {name!r}, which is not a bare file name; nothing was read")
-        if not (directory / name).is_file():
-            raise UsageError(
-                f"{directory / name}: missing; only safetensors weights are read (no .bin). To draw the weights from "
-                "the seed instead, set model.init=random"
-            )
-    return [directory / name for name in names]
-
-
-def _fetch(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UsageError(
-            f"model.path={name}: neither a directory nor a hub name that can be fetched ({type(error).__name__}); "
-            "check the name, model.revision, the network and HF_TOKEN"
-        ) from error
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _to_host(array: jax.Array) -> np.ndarray:
-    if array.is_fully_addressable or array.is_fully_replicated:
-        return np.asarray(array)
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, Mapping) and not hasattr(tree, "flat_state"):
-        return {prefix: tree}
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
-
-
-def _unflatten(flat: Mapping[str, Any]) -> Params:
-    tree: Params = {}
-    for path, value in flat.items():
-        *parents, leaf = path.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    return tree
+        _refuse_escape(directory, name)
+    if SINGLE not in names and (directory / SINGLE).exists():
+        raise UsageError(f"{index}: stands beside {SINGLE}, and only one can be meant; delete the other")
+    return [directory / name for name in sorted(names)], weight_map
 
 
 def iterate_shapes(abstract: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Path and shape of every parameter."""
-    for path, param in _flatten(abstract).items():
+    for path, param in flatten(abstract).items():
         yield path, param.shape
+
+
+def _expected(directory: ModelDirectory, abstract: Any) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that the weights must hold."""
+    flat, layers = flatten(abstract), directory.architecture.layers
+    return {
+        name: file_shape(blocks_of(tensor, flat))
+        for tensor in tensors_of(directory.architecture, directory.model_type)
+        for name, _ in names_of(tensor, layers)
+    }
+
+
+def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and type of every tensor of a file."""
+    if not path.is_file():
+        raise UsageError(
+            f"{path}: missing; only safetensors weights are read (no .bin). To draw the weights from the seed instead, "
+            "set model.init=random"
+        )
+    try:
+        with safe_open(path, framework="numpy") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UsageError(f"{path}: damaged or unreadable safetensors file ({error}); fetch it again") from error
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # also of the encoding
+        raise UsageError(f"{path}: damaged, no valid JSON ({error}); fetch it again") from error
+    if not isinstance(value, dict):
+        raise UsageError(f"{path}: damaged, holds {type(value).__name__} instead of an object; fetch it again")
+    return value
+
+
+def _is_file_name(name: str) -> bool:
+    return name.isprintable() and not re.search(r"[/\\]", name) and name.endswith(".safetensors") and len(name) < 200
+
+
+def _refuse_escape(directory: Path, name: str) -> None:
+    """A link may stay within the directory; in a snapshot of the hub's cache it may also lead to the cache's blobs."""
+    home = Path(os.path.realpath(directory))
+    homes = [home]
+    if home.parent.name == "snapshots" and COMMIT.fullmatch(home.name):
+        homes.append(home.parent.parent / "blobs")
+    target = Path(os.path.realpath(directory / name))
+    if not any(target.is_relative_to(allowed) for allowed in homes):
+        raise UsageError(f"{directory / name}: is a link that leaves the directory, so it is not read; copy the file")
+
+
+def _fetch(name: str, revision: str | None, weights: bool) -> Path:
+    """The snapshot of a hub name in the hub's cache, fetched as far as it is not there: the weights last, and only
+    those that the index names."""
+    try:
+        side = [CONFIG, GENERATION_CONFIG, INDEX, *TOKENIZER_FILES, f"{TEMPLATES}/*.jinja"]
+        snapshot = Path(snapshot_download(name, revision=revision, allow_patterns=side))
+        if not COMMIT.fullmatch(snapshot.name):
+            raise UsageError(f"model.revision={revision}: resolves to {snapshot.name!r}, no commit; correct it")
+        if weights:
+            wanted = [file.name for file in weight_files(snapshot)[0]]
+            snapshot_download(name, revision=snapshot.name, allow_patterns=wanted)
+        return snapshot
+    except (hub_errors.HfHubHTTPError, hub_errors.HTTPError, hub_errors.HFValidationError, OSError) as error:
+        at = "" if revision is None else f" at model.revision={revision}"
+        raise UsageError(f"model.path={name}{at}: {_hub_reason(error)}") from error
+
+
+def _hub_reason(error: Exception) -> str:
+    """Why the hub gives nothing, and what to do; never the client's own words, which hold addresses and headers."""
+    match error:
+        case hub_errors.RevisionNotFoundError():
+            return "the hub has no such revision; correct model.revision"
+        case hub_errors.GatedRepoError():
+            return "its owner asks for consent; give it on the hub, and set HF_TOKEN"
+        case hub_errors.RepositoryNotFoundError():
+            return "neither a directory nor a name on the hub; correct it, or set HF_TOKEN if it is private"
+        case hub_errors.LocalEntryNotFoundError():
+            return (
+                "neither a directory nor in the local cache, and the hub cannot be reached; check name and revision, "
+                "the network and HF_HUB_OFFLINE"
+            )
+        case hub_errors.HFValidationError():
+            return "neither a directory nor of the form owner/name; correct it"
+    return f"cannot be fetched ({type(error).__name__}); check the network, the disk and HF_TOKEN"
+
+
+def _file_digest(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error}); fetch it again") from error
