@@ -92,9 +92,10 @@ def _eval(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from sr_dpo_jax.export import export
+    from sr_dpo_jax.export import SHARD_BYTES, export
 
-    export(options.run_dir, options.out_dir, step=options.step, dtype=options.dtype, shard_bytes=options.shard_bytes)
+    shard_bytes = SHARD_BYTES if options.shard_bytes is None else options.shard_bytes
+    export(options.run_dir, options.out_dir, step=options.step, dtype=options.dtype, shard_bytes=shard_bytes)
     print(f"written to {options.out_dir}")
     return 0
 

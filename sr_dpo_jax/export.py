@@ -57,9 +57,9 @@ def export(
 ) -> None:
     """Writes weights, config, generation config, tokenizer and model card of one step.
 
-    The weights stream from the checkpoint: host memory holds the stacked parameters of one tensor (of all layers, as
-    they were trained) and one output file. No device memory is used. The directory is written under a temporary name
-    beside its own and renamed, so it is whole or not there.
+    The weights stream from the checkpoint: host memory holds the stacked parameters of one tensor, of all layers and
+    as they were trained (up to twice while Orbax reads them), and one output file. No device memory is used. The
+    directory is written under a temporary name beside its own and renamed, so it is whole or not there.
 
     Args:
       run_dir: the output_dir of a run.

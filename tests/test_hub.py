@@ -1,0 +1,171 @@
+"""`model.path` as a hub name, offline: a cache as the hub's client lays it out, built here from a tiny model."""
+
+import hashlib
+import json
+import types
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pytest
+import tiny
+import yaml
+from runs import model_directory, preference_file, raw_config
+
+from sr_dpo_jax.cli import main
+from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.weights import directory as weights
+
+FIRST, SECOND = "0123456789abcdef" * 2 + "01234567", "f" * 40
+TOKEN = "hf_canary_0123456789"
+
+
+def snapshot(cache: Path, commit: str, source: Path) -> Path:
+    """Adds a commit of org/tiny to the cache: files are links to blobs, as the client makes them."""
+    repository = cache / "models--org--tiny"
+    folder = repository / "snapshots" / commit
+    for path in sorted(source.rglob("*")):
+        if path.is_file():
+            blob = repository / "blobs" / hashlib.sha256(path.read_bytes()).hexdigest()
+            blob.parent.mkdir(parents=True, exist_ok=True)
+            blob.write_bytes(path.read_bytes())
+            link = folder / path.relative_to(source)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(Path("../" * len(link.relative_to(repository).parent.parts)) / "blobs" / blob.name)
+    (repository / "refs").mkdir(exist_ok=True)
+    (repository / "refs" / "main").write_text(commit)
+    return folder
+
+
+def model_of(path: Path, seed: int) -> Path:
+    model_directory(path)
+    directory = weights.open_directory(str(path))
+    model = tiny.build(directory.architecture, tiny.make_mesh())
+    tiny.save_weights(model.params(seed), directory, model.abstract, path, shard_bytes=30_000)
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """Two commits of org/tiny, the second of which is main; a token that must never show."""
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    assert huggingface_hub.constants.HF_HUB_OFFLINE, "set in conftest.py"
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    for seed, commit in enumerate((FIRST, SECOND)):
+        snapshot(cache, commit, model_of(tmp_path / f"model{seed}", seed))
+    return cache
+
+
+def test_a_name_is_resolved_to_a_commit(cache, tmp_path):
+    newest = weights.open_directory("org/tiny")
+    assert newest.revision == SECOND
+    pinned = weights.open_directory("org/tiny", revision=FIRST)
+    assert pinned.revision == FIRST and pinned.path.name == FIRST
+    assert weights.weights_digest(pinned) == weights.weights_digest(weights.open_directory(str(tmp_path / "model0")))
+    assert weights.weights_digest(newest) != weights.weights_digest(pinned)
+    by_path = weights.open_directory(str(pinned.path))
+    assert by_path.revision is None, "a snapshot that the user names is a directory"
+    abstract = tiny.build(by_path.architecture, tiny.make_mesh()).abstract
+    assert weights.check(by_path, abstract).keys() == weights.check(pinned, abstract).keys()
+
+
+def test_links_of_a_snapshot_may_lead_to_its_blobs_only(cache, tmp_path):
+    directory = weights.open_directory("org/tiny")
+    abstract = tiny.build(directory.architecture, tiny.make_mesh()).abstract
+    file = next(directory.path.glob("model-*.safetensors"))
+    outside = tmp_path / "outside.safetensors"
+    outside.write_bytes(file.read_bytes())
+    file.unlink()
+    file.symlink_to(outside)
+    with pytest.raises(UsageError, match=f"{file.name}: is a link that leaves"):
+        weights.check(directory, abstract)
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "words"),
+    [
+        ("org/tiny", "v2", ["org/tiny", "model.revision=v2", "local cache"]),
+        ("org/tiny", "a" * 40, ["org/tiny", "model.revision=aaaa", "local cache"]),
+        ("org/missing", None, ["org/missing", "neither a directory nor in the local cache"]),
+        ("org/missing/file", None, ["org/missing/file", "owner/name"]),
+        ("org/tiny", "../../../../odd", ["model.revision=../../../../odd"]),
+        ("org/tiny", "odd", ["'..'", "no commit"]),
+    ],
+)
+def test_unknown_names_and_revisions(cache, tmp_path, name, revision, words):
+    (tmp_path / "odd").write_text(FIRST)
+    (cache / "models--org--tiny" / "refs" / "odd").write_text("..")
+    with pytest.raises(UsageError) as error:
+        weights.open_directory(name, revision=revision)
+    for word in words:
+        assert word in str(error.value)
+    assert TOKEN not in str(error.value)
+
+
+def test_what_the_hub_answers_is_put_in_plain_words(monkeypatch):
+    """Errors of the client, made as it makes them: each has its own remedy, none repeats an address or a header."""
+    response = types.SimpleNamespace(status_code=404, headers={"authorization": TOKEN}, request=None)
+    for kind, words in (
+        (huggingface_hub.errors.RevisionNotFoundError, "no such revision"),
+        (huggingface_hub.errors.GatedRepoError, "consent"),
+        (huggingface_hub.errors.RepositoryNotFoundError, "neither a directory nor a name on the hub"),
+        (huggingface_hub.errors.HfHubHTTPError, "HfHubHTTPError"),
+    ):
+
+        def refuse(*_, kind=kind, **__):
+            raise kind(f"https://user:{TOKEN}@example.invalid", response=response)
+
+        monkeypatch.setattr(weights, "snapshot_download", refuse)
+        with pytest.raises(UsageError, match=words) as error:
+            weights.open_directory("org/tiny", revision="v1")
+        assert TOKEN not in str(error.value) and "example" not in str(error.value)
+
+
+def test_only_files_that_are_needed_are_fetched(cache, monkeypatch):
+    """First config, tokenizer and index, then the shards that the index names, of the commit that came first."""
+    asked = []
+
+    def download(name, **options):
+        asked.append((options["revision"], options["allow_patterns"]))
+        return huggingface_hub.snapshot_download(name, **options)
+
+    monkeypatch.setattr(weights, "snapshot_download", download)
+    directory = weights.open_directory("org/tiny")
+    shards = sorted(file.name for file in directory.path.glob("*.safetensors"))
+    assert [revision for revision, _ in asked] == [None, SECOND]
+    assert {"config.json", "tokenizer.json", "model.safetensors.index.json"} <= set(asked[0][1])
+    assert asked[1][1] == shards and len(shards) > 2
+    asked.clear()
+    weights.open_directory("org/tiny", weights=False)
+    assert len(asked) == 1
+
+
+def test_a_revision_of_a_directory_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="pins a hub name"):
+        weights.open_directory(str(model_directory(tmp_path)), revision="main")
+
+
+def test_a_run_records_the_commit_and_exports_by_it(cache, tmp_path, capsys):
+    """main moves on after the run: the export still takes config and tokenizer of the commit that was trained."""
+    data = preference_file(tmp_path / "pairs.jsonl", 8)
+    model = {"path": "org/tiny", "init": "pretrained"}
+    raw = raw_config(tmp_path, Path("org/tiny"), data, model=model, train={"max_steps": 1})
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    assert main(["train", str(path)]) == 0
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["model"] == {"path": "org/tiny", "revision": SECOND}
+    later = model_directory(tmp_path / "later", num_hidden_layers=3)
+    snapshot(cache, "e" * 40, later)
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_hidden_layers"] == 2
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "base_model: org/tiny" in card and SECOND in card
+    assert main(["train", str(path), "model.revision=v9", f"output_dir={tmp_path / 'other'}"]) == 2
+    message = capsys.readouterr()
+    assert "model.revision=v9" in message.err and not (tmp_path / "other").exists()
+    written = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
+    assert not [file for file in written if TOKEN.encode() in file.read_bytes()]
+    assert TOKEN not in message.err + message.out
+    assert np.isfinite(json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])["loss"])
