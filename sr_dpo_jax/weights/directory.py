@@ -65,6 +65,8 @@ BAD_CONFIG = (
     hub_errors.StrictDataclassError,
 )
 """What transformers and the tables raise on fields that make no sense."""
+SIZES = ("vocabulary_tokens", "hidden", "layers", "heads", "kv_heads", "head_dim", "mlp")
+"""The fields of an architecture that are sizes."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -112,6 +114,10 @@ def open_directory(path: str, *, revision: str | None = None, weights: bool = Tr
         architecture = architecture_of(config, where=str(config_path))
     except BAD_CONFIG as error:
         raise UsageError(f"{config_path}: not the configuration of a known model: {error}; restore the file") from error
+    for name in SIZES:
+        size = getattr(architecture, name)
+        if not 0 < size < 10**7:
+            raise UsageError(f"{config_path}: gives the model {name}={size}, which no model has; restore the file")
     return ModelDirectory(directory, config.model_type, architecture, commit)
 
 
