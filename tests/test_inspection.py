@@ -32,8 +32,7 @@ def llama(tmp_path_factory):
     path = model_directory(tmp_path_factory.mktemp("model"), "llama", **FIELDS)
     directory = weights.open_directory(str(path))
     model = tiny.build(directory.architecture, tiny.make_mesh())
-    dtype = np.dtype("float32")
-    weights.save_params(model.params(), directory, model.abstract, path, dtype=dtype, shard_bytes=30_000)
+    tiny.save_weights(model.params(), directory, model.abstract, path, shard_bytes=30_000)
     first = sorted(path.glob("*.safetensors"))[0]
     save_file({name: tensor.astype(jnp.bfloat16) for name, tensor in load_file(first).items()}, first)
     return path

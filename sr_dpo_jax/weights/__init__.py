@@ -1,1 +1,1 @@
-"""Hugging Face safetensors <-> parameters: families (one table each, both ways) -> directory, read in that order."""
+"""Hugging Face safetensors <-> parameters: families (one table each, both ways), layout, directory, read, write."""

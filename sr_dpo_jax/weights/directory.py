@@ -128,11 +128,12 @@ def weights_digest(directory: ModelDirectory) -> str:
     """
     files = [directory.path / CONFIG, *weight_files(directory.path)[0]]
     digests = np.zeros((len(files), 32), np.uint8)
-    mine = slice(jax.process_index(), None, jax.process_count())
-    if files[mine]:
-        with ThreadPoolExecutor() as pool:
-            digests[mine] = [np.frombuffer(digest, np.uint8) for digest in pool.map(_file_digest, files[mine])]
-    if jax.process_count() > 1:
+    together = jax.distributed.is_initialized() and jax.process_count() > 1
+    mine = slice(jax.process_index(), None, jax.process_count()) if together else slice(None)
+    with ThreadPoolExecutor() as pool:
+        for digest, content in zip(digests[mine], pool.map(_file_digest, files[mine]), strict=True):
+            digest[:] = np.frombuffer(content, np.uint8)
+    if together:
         digests = np.asarray(multihost_utils.process_allgather(digests)).max(axis=0)  # zero where another one read
     return hashlib.sha256("".join(digest.tobytes().hex() for digest in digests).encode()).hexdigest()
 
