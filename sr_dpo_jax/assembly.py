@@ -25,6 +25,8 @@ from sr_dpo_jax.data.dataset import TokenizedPairs
 from sr_dpo_jax.data.fit import require_fit
 from sr_dpo_jax.data.pipeline import Feed, StepSource, local_rows
 from sr_dpo_jax.data.plan import Plan
+from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.model.architecture import Architecture
 from sr_dpo_jax.model.decoder import Constrain, Decoder
 from sr_dpo_jax.reference import ReferenceScores, cache_files
 from sr_dpo_jax.train_step import Objective, Params, initialise
@@ -147,10 +149,15 @@ def read_data(
     sources: Sequence[Source],
     split: str,
     tokenizer: PreTrainedTokenizerBase,
+    architecture: Architecture,
     *,
     augmentation_prompt: str | None,
 ) -> TokenizedPairs:
-    """Reads, checks and tokenises `sources`, with p where it is used; touches no device."""
+    """Reads, checks and tokenises `sources`, with p where it is used; touches no device.
+
+    Raises:
+      UsageError: unusable rows, or sequences longer than those for which the model's rotary embedding is known.
+    """
     pairs = dataset.prepare(
         [dataset.Source(source.path, source.weight, source.revision) for source in sources],
         tokenizer,
@@ -175,7 +182,26 @@ def read_data(
         report.identical_pairs,
         report.duplicate_pairs,
     )
+    _check_lengths(architecture, pairs)
     return pairs
+
+
+def _check_lengths(architecture: Architecture, pairs: TokenizedPairs) -> None:
+    longest = int((pairs.prompt_tokens + np.maximum(pairs.chosen_tokens, pairs.rejected_tokens)).max())
+    longest += len(pairs.augmentation)
+    limits = [kind.rope.exact_positions for kind in architecture.kinds if kind.rope.exact_positions is not None]
+    if limits and longest > min(limits):
+        raise UsageError(
+            f"the longest sequence has {longest} tokens, {len(pairs.augmentation)} of them p; beyond {min(limits)} the "
+            "rope scaling of model.path gives every length other frequencies, which a packed row cannot have; lower "
+            "data.max_length"
+        )
+    if longest > architecture.context_tokens:
+        log.warning(
+            "the longest sequence has %d tokens with p, but model.path was made for %d (max_position_embeddings)",
+            longest,
+            architecture.context_tokens,
+        )
 
 
 def read_model(config: Config) -> tuple[weights.ModelDirectory, PreTrainedTokenizerBase]:

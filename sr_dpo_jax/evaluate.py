@@ -111,7 +111,9 @@ def evaluate_command(config: Config) -> dict[str, float]:
     directory, tokenizer = read_model(config)
     preference = config.objective.name != "sft"
     p = config.refinement.prompt if preference else None
-    pairs = read_data(config, config.data.eval_path, config.data.eval_split, tokenizer, augmentation_prompt=p)
+    pairs = read_data(
+        config, config.data.eval_path, config.data.eval_split, tokenizer, directory.architecture, augmentation_prompt=p
+    )
     assembly, objective = assemble(config, directory), objective_of(config)
     feed, plan = _one_pass(assembly, pairs, with_rejected=preference)
     score_step = make_score_step(assembly.graph, pairs=plan.shape.pairs, mesh=assembly.mesh)
@@ -138,7 +140,9 @@ def score_command(config: Config, output: Path) -> int:
         raise UsageError(f"--output {output}: names a directory, or stands in one that does not exist; name a file")
     directory, tokenizer = read_model(config)
     p = config.refinement.prompt
-    pairs = read_data(config, config.data.path, config.data.split, tokenizer, augmentation_prompt=p)
+    pairs = read_data(
+        config, config.data.path, config.data.split, tokenizer, directory.architecture, augmentation_prompt=p
+    )
     assembly = assemble(config, directory)
     feed, plan = _one_pass(assembly, pairs, with_rejected=True)
     score_step = make_score_step(assembly.graph, pairs=plan.shape.pairs, mesh=assembly.mesh)

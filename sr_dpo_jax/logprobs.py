@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sr_dpo_jax.batch import SIDES, Rows
-from sr_dpo_jax.model.attention import at_least_float32
+from sr_dpo_jax.model.attention import at_least_float32, soft_cap
 
 Array = jax.Array
 Constrain = Callable[[Array, tuple[str | None, ...]], Array]
@@ -24,7 +24,7 @@ VOCABULARY_BLOCK = 4096
 
 
 def response_logprobs(
-    hidden: Array, vocabulary_matrix: Array, rows: Rows, *, pairs: int, constrain: Constrain
+    hidden: Array, vocabulary_matrix: Array, rows: Rows, *, pairs: int, cap: float | None, constrain: Constrain
 ) -> tuple[Array, Array]:
     """`log π(y|x) = Σ_t log softmax(h_t · Wᵀ)[y_t]` of both responses of every pair.
 
@@ -33,6 +33,7 @@ def response_logprobs(
       vocabulary_matrix: W, `[V, d]`.
       rows: where responses are scored, fields `[R, ...]`.
       pairs: B; pairs that stand in other rows get zeros.
+      cap: logits z become `cap · tanh(z / cap)`; None leaves them.
       constrain: pins arrays to the mesh.
 
     Returns:
@@ -43,35 +44,40 @@ def response_logprobs(
     """
     scored = jnp.take_along_axis(hidden, rows.source[..., None], axis=1)
     scored = constrain(scored, ("rows", "scored", None))
-    per_token = token_logprobs(scored, vocabulary_matrix, rows.target, constrain)
+    per_token = token_logprobs(scored, vocabulary_matrix, rows.target, cap, constrain)
     slots = SIDES * pairs + 1  # the last one collects unused positions
     sums = jax.ops.segment_sum(per_token.reshape(-1), rows.slot.reshape(-1), slots)
     tokens = jax.ops.segment_sum(jnp.ones(rows.slot.size, jnp.int32), rows.slot.reshape(-1), slots)
     return sums[:-1].reshape(pairs, SIDES), tokens[:-1].reshape(pairs, SIDES)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def token_logprobs(hidden: Array, vocabulary_matrix: Array, target: Array, constrain: Constrain) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def token_logprobs(
+    hidden: Array, vocabulary_matrix: Array, target: Array, cap: float | None, constrain: Constrain
+) -> Array:
     """`log softmax(h · Wᵀ)[target]`, keeping no logits for the backward pass.
 
     Args:
       hidden: h, `[R, M, d]`.
       vocabulary_matrix: W, `[V, d]`, of any type; its product is taken in the type of `hidden`, summed in float32.
       target: `[R, M]` int32, in [0, V).
+      cap: logits z become `cap · tanh(z / cap)`; None leaves them.
       constrain: pins arrays to the mesh.
 
     Returns:
       `[R, M]` float32, nats (float64 for float64 hidden states).
     """
-    return _forward(hidden, vocabulary_matrix, target, constrain)[0]
+    return _forward(hidden, vocabulary_matrix, target, cap, constrain)[0]
 
 
-def _forward(hidden: Array, matrix: Array, target: Array, constrain: Constrain) -> tuple[Array, tuple[Array, ...]]:
+def _forward(
+    hidden: Array, matrix: Array, target: Array, cap: float | None, constrain: Constrain
+) -> tuple[Array, tuple[Array, ...]]:
     dtype = at_least_float32(hidden.dtype)
 
     def block(carry: tuple[Array, Array, Array], part: tuple[Array, Array]) -> tuple[tuple[Array, Array, Array], None]:
         largest, total, at_target = carry
-        logits, hit = _logits(hidden, part, target, matrix.shape[0], constrain)
+        logits, hit = _logits(hidden, part, target, matrix.shape[0], cap, constrain)
         larger = jnp.maximum(largest, logits.max(axis=-1))
         total = total * jnp.exp(largest - larger) + jnp.exp(logits - larger[..., None]).sum(axis=-1)
         at_target += jnp.where(hit, logits, 0).sum(axis=-1)
@@ -84,13 +90,20 @@ def _forward(hidden: Array, matrix: Array, target: Array, constrain: Constrain) 
     return at_target - normaliser, (hidden, matrix, target, normaliser)
 
 
-def _backward(constrain: Constrain, kept: tuple[Array, ...], cotangent: Array) -> tuple[Array, Array, np.ndarray]:
-    """∂logp/∂logits = onehot(target) − softmax, made block by block from h, W and the kept normaliser."""
+def _backward(
+    cap: float | None, constrain: Constrain, kept: tuple[Array, ...], cotangent: Array
+) -> tuple[Array, Array, np.ndarray]:
+    """∂logp/∂logits = onehot(target) − softmax, made block by block from h, W and the kept normaliser.
+
+    A capped logit passes 1 − (z / cap)² of that on.
+    """
     hidden, matrix, target, normaliser = kept
 
     def block(hidden_gradient: Array, part: tuple[Array, Array]) -> tuple[Array, Array]:
-        logits, hit = _logits(hidden, part, target, matrix.shape[0], constrain)
+        logits, hit = _logits(hidden, part, target, matrix.shape[0], cap, constrain)
         gradient = cotangent[..., None] * (hit - jnp.exp(logits - normaliser[..., None]))
+        if cap is not None:
+            gradient *= 1 - jnp.square(jnp.where(logits == -jnp.inf, 0, logits) / cap)
         gradient = gradient.astype(hidden.dtype)
         wide = partial(jnp.einsum, preferred_element_type=hidden_gradient.dtype)
         hidden_gradient += wide("rmv,vd->rmd", gradient, part[0].astype(hidden.dtype))
@@ -115,12 +128,17 @@ def _blocks(matrix: Array) -> tuple[Array, Array]:
 
 
 def _logits(
-    hidden: Array, part: tuple[Array, Array], target: Array, vocabulary_tokens: int, constrain: Constrain
+    hidden: Array,
+    part: tuple[Array, Array],
+    target: Array,
+    vocabulary_tokens: int,
+    cap: float | None,
+    constrain: Constrain,
 ) -> tuple[Array, Array]:
     """Logits of one block, `[R, M, block]`, −inf where it only fills up, and where the target is."""
     matrix, first = part
     matrix = constrain(matrix.astype(hidden.dtype), (None, None))
     logits = jnp.einsum("rmd,vd->rmv", hidden, matrix, preferred_element_type=at_least_float32(hidden.dtype))
     token = first + jnp.arange(matrix.shape[0])
-    logits = jnp.where(token < vocabulary_tokens, logits, -jnp.inf)
+    logits = jnp.where(token < vocabulary_tokens, soft_cap(logits, cap), -jnp.inf)
     return logits, token == target[..., None]

@@ -35,11 +35,15 @@ def train(config: Config) -> int:
         try:
             directory, tokenizer = read_model(config)
             p = config.refinement.prompt if config.objective.name != "sft" else None
-            pairs = read_data(config, config.data.path, config.data.split, tokenizer, augmentation_prompt=p)
+            pairs = read_data(
+                config, config.data.path, config.data.split, tokenizer, directory.architecture, augmentation_prompt=p
+            )
             eval_pairs = None
             if config.data.eval_path is not None:
                 split = config.data.eval_split
-                eval_pairs = read_data(config, config.data.eval_path, split, tokenizer, augmentation_prompt=p)
+                eval_pairs = read_data(
+                    config, config.data.eval_path, split, tokenizer, directory.architecture, augmentation_prompt=p
+                )
             assembly = assemble(config, directory)
             job, state = prepare(assembly, pairs, eval_pairs)
         except Preempted:

@@ -8,6 +8,7 @@ Next: `loop.py`, which calls these.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -125,12 +126,12 @@ def score(graph: nnx.GraphDef, params: Params, batch: Batch, pairs: int, mesh: M
     """Scores of one micro-batch (rows without the axis A); pairs that stand in other micro-batches get zeros."""
     model = nnx.merge(graph, params)
     hidden, augmented_hidden = model(batch.plain, batch.augmented)
-    matrix, pin = model.vocabulary_matrix, constrain(mesh)
-    plain, tokens = response_logprobs(hidden, matrix, batch.plain, pairs=pairs, constrain=pin)
+    matrix = model.vocabulary_matrix
+    logprobs_of = partial(response_logprobs, pairs=pairs, cap=model.architecture.logit_cap, constrain=constrain(mesh))
+    plain, tokens = logprobs_of(hidden, matrix, batch.plain)
     augmented = None
     if augmented_hidden is not None:
-        frozen = jax.lax.stop_gradient(matrix)
-        augmented, _ = response_logprobs(augmented_hidden, frozen, batch.augmented, pairs=pairs, constrain=pin)
+        augmented, _ = logprobs_of(augmented_hidden, jax.lax.stop_gradient(matrix), batch.augmented)
     return Scores(plain, augmented, tokens)
 
 

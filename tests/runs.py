@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from toy_tokenizers import byte_level_tokenizer
-from transformers import GPTNeoXConfig, LlamaConfig
+from transformers import AutoConfig
 
 from sr_dpo_jax import config as configuration
 from sr_dpo_jax.config import Config
@@ -21,13 +21,27 @@ SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 HH_FILE = SHARED_DATA / "hh_rlhf_harmless_base_test.jsonl.gz"
 P = "Answer well, please: "
 
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt_neox": {"rotary_pct": 0.25},
+    "llama": {"num_key_value_heads": 2, "head_dim": 24, "attention_bias": True, "tie_word_embeddings": True},
+    "mistral": {"num_key_value_heads": 2, "head_dim": 6, "sliding_window": 20},
+    "qwen2": {"num_key_value_heads": 2, "vocab_size": 321},  # transformers gives its tokenizer a padding token
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 12},
+    "gemma2": {"num_key_value_heads": 2, "head_dim": 12, "sliding_window": 20, "query_pre_attn_scalar": 12},
+    "gemma3_text": {"num_key_value_heads": 2, "head_dim": 12, "sliding_window": 20, "query_pre_attn_scalar": 12},
+    "phi3": {"num_key_value_heads": 2, "pad_token_id": 0},
+    "olmo2": {"num_key_value_heads": 2},
+}
+"""What makes each family's tiny model unlike a plain one."""
+BOS_FAMILIES = ("llama", "mistral", "gemma2", "gemma3_text")
+
 TIMES = ("pairs_per_second", "tokens_per_second", "step_time_s")
 
 
 def model_directory(directory: Path, family: str = "gpt_neox", *, vocabulary_tokens: int = 320, **fields: Any) -> Path:
     """A tokenizer and a config.json of a tiny model, without weights."""
     texts = [row["prompt"] + row["chosen"] for row in make_pairs(200, seed=0)]
-    byte_level_tokenizer(directory, vocabulary_tokens=vocabulary_tokens, texts=texts, bos=family == "llama")
+    byte_level_tokenizer(directory, vocabulary_tokens=vocabulary_tokens, texts=texts, bos=family in BOS_FAMILIES)
     common = {
         "vocab_size": vocabulary_tokens,
         "hidden_size": 32,
@@ -37,8 +51,7 @@ def model_directory(directory: Path, family: str = "gpt_neox", *, vocabulary_tok
         "bos_token_id": 1,
         "eos_token_id": 0,
     }
-    config_class = {"gpt_neox": GPTNeoXConfig, "llama": LlamaConfig}[family]
-    config_class(**(common | fields)).save_pretrained(directory)
+    AutoConfig.for_model(family, **(common | fields)).save_pretrained(directory)
     return directory
 
 

@@ -156,6 +156,7 @@ class Model:
     def __init__(self, architecture: Any):
         mesh = tiny.make_mesh()
         self.mesh, model = mesh, tiny.build(architecture, mesh, dtype=jnp.float64)
+        self.logit_cap = architecture.logit_cap
         self.graph, optimizer = model.graph, optax.trace(decay=0.0)  # its state is the gradient itself
         self.state = model.state(optimizer, seed=1)
         self.train_step = make_train_step(
@@ -195,7 +196,8 @@ class Model:
 
         def weighted(params: Any) -> tuple[jax.Array, jax.Array]:
             decoder = nnx.merge(self.graph, params)
-            every = jax.nn.log_softmax(decoder(rows)[0] @ decoder.vocabulary_matrix.T, axis=-1)
+            logits, cap = decoder(rows)[0] @ decoder.vocabulary_matrix.T, self.logit_cap
+            every = jax.nn.log_softmax(logits if cap is None else cap * jnp.tanh(logits / cap), axis=-1)
             following = jnp.roll(rows.tokens, -1, axis=1)
             of_token = jnp.take_along_axis(every, following[..., None], axis=-1)[..., 0]
             sums = jnp.where(scored, of_token, 0.0).sum(axis=1).reshape(PAIRS, 2)

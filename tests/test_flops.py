@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import NEOX, Batch, build, make_mesh
+from tiny import NEOX, Batch, LayerKind, build, make_mesh, rope
 
 from sr_dpo_jax.batch import Rows
 from sr_dpo_jax.train_step import Objective, make_train_step, state_shapes
@@ -27,9 +27,9 @@ ROWS, LENGTH, SCORED, PAIRS, P_TOKENS = 2, 256, 96, 8, 64
 
 
 def architecture():
-    return dataclasses.replace(
-        NEOX, vocabulary_tokens=512, hidden=512, heads=8, kv_heads=8, head_dim=64, mlp=2048, rotary_dims=16, layers=4
-    )
+    sizes = {"vocabulary_tokens": 512, "hidden": 512, "heads": 8, "kv_heads": 8, "head_dim": 64, "mlp": 2048}
+    kinds = (LayerKind(rope(16), window=None),)
+    return dataclasses.replace(NEOX, **sizes, layers=4, kinds=kinds, kind_of_layer=(0,) * 4)
 
 
 def rows(length, prefix_tokens):

@@ -25,15 +25,17 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(logprobs, "VOCABULARY_BLOCK", BLOCK)
 
 
-def numpy_logprobs(hidden, matrix, target) -> np.ndarray:
+def numpy_logprobs(hidden, matrix, target, cap=None) -> np.ndarray:
     logits = np.asarray(hidden, np.float64) @ np.asarray(matrix, np.float64).T
+    logits = logits if cap is None else cap * np.tanh(logits / cap)
     largest = logits.max(axis=-1, keepdims=True)
     normaliser = np.log(np.exp(logits - largest).sum(axis=-1, keepdims=True)) + largest
     return np.take_along_axis(logits - normaliser, np.asarray(target)[..., None], axis=-1)[..., 0]
 
 
-def dense_logprobs(hidden: jax.Array, matrix: jax.Array, target: jax.Array) -> jax.Array:
-    every = jax.nn.log_softmax(jnp.einsum("rmd,vd->rmv", hidden, matrix), axis=-1)
+def dense_logprobs(hidden: jax.Array, matrix: jax.Array, target: jax.Array, cap: float | None = None) -> jax.Array:
+    logits = jnp.einsum("rmd,vd->rmv", hidden, matrix)
+    every = jax.nn.log_softmax(logits if cap is None else cap * jnp.tanh(logits / cap), axis=-1)
     return jnp.take_along_axis(every, target[..., None], axis=-1)[..., 0]
 
 
@@ -47,26 +49,27 @@ def random_case(vocabulary: int, dtype, *, seed: int = 0, scale: float = 1.0):
 
 @partial(jax.jit, static_argnums=3)
 def summed(hidden: jax.Array, matrix: jax.Array, rows: Rows, pairs: int) -> tuple[jax.Array, jax.Array]:
-    return response_logprobs(hidden, matrix, rows, pairs=pairs, constrain=free)
+    return response_logprobs(hidden, matrix, rows, pairs=pairs, cap=None, constrain=free)
 
 
 SIZES = [BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK - 1, 3 * BLOCK, 3 * BLOCK + 1]
 
 
+@pytest.mark.parametrize("cap", [None, 1.5])
 @pytest.mark.parametrize("vocabulary", SIZES)
-def test_values_and_gradients_against_dense(float64, vocabulary):
+def test_values_and_gradients_against_dense(float64, vocabulary, cap):
     hidden, matrix, target = random_case(vocabulary, jnp.float64, seed=vocabulary)
     weight = jnp.asarray(np.random.default_rng(1).normal(size=target.shape))
 
     @jax.jit
     def both(*given):
-        value, pull_back = jax.vjp(lambda h, w: token_logprobs(h, w, target, free), *given)
-        dense_gradients = jax.vjp(lambda h, w: dense_logprobs(h, w, target), *given)[1](weight)
+        value, pull_back = jax.vjp(lambda h, w: token_logprobs(h, w, target, cap, free), *given)
+        dense_gradients = jax.vjp(lambda h, w: dense_logprobs(h, w, target, cap), *given)[1](weight)
         return value, pull_back(weight), dense_gradients
 
     value, gradients, dense_gradients = both(hidden, matrix)
     assert value.dtype == jnp.float64 and value.shape == target.shape
-    np.testing.assert_allclose(value, numpy_logprobs(hidden, matrix, target), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(value, numpy_logprobs(hidden, matrix, target, cap), rtol=1e-12, atol=1e-12)
     for gradient, expected in zip(gradients, dense_gradients, strict=True):
         np.testing.assert_allclose(gradient, expected, rtol=1e-12, atol=1e-12)
 
@@ -80,7 +83,7 @@ def test_more_than_one_block_is_used():
 @pytest.mark.parametrize("vocabulary", [BLOCK, 3 * BLOCK + 1])
 def test_float32(vocabulary):
     hidden, matrix, target = random_case(vocabulary, jnp.float32)
-    value = token_logprobs(hidden, matrix, target, free)
+    value = token_logprobs(hidden, matrix, target, None, free)
     assert value.dtype == jnp.float32
     np.testing.assert_allclose(value, numpy_logprobs(hidden, matrix, target), rtol=2e-6, atol=2e-6)
 
@@ -93,7 +96,7 @@ def test_bfloat16_inputs_are_summed_in_float32(matrix_dtype):
 
     @jax.jit
     def both(*given):
-        value, pull_back = jax.vjp(lambda h, w: token_logprobs(h, w, target, free), *given)
+        value, pull_back = jax.vjp(lambda h, w: token_logprobs(h, w, target, None, free), *given)
         wide = [array.astype(jnp.float32) for array in given]
         exact, pull_back_exact = jax.vjp(lambda h, w: dense_logprobs(h, w, target), *wide)
         return value, pull_back(jnp.ones_like(value)), pull_back_exact(jnp.ones_like(exact))
@@ -124,7 +127,7 @@ def test_bfloat16_response_sums_do_not_drift():
 def test_columns_that_only_fill_up_never_count(logit):
     """V = 9 in blocks of 5: one column is filled up with a zero row, whose logit 0 would drown nine of −50."""
     hidden, matrix = jnp.ones((1, 1, 1)), jnp.full((BLOCK + 1, 1), logit)
-    of_token = jax.jit(jax.value_and_grad(lambda h, target: token_logprobs(h, matrix, target, free)[0, 0]))
+    of_token = jax.jit(jax.value_and_grad(lambda h, target: token_logprobs(h, matrix, target, None, free)[0, 0]))
     for token in (0, BLOCK):
         value, by_hidden = of_token(hidden, jnp.full((1, 1), token, jnp.int32))
         np.testing.assert_allclose(value, -np.log(BLOCK + 1), rtol=1e-6)
@@ -133,7 +136,7 @@ def test_columns_that_only_fill_up_never_count(logit):
 
 def test_finite_for_huge_logits():
     hidden, matrix, target = random_case(3 * BLOCK + 1, jnp.float32, scale=1e4)
-    total = lambda h, w: token_logprobs(h, w, target, free).sum()  # noqa: E731
+    total = lambda h, w: token_logprobs(h, w, target, None, free).sum()  # noqa: E731
     value, gradients = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(hidden, matrix)
     assert np.isfinite(value)
     assert all(np.isfinite(gradient).all() for gradient in gradients)
@@ -181,7 +184,7 @@ def test_unused_positions_get_no_gradient_and_add_nothing(float64):
     @jax.jit
     @partial(jax.value_and_grad, argnums=(0, 1))
     def total(h, w, r):
-        return response_logprobs(h, w, r, pairs=1, constrain=free)[0].sum()
+        return response_logprobs(h, w, r, pairs=1, cap=None, constrain=free)[0].sum()
 
     value, (by_hidden, by_matrix) = total(hidden, matrix, rows)
     touched = np.flatnonzero(np.abs(by_hidden[0]).max(axis=-1))
@@ -199,7 +202,7 @@ def test_memory_does_not_hold_the_logits(monkeypatch):
 
     def temporary_bytes(vocabulary: int) -> int:
         def total(hidden, matrix, target):
-            return token_logprobs(hidden, matrix, target, free).sum()
+            return token_logprobs(hidden, matrix, target, None, free).sum()
 
         shapes = (
             jax.ShapeDtypeStruct((2, positions // 2, width), jnp.float32),

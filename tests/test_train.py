@@ -296,3 +296,13 @@ def test_two_processes_equal_one(world, tmp_path):
     ours, theirs = state_of(tmp_path / "run"), state_of(alone.output_dir)
     for name in ours:
         np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-3, atol=2e-5, err_msg=name)
+
+
+def test_longer_than_the_rope_scaling_is_exact_for(tmp_path):
+    """Dynamic NTK gives texts beyond max_position_embeddings other frequencies, each its own."""
+    data = preference_file(tmp_path / "pairs.jsonl", 8)
+    rope = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}
+    directory = model_directory(tmp_path / "model", max_position_embeddings=40, **rope)
+    with pytest.raises(UsageError, match=r"longest sequence has \d+ tokens, \d+ of them p; beyond 40"):
+        train(make_config(tmp_path, directory, data))
+    assert not (tmp_path / "run" / "checkpoints").exists()

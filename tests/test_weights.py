@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
-from runs import REPOSITORY, model_directory
+from runs import FAMILIES, REPOSITORY, model_directory
 from safetensors.numpy import load_file, save_file
 
 from sr_dpo_jax.errors import UsageError
@@ -23,10 +23,6 @@ from sr_dpo_jax.weights.layout import blocks_of, file_shape, flatten
 from sr_dpo_jax.weights.read import load_params
 from sr_dpo_jax.weights.write import plan_files
 
-FAMILIES = {
-    "gpt_neox": {"rotary_pct": 0.25},
-    "llama": {"num_key_value_heads": 2, "head_dim": 24, "attention_bias": True, "tie_word_embeddings": True},
-}
 TYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32, "float64": np.float64}
 
 
@@ -482,7 +478,7 @@ except UsageError as error:
     [
         ({"model_type": "mamba"}, ["mamba", "not supported"]),
         ({"auto_map": {"AutoConfig": "evil.Config"}}, ["auto_map", "never run"]),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, ["yarn", "not supported"]),
+        ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}}, ["proportional", "not supported"]),
         ({"hidden_act": "relu6"}, ["hidden_act", "relu6"]),
         ({"num_attention_heads": 0}, ["config.json"]),
         ({"num_hidden_layers": -1}, ["config.json"]),

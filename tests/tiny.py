@@ -1,4 +1,4 @@
-"""Makers shared by tests: tiny models of both families, random pairs, and packed batches of them."""
+"""Makers shared by tests: tiny models of three kinds, random pairs, and packed batches of them."""
 
 import dataclasses
 from pathlib import Path
@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh
 
 from sr_dpo_jax import mesh as meshes
 from sr_dpo_jax.batch import SIDES, Batch, Placed, Rows, build_row
-from sr_dpo_jax.model.architecture import Architecture
+from sr_dpo_jax.model.architecture import Architecture, LayerKind, Rope
 from sr_dpo_jax.model.decoder import Decoder
 from sr_dpo_jax.train_step import TrainState, initialise, state_shapes, state_shardings
 from sr_dpo_jax.weights.directory import ModelDirectory
@@ -22,6 +22,11 @@ from sr_dpo_jax.weights.write import save_params
 
 VOCABULARY = 24
 
+
+def rope(rotary_dims: int, theta: float = 10_000.0, scale: float = 1.0) -> Rope:
+    return Rope(tuple(theta ** -(np.arange(0, rotary_dims, 2) / rotary_dims)), scale)
+
+
 NEOX = Architecture(
     vocabulary_tokens=VOCABULARY,
     hidden=32,
@@ -30,27 +35,35 @@ NEOX = Architecture(
     kv_heads=4,
     head_dim=8,
     mlp=48,
+    context_tokens=2048,
+    kinds=(LayerKind(rope(4), window=None),),
+    kind_of_layer=(0, 0),
+    query_scale=8**-0.5,
+    attention_cap=None,
+    logit_cap=None,
+    head_norm="none",
     norm="layer",
     norm_epsilon=1e-5,
+    norm_offset=0.0,
+    norm_inputs=True,
+    norm_outputs=False,
     parallel_residual=True,
     activation="gelu",
     gated=False,
     query_bias=True,
     output_bias=True,
     mlp_bias=True,
-    rotary_dims=4,
-    rope_theta=10_000.0,
+    embedding_scale=1.0,
     tied=False,
     init_scale=0.2,
 )
-LLAMA = Architecture(
-    vocabulary_tokens=VOCABULARY,
-    hidden=32,
-    layers=2,
-    heads=4,
+LLAMA = dataclasses.replace(
+    NEOX,
     kv_heads=2,
     head_dim=6,
     mlp=40,
+    kinds=(LayerKind(rope(6), window=None),),
+    query_scale=6**-0.5,
     norm="rms",
     norm_epsilon=1e-6,
     parallel_residual=False,
@@ -59,12 +72,24 @@ LLAMA = Architecture(
     query_bias=False,
     output_bias=False,
     mlp_bias=False,
-    rotary_dims=6,
-    rope_theta=10_000.0,
     tied=True,
-    init_scale=0.2,
 )
-ARCHITECTURES = {"gpt_neox": NEOX, "llama": LLAMA}
+GEMMA = dataclasses.replace(
+    LLAMA,
+    layers=3,
+    kinds=(LayerKind(rope(6, 50.0, scale=1.2), window=None), LayerKind(rope(6), window=3)),
+    kind_of_layer=(1, 0, 1),
+    query_scale=0.6,
+    attention_cap=2.0,
+    logit_cap=4.0,
+    head_norm="head",
+    norm_offset=1.0,
+    norm_outputs=True,
+    activation="gelu_tanh",
+    embedding_scale=32**0.5,
+)
+"""All that Llama has not: two kinds of layers, one with a window shorter than a pair, caps, norms on both sides."""
+ARCHITECTURES = {"gpt_neox": NEOX, "llama": LLAMA, "gemma": GEMMA}
 
 
 def make_mesh(replica: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:

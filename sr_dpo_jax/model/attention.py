@@ -21,17 +21,23 @@ class Visible:
     """`[R, T]` int32."""
     key_end: Array
     """`[R, T]` int32."""
+    positions: Array
+    """`[R, T]` int32, what a window is measured on: in a row, neighbours of a pair can lie far apart."""
     prefix_tokens: int = dataclasses.field(metadata={"static": True})
+    window: int | None = dataclasses.field(metadata={"static": True})
+    """A query sees keys less than this many positions before it; None: all."""
 
 
-def attend(query: Array, key: Array, value: Array, visible: Visible) -> Array:
-    """Softmax attention, `softmax(q·k / √D)·v` over each query's visible keys.
+def attend(query: Array, key: Array, value: Array, visible: Visible, *, scale: float, cap: float | None) -> Array:
+    """Softmax attention over each query's visible keys, `softmax(s)·v` with `s = scale · q·k`, capped if asked for.
 
     Args:
       query: `[R, T, H, D]`, rotated.
       key: `[R, T, K, D]`, rotated; H is a multiple of K, and H / K neighbouring query heads share a key head.
       value: `[R, T, K, D]`.
       visible: key ranges; every query sees at least itself.
+      scale: factor on the scores.
+      cap: scores become `cap · tanh(s / cap)`; None leaves them.
 
     Returns:
       `[R, T, H, D]` in the type of `value`; scores and softmax are float32.
@@ -39,7 +45,8 @@ def attend(query: Array, key: Array, value: Array, visible: Visible) -> Array:
     rows, length, heads, head_dim = query.shape
     query = query.reshape(rows, length, key.shape[2], -1, head_dim)
     scores = jnp.einsum("rqkgd,rskd->rkgqs", query, key, preferred_element_type=at_least_float32(query.dtype))
-    scores = jnp.where(_mask(visible)[:, None, None], scores * head_dim**-0.5, -jnp.inf)
+    scores = soft_cap(scores * scale, cap)
+    scores = jnp.where(_mask(visible)[:, None, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     mixed = jnp.einsum("rkgqs,rskd->rqkgd", weights, value)
     return mixed.reshape(rows, length, heads, head_dim)
@@ -50,8 +57,16 @@ def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def soft_cap(x: Array, cap: float | None) -> Array:
+    """`cap · tanh(x / cap)`, which keeps x within ±cap; x itself without a cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
 def _mask(visible: Visible) -> Array:
     """`[R, T, T]` bool, fused by the compiler into the comparison that uses it."""
     index = jnp.arange(visible.key_start.shape[-1])
     seen = (visible.key_start[..., None] <= index) & (index < visible.key_end[..., None])
-    return seen | ((index < visible.prefix_tokens) & (index <= index[:, None]))
+    seen |= (index < visible.prefix_tokens) & (index <= index[:, None])
+    if visible.window is not None:
+        seen &= visible.positions[..., None] - visible.positions[..., None, :] < visible.window
+    return seen

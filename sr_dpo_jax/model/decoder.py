@@ -21,11 +21,15 @@ import numpy as np
 from flax import nnx
 
 from sr_dpo_jax.batch import Rows
-from sr_dpo_jax.model.architecture import Architecture
+from sr_dpo_jax.model.architecture import Architecture, Rope
 from sr_dpo_jax.model.attention import Visible, at_least_float32, attend
 
 Array = jax.Array
 Constrain = Callable[[Array, tuple[str | None, ...]], Array]
+Mix = Callable[[Array, Array, Array], Array]
+"""Queries, keys and values of a layer -> what each query gathers: rotation and attention, see `Decoder._mix`."""
+View = tuple[tuple[Array, Array], Visible]
+"""How layers of one kind see the rows: cosine and sine of the rotation, and the visible keys."""
 
 ACTIVATIONS = {"gelu": partial(jax.nn.gelu, approximate=False), "gelu_tanh": jax.nn.gelu, "silu": jax.nn.silu}
 REMAT_POLICIES = {
@@ -44,20 +48,21 @@ def _constant(value: float, dtype: jnp.dtype, **axes: int) -> nnx.Param:
 
 
 class Norm(nnx.Module):
-    """LayerNorm or RMSNorm, in float32 also where the activations are bfloat16."""
+    """LayerNorm or RMSNorm over the axes of its scale, in float32 also where the activations are bfloat16."""
 
     def __init__(self, architecture: Architecture, param_dtype: jnp.dtype, **axes: int):
-        self.epsilon = architecture.norm_epsilon
+        self.epsilon, self.offset = architecture.norm_epsilon, architecture.norm_offset
         self.centred = architecture.norm == "layer"
-        self.scale = _constant(1.0, param_dtype, **axes)
+        self.scale = _constant(1.0 - self.offset, param_dtype, **axes)
         self.bias = _constant(0.0, param_dtype, **axes) if self.centred else None
 
     def __call__(self, x: Array) -> Array:
-        wide = x.astype(at_least_float32(x.dtype))
+        scale = self.scale[...]
+        wide, axes = x.astype(at_least_float32(x.dtype)), tuple(range(-scale.ndim, 0))
         if self.centred:
-            wide = wide - wide.mean(axis=-1, keepdims=True)
-        wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + self.epsilon)
-        wide = wide * self.scale[...].astype(wide.dtype)
+            wide = wide - wide.mean(axis=axes, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(axis=axes, keepdims=True) + self.epsilon)
+        wide = wide * (self.offset + scale.astype(wide.dtype))
         if self.centred:
             wide = wide + self.bias[...].astype(wide.dtype)
         return wide.astype(x.dtype)
@@ -67,7 +72,7 @@ class Attention(nnx.Module):
     def __init__(self, architecture: Architecture, param_dtype: jnp.dtype, rngs: nnx.Rngs):
         a, matrix = architecture, partial(_matrix, rngs, architecture, param_dtype, layers=architecture.layers)
         zeros = partial(_constant, 0.0, param_dtype, layers=a.layers)
-        self.rotary_dims = a.rotary_dims
+        norm = partial(Norm, a, param_dtype, layers=a.layers)
         self.query = matrix(embed=a.hidden, heads=a.heads, head_dim=a.head_dim)
         self.key = matrix(embed=a.hidden, kv_heads=a.kv_heads, head_dim=a.head_dim)
         self.value = matrix(embed=a.hidden, kv_heads=a.kv_heads, head_dim=a.head_dim)
@@ -76,14 +81,17 @@ class Attention(nnx.Module):
         self.key_bias = zeros(kv_heads=a.kv_heads, head_dim=a.head_dim) if a.query_bias else None
         self.value_bias = zeros(kv_heads=a.kv_heads, head_dim=a.head_dim) if a.query_bias else None
         self.output_bias = zeros(embed=a.hidden) if a.output_bias else None
+        all_heads = a.head_norm == "all"
+        query_heads, key_heads = ({"heads": a.heads}, {"kv_heads": a.kv_heads}) if all_heads else ({}, {})
+        self.query_norm = norm(**query_heads, head_dim=a.head_dim) if a.head_norm != "none" else None
+        self.key_norm = norm(**key_heads, head_dim=a.head_dim) if a.head_norm != "none" else None
 
-    def __call__(self, x: Array, rotation: tuple[Array, Array], visible: Visible) -> Array:
+    def __call__(self, x: Array, mix: Mix) -> Array:
         """`[R, T, d]` -> `[R, T, d]`."""
         query = _add(jnp.einsum("rtd,dhk->rthk", x, self.query[...].astype(x.dtype)), self.query_bias)
         key = _add(jnp.einsum("rtd,dhk->rthk", x, self.key[...].astype(x.dtype)), self.key_bias)
         value = _add(jnp.einsum("rtd,dhk->rthk", x, self.value[...].astype(x.dtype)), self.value_bias)
-        query, key = (rotate(heads, rotation, self.rotary_dims) for heads in (query, key))
-        mixed = attend(query, key, value, visible)
+        mixed = mix(_normalised(query, self.query_norm), _normalised(key, self.key_norm), value)
         return _add(jnp.einsum("rthk,hkd->rtd", mixed, self.output[...].astype(x.dtype)), self.output_bias)
 
 
@@ -113,19 +121,21 @@ class Block(nnx.Module):
     """One layer. Built with the parameters of all layers stacked, called with those of one."""
 
     def __init__(self, architecture: Architecture, param_dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.parallel_residual = architecture.parallel_residual
-        shape = {"layers": architecture.layers, "embed": architecture.hidden}
-        self.attention_norm = Norm(architecture, param_dtype, **shape)
-        self.attention = Attention(architecture, param_dtype, rngs)
-        self.mlp_norm = Norm(architecture, param_dtype, **shape)
-        self.mlp = MLP(architecture, param_dtype, rngs)
+        a = architecture
+        norm = partial(Norm, a, param_dtype, layers=a.layers, embed=a.hidden)
+        self.parallel_residual = a.parallel_residual
+        self.attention_norm = norm() if a.norm_inputs else None
+        self.attention = Attention(a, param_dtype, rngs)
+        self.attention_output_norm = norm() if a.norm_outputs else None
+        self.mlp_norm = norm() if a.norm_inputs else None
+        self.mlp = MLP(a, param_dtype, rngs)
+        self.mlp_output_norm = norm() if a.norm_outputs else None
 
-    def __call__(self, x: Array, rotation: tuple[Array, Array], visible: Visible) -> Array:
-        attended = self.attention(self.attention_norm(x), rotation, visible)
-        if self.parallel_residual:
-            return x + attended + self.mlp(self.mlp_norm(x))
-        x = x + attended
-        return x + self.mlp(self.mlp_norm(x))
+    def __call__(self, x: Array, mix: Mix) -> Array:
+        attended = self.attention(_normalised(x, self.attention_norm), mix)
+        middle = x + _normalised(attended, self.attention_output_norm)
+        units = self.mlp(_normalised(x if self.parallel_residual else middle, self.mlp_norm))
+        return middle + _normalised(units, self.mlp_output_norm)
 
 
 class Decoder(nnx.Module):
@@ -170,13 +180,14 @@ class Decoder(nnx.Module):
         Both go through one scan over the layers, and the augmented branch leaves nothing for the backward pass.
         """
         block, stacked = nnx.split(self.layers)
-        views = [self._view(rows) for rows in (plain, augmented) if rows is not None]
+        views = [self._views(rows) for rows in (plain, augmented) if rows is not None]
 
-        def layer(hidden: tuple[Array, ...], params: nnx.State) -> tuple[tuple[Array, ...], None]:
+        def layer(hidden: tuple[Array, ...], of_layer: tuple[nnx.State, Array]) -> tuple[tuple[Array, ...], None]:
+            params, kind = of_layer
             frozen = jax.lax.stop_gradient(params)
             advanced = []
-            for x, (rotation, visible), parameters in zip(hidden, views, (params, frozen), strict=False):
-                x = nnx.merge(block, parameters)(x, rotation, visible)
+            for x, view, parameters in zip(hidden, views, (params, frozen), strict=False):
+                x = nnx.merge(block, parameters)(x, partial(self._mix, view, kind))
                 advanced.append(self.constrain(x, ("rows", None, None)))
             return tuple(advanced), None
 
@@ -185,19 +196,41 @@ class Decoder(nnx.Module):
         embedded = [self._embed(plain)]
         if augmented is not None:
             embedded.append(jax.lax.stop_gradient(self._embed(augmented)))
-        hidden, _ = jax.lax.scan(layer, tuple(embedded), stacked)
+        kinds = jnp.asarray(self.architecture.kind_of_layer, jnp.int32)
+        hidden, _ = jax.lax.scan(layer, tuple(embedded), (stacked, kinds))
         if augmented is None:
             return self.final_norm(hidden[0]), None
         return self.final_norm(hidden[0]), jax.lax.stop_gradient(self.final_norm(hidden[1]))
 
     def _embed(self, rows: Rows) -> Array:
         embedded = look_up(self.embedding[...], rows.tokens, self.dtype, self.constrain)
+        # In the activations' type: models with a scale were trained with the factor rounded to it.
+        embedded *= jnp.asarray(self.architecture.embedding_scale, self.dtype)
         return self.constrain(embedded, ("rows", None, None))
 
-    def _view(self, rows: Rows) -> tuple[tuple[Array, Array], Visible]:
-        dtype = at_least_float32(self.dtype)
-        rotation = rotation_of(rows.positions, self.architecture.rotary_dims, self.architecture.rope_theta, dtype)
-        return rotation, Visible(rows.key_start, rows.key_end, rows.prefix_tokens)
+    def _views(self, rows: Rows) -> list[View]:
+        """One view for each kind of layers. A window that no row is long enough to notice is left out."""
+        length, dtype = rows.tokens.shape[-1], at_least_float32(self.dtype)
+        views = []
+        for kind in self.architecture.kinds:
+            window = kind.window if kind.window is not None and kind.window < length else None
+            visible = Visible(rows.key_start, rows.key_end, rows.positions, rows.prefix_tokens, window)
+            views.append((rotation_of(rows.positions, kind.rope, dtype), visible))
+        return views
+
+    def _mix(self, views: list[View], kind: Array, query: Array, key: Array, value: Array) -> Array:
+        """Rotation and attention as a layer of this kind has them; which kind it is, is known when the loop runs."""
+        a = self.architecture
+
+        def mixed_by(view: View, query: Array, key: Array, value: Array) -> Array:
+            rotation, visible = view
+            query, key = rotate(query, rotation), rotate(key, rotation)
+            return attend(query, key, value, visible, scale=a.query_scale, cap=a.attention_cap)
+
+        branches = [partial(mixed_by, view) for view in views]
+        if len(branches) == 1:
+            return branches[0](query, key, value)
+        return jax.lax.switch(kind, branches, query, key, value)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -232,22 +265,26 @@ def _look_up_backward(
 look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
-def rotation_of(positions: Array, rotary_dims: int, theta: float, dtype: jnp.dtype) -> tuple[Array, Array]:
-    """Cosine and sine of each position's angles, `[R, T, 1, rotary_dims / 2]`.
+def rotation_of(positions: Array, rope: Rope, dtype: jnp.dtype) -> tuple[Array, Array]:
+    """Cosine and sine of each position's angles, `[R, T, 1, len(frequencies)]`, times the rope's scale.
 
     Never in the activations' bfloat16, which rounds position 257 to 256.
     """
-    frequencies = theta ** -(jnp.arange(0, rotary_dims, 2, dtype=dtype) / rotary_dims)
-    angles = positions[..., None, None].astype(dtype) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    angles = positions[..., None, None].astype(dtype) * jnp.asarray(rope.frequencies, dtype)
+    return rope.scale * jnp.cos(angles), rope.scale * jnp.sin(angles)
 
 
-def rotate(heads: Array, rotation: tuple[Array, Array], rotary_dims: int) -> Array:
-    """Rotary embedding of `[R, T, heads, D]`: dimension i of the first `rotary_dims` turns with i + rotary_dims / 2."""
+def rotate(heads: Array, rotation: tuple[Array, Array]) -> Array:
+    """Rotary embedding of `[R, T, heads, D]`: with n angles, dimension i turns with i + n, and 2n and up stay."""
     cosine, sine = rotation
+    rotary_dims = 2 * cosine.shape[-1]
     first, second = jnp.split(heads[..., :rotary_dims].astype(cosine.dtype), 2, axis=-1)
     turned = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
     return jnp.concatenate([turned.astype(heads.dtype), heads[..., rotary_dims:]], axis=-1)
+
+
+def _normalised(x: Array, norm: Norm | None) -> Array:
+    return x if norm is None else norm(x)
 
 
 def _add(x: Array, bias: nnx.Param | None) -> Array:

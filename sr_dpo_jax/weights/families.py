@@ -1,15 +1,17 @@
 """One table a model family: config fields -> Architecture, and tensor names <-> parameters, read in both directions.
 
 A table row names a tensor, the parameters it holds and its layout, written as axes in the order of its memory, with
-parentheses around axes that the file keeps as one dimension. `part` runs over the parameters of a fused tensor. Our
-own layout is in the parameter's metadata, so the row says all there is to say about import and export.
+parentheses around axes that the file keeps as one dimension. Our own layout is in the parameter's metadata, so the row
+says all there is to say about import and export.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 from sr_dpo_jax.errors import UsageError
-from sr_dpo_jax.model.architecture import Architecture
+from sr_dpo_jax.model.architecture import Architecture, LayerKind
+from sr_dpo_jax.weights.rope import rope_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,9 +21,13 @@ class Tensor:
     name: str
     """Name in the file; `{layer}` stands for the layer's number."""
     layout: str
-    """Axes as they lie in memory, e.g. `(heads part head_dim) embed`."""
+    """Axes as they lie in memory, e.g. `(heads part head_dim) embed`. `heads` stands for `kv_heads` in keys and values.
+
+    `part` runs over the parameters of a fused tensor. Without it, several parameters stand one after the other along
+    the first dimension, each with its own size there.
+    """
     params: tuple[str, ...]
-    """Paths of the parameters within the tree, in the order of `part`."""
+    """Paths of the parameters within the tree, in the order in which the tensor holds them."""
 
 
 def architecture_of(config: Any, *, where: str) -> Architecture:
@@ -30,140 +36,260 @@ def architecture_of(config: Any, *, where: str) -> Architecture:
     Raises:
       UsageError: the family, or something that the config asks for, is not supported; names the field and its value.
     """
-    reader = {"gpt_neox": _gpt_neox_architecture, "llama": _llama_architecture}.get(config.model_type)
-    if reader is None:
-        raise UsageError(f"{where}: model_type={config.model_type!r} is not supported; known: gpt_neox, llama")
-    return reader(config, where)
+    readers = {
+        "gpt_neox": _gpt_neox,
+        "llama": _llama,
+        "mistral": _mistral,
+        "qwen2": _qwen2,
+        "qwen3": _qwen3,
+        "gemma2": _gemma2,
+        "gemma3_text": _gemma3,
+        "phi3": _phi3,
+        "olmo2": _olmo2,
+    }
+    if config.model_type not in readers:
+        hint = "; its text-only form, gemma3_text, is" if config.model_type == "gemma3" else ""
+        raise UsageError(
+            f"{where}: model_type={config.model_type!r} is not supported{hint}; known: {', '.join(readers)}"
+        )
+    architecture = readers[config.model_type](config, where)
+    if architecture.heads % architecture.kv_heads:
+        _refuse(where, "num_key_value_heads", architecture.kv_heads, f"divisors of {architecture.heads} heads")
+    return architecture
 
 
 def tensors_of(architecture: Architecture, model_type: str) -> tuple[Tensor, ...]:
     """All tensors that a file of this architecture holds, each once."""
-    return {"gpt_neox": _gpt_neox_tensors, "llama": _llama_tensors}[model_type](architecture)
+    if model_type == "gpt_neox":
+        return tuple(_gpt_neox_tensors(architecture))
+    names = {**LLAMA_NORMS, **(GEMMA_NORMS if architecture.norm_outputs else {})}
+    if not architecture.norm_inputs:
+        names = OLMO2_NORMS
+    return tuple(_llama_tensors(architecture, names, fused=model_type == "phi3"))
+
+
+# Configs
+
+
+def _common(config: Any, where: str, **choices: Any) -> Architecture:
+    """What most families share, as Llama has it; `choices` are what this one does otherwise."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    fields: dict[str, Any] = {
+        "vocabulary_tokens": config.vocab_size,
+        "hidden": config.hidden_size,
+        "layers": config.num_hidden_layers,
+        "heads": config.num_attention_heads,
+        "kv_heads": getattr(config, "num_key_value_heads", config.num_attention_heads),
+        "head_dim": head_dim,
+        "mlp": config.intermediate_size,
+        "context_tokens": config.max_position_embeddings,
+        "query_scale": head_dim**-0.5,
+        "attention_cap": None,
+        "logit_cap": None,
+        "head_norm": "none",
+        "norm": "rms",
+        "norm_epsilon": getattr(config, "rms_norm_eps", None),
+        "norm_offset": 0.0,
+        "norm_inputs": True,
+        "norm_outputs": False,
+        "parallel_residual": False,
+        "activation": None,
+        "gated": True,
+        "query_bias": False,
+        "output_bias": False,
+        "mlp_bias": False,
+        "embedding_scale": 1.0,
+        "tied": config.tie_word_embeddings,
+        "init_scale": config.initializer_range,
+    }
+    fields |= choices
+    if "kinds" not in fields:
+        fields |= _kinds(config, where, {"": getattr(config, "sliding_window", None)})
+    fields["activation"] = _activation(config, where)
+    return Architecture(**fields)
+
+
+def _kinds(config: Any, where: str, windows: dict[str, int | None]) -> dict[str, Any]:
+    """`kinds` and `kind_of_layer` from the window of each layer type; the key "" stands for all layers alike."""
+    layer_types = [""] * config.num_hidden_layers if "" in windows else list(config.layer_types)
+    unknown = sorted(set(layer_types) - set(windows))
+    if unknown or len(layer_types) != config.num_hidden_layers:
+        _refuse(where, "layer_types", unknown or len(layer_types), f"one of {', '.join(windows)} for each layer")
+    names = sorted(set(layer_types))
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kinds = []
+    for name in names:
+        parameters = config.rope_parameters
+        parameters = parameters.get(name, parameters)  # one set for all layers, or one for each type
+        rope = rope_of(parameters, head_dim=head_dim, context_tokens=config.max_position_embeddings, where=where)
+        kinds.append(LayerKind(rope, windows[name]))
+    return {"kinds": tuple(kinds), "kind_of_layer": tuple(names.index(name) for name in layer_types)}
+
+
+def _alternating(config: Any, where: str) -> dict[str, Any]:
+    return _kinds(config, where, {"full_attention": None, "sliding_attention": config.sliding_window})
+
+
+def _gpt_neox(config: Any, where: str) -> Architecture:
+    return _common(
+        config,
+        where,
+        norm="layer",
+        norm_epsilon=config.layer_norm_eps,
+        parallel_residual=config.use_parallel_residual,
+        gated=False,
+        query_bias=config.attention_bias,
+        output_bias=config.attention_bias,
+        mlp_bias=True,
+    )
+
+
+def _llama(config: Any, where: str) -> Architecture:
+    biases = {"query_bias": config.attention_bias, "output_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
+    return _common(config, where, **biases, **_kinds(config, where, {"": None}))
+
+
+def _mistral(config: Any, where: str) -> Architecture:
+    return _common(config, where)
+
+
+def _qwen2(config: Any, where: str) -> Architecture:
+    return _common(config, where, query_bias=True, **_alternating(config, where))
+
+
+def _qwen3(config: Any, where: str) -> Architecture:
+    return _common(
+        config,
+        where,
+        query_bias=config.attention_bias,
+        output_bias=config.attention_bias,
+        head_norm="head",
+        **_alternating(config, where),
+    )
+
+
+def _gemma2(config: Any, where: str) -> Architecture:
+    return _common(config, where, attention_cap=config.attn_logit_softcapping, **_gemma_choices(config, where))
+
+
+def _gemma3(config: Any, where: str) -> Architecture:
+    if config.attn_logit_softcapping is not None:
+        _refuse(where, "attn_logit_softcapping", config.attn_logit_softcapping, "null for gemma3_text")
+    return _common(config, where, head_norm="head", **_gemma_choices(config, where))
+
+
+def _gemma_choices(config: Any, where: str) -> dict[str, Any]:
+    if config.use_bidirectional_attention:
+        _refuse(where, "use_bidirectional_attention", True, "false")
+    return {
+        "query_bias": config.attention_bias,
+        "output_bias": config.attention_bias,
+        "query_scale": config.query_pre_attn_scalar**-0.5,
+        "logit_cap": config.final_logit_softcapping,
+        "norm_offset": 1.0,
+        "norm_outputs": True,
+        "embedding_scale": config.hidden_size**0.5,
+        **_alternating(config, where),
+    }
+
+
+def _phi3(config: Any, where: str) -> Architecture:
+    return _common(config, where)
+
+
+def _olmo2(config: Any, where: str) -> Architecture:
+    return _common(
+        config,
+        where,
+        query_bias=config.attention_bias,
+        output_bias=config.attention_bias,
+        head_norm="all",
+        norm_inputs=False,
+        norm_outputs=True,
+    )
+
+
+def _activation(config: Any, where: str) -> str:
+    known = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}
+    known["silu"] = "silu"
+    field = "hidden_activation" if hasattr(config, "hidden_activation") else "hidden_act"
+    name = getattr(config, field)
+    if name not in known:
+        _refuse(where, field, name, ", ".join(known))
+    return known[name]
 
 
 def _refuse(where: str, field: str, value: Any, supported: str) -> None:
     raise UsageError(f"{where}: {field}={value!r} is not supported; supported: {supported}")
 
 
-def _rope(config: Any, where: str) -> tuple[float, float]:
-    """Base and rotated share of a head."""
-    rope = config.rope_parameters
-    if rope.get("rope_type", "default") != "default":
-        _refuse(where, "rope_parameters.rope_type", rope["rope_type"], "default")
-    return float(rope["rope_theta"]), float(rope.get("partial_rotary_factor", 1.0))
+# Tensors
 
 
-def _activation(name: str, where: str) -> str:
-    known = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}
-    known["silu"] = "silu"
-    if name not in known:
-        _refuse(where, "hidden_act", name, ", ".join(known))
-    return known[name]
+LLAMA_NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
+GEMMA_NORMS = {
+    "post_attention_layernorm": "attention_output_norm",
+    "pre_feedforward_layernorm": "mlp_norm",
+    "post_feedforward_layernorm": "mlp_output_norm",
+}
+OLMO2_NORMS = {
+    "post_attention_layernorm": "attention_output_norm",
+    "post_feedforward_layernorm": "mlp_output_norm",
+}
 
 
-def _gpt_neox_architecture(config: Any, where: str) -> Architecture:
-    theta, rotary_share = _rope(config, where)
-    head_dim = config.hidden_size // config.num_attention_heads
-    return Architecture(
-        vocabulary_tokens=config.vocab_size,
-        hidden=config.hidden_size,
-        layers=config.num_hidden_layers,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_attention_heads,
-        head_dim=head_dim,
-        mlp=config.intermediate_size,
-        norm="layer",
-        norm_epsilon=config.layer_norm_eps,
-        parallel_residual=config.use_parallel_residual,
-        activation=_activation(config.hidden_act, where),
-        gated=False,
-        query_bias=config.attention_bias,
-        output_bias=config.attention_bias,
-        mlp_bias=True,
-        rotary_dims=int(head_dim * rotary_share),
-        rope_theta=theta,
-        tied=config.tie_word_embeddings,
-        init_scale=config.initializer_range,
-    )
-
-
-def _gpt_neox_tensors(a: Architecture) -> tuple[Tensor, ...]:
+def _gpt_neox_tensors(a: Architecture) -> Iterator[Tensor]:
     layer, heads = "gpt_neox.layers.{layer}.", ("query", "key", "value")
-    rows = [
-        Tensor("gpt_neox.embed_in.weight", "vocabulary table", ("embedding",)),
-        Tensor(
-            layer + "attention.query_key_value.weight",
-            "(heads part head_dim) embed",
-            tuple(f"layers.attention.{name}" for name in heads),
-        ),
-        Tensor(layer + "attention.dense.weight", "embed (heads head_dim)", ("layers.attention.output",)),
-        Tensor(layer + "mlp.dense_h_to_4h.weight", "mlp embed", ("layers.mlp.up",)),
-        Tensor(layer + "mlp.dense_h_to_4h.bias", "mlp", ("layers.mlp.up_bias",)),
-        Tensor(layer + "mlp.dense_4h_to_h.weight", "embed mlp", ("layers.mlp.down",)),
-        Tensor(layer + "mlp.dense_4h_to_h.bias", "embed", ("layers.mlp.down_bias",)),
-    ]
+    fused = tuple(f"layers.attention.{name}" for name in heads)
+    yield Tensor("gpt_neox.embed_in.weight", "vocabulary table", ("embedding",))
+    yield Tensor(layer + "attention.query_key_value.weight", "(heads part head_dim) embed", fused)
+    yield Tensor(layer + "attention.dense.weight", "embed (heads head_dim)", ("layers.attention.output",))
+    yield Tensor(layer + "mlp.dense_h_to_4h.weight", "mlp embed", ("layers.mlp.up",))
+    yield Tensor(layer + "mlp.dense_h_to_4h.bias", "mlp", ("layers.mlp.up_bias",))
+    yield Tensor(layer + "mlp.dense_4h_to_h.weight", "embed mlp", ("layers.mlp.down",))
+    yield Tensor(layer + "mlp.dense_4h_to_h.bias", "embed", ("layers.mlp.down_bias",))
     for file_name, ours in (
         (layer + "input_layernorm", "layers.attention_norm"),
         (layer + "post_attention_layernorm", "layers.mlp_norm"),
         ("gpt_neox.final_layer_norm", "final_norm"),
     ):
-        rows += [Tensor(f"{file_name}.weight", "embed", (f"{ours}.scale",))]
-        rows += [Tensor(f"{file_name}.bias", "embed", (f"{ours}.bias",))]
+        yield Tensor(f"{file_name}.weight", "embed", (f"{ours}.scale",))
+        yield Tensor(f"{file_name}.bias", "embed", (f"{ours}.bias",))
     if a.query_bias:
-        biases = tuple(f"layers.attention.{name}_bias" for name in heads)
-        rows.append(Tensor(layer + "attention.query_key_value.bias", "(heads part head_dim)", biases))
-        rows.append(Tensor(layer + "attention.dense.bias", "embed", ("layers.attention.output_bias",)))
+        biases = tuple(f"{path}_bias" for path in fused)
+        yield Tensor(layer + "attention.query_key_value.bias", "(heads part head_dim)", biases)
+        yield Tensor(layer + "attention.dense.bias", "embed", ("layers.attention.output_bias",))
     if not a.tied:
-        rows.append(Tensor("embed_out.weight", "vocabulary table", ("unembedding",)))
-    return tuple(rows)
+        yield Tensor("embed_out.weight", "vocabulary table", ("unembedding",))
 
 
-def _llama_architecture(config: Any, where: str) -> Architecture:
-    theta, rotary_share = _rope(config, where)
-    return Architecture(
-        vocabulary_tokens=config.vocab_size,
-        hidden=config.hidden_size,
-        layers=config.num_hidden_layers,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        mlp=config.intermediate_size,
-        norm="rms",
-        norm_epsilon=config.rms_norm_eps,
-        parallel_residual=False,
-        activation=_activation(config.hidden_act, where),
-        gated=True,
-        query_bias=config.attention_bias,
-        output_bias=config.attention_bias,
-        mlp_bias=config.mlp_bias,
-        rotary_dims=int(config.head_dim * rotary_share),
-        rope_theta=theta,
-        tied=config.tie_word_embeddings,
-        init_scale=config.initializer_range,
-    )
-
-
-def _llama_tensors(a: Architecture) -> tuple[Tensor, ...]:
+def _llama_tensors(a: Architecture, norms: dict[str, str], *, fused: bool) -> Iterator[Tensor]:
     layer = "model.layers.{layer}."
-    projections = [
-        ("self_attn.q_proj", "(heads head_dim)", "embed", "attention.query", a.query_bias),
-        ("self_attn.k_proj", "(kv_heads head_dim)", "embed", "attention.key", a.query_bias),
-        ("self_attn.v_proj", "(kv_heads head_dim)", "embed", "attention.value", a.query_bias),
-        ("self_attn.o_proj", "embed", "(heads head_dim)", "attention.output", a.output_bias),
-        ("mlp.gate_proj", "mlp", "embed", "mlp.gate", a.mlp_bias),
-        ("mlp.up_proj", "mlp", "embed", "mlp.up", a.mlp_bias),
-        ("mlp.down_proj", "embed", "mlp", "mlp.down", a.mlp_bias),
-    ]
-    rows = [
-        Tensor("model.embed_tokens.weight", "vocabulary table", ("embedding",)),
-        Tensor(layer + "input_layernorm.weight", "embed", ("layers.attention_norm.scale",)),
-        Tensor(layer + "post_attention_layernorm.weight", "embed", ("layers.mlp_norm.scale",)),
-        Tensor("model.norm.weight", "embed", ("final_norm.scale",)),
-    ]
-    for name, outputs, inputs, ours, has_bias in projections:
-        rows.append(Tensor(f"{layer}{name}.weight", f"{outputs} {inputs}", (f"layers.{ours}",)))
+    yield Tensor("model.embed_tokens.weight", "vocabulary table", ("embedding",))
+    for file_name, ours in norms.items():
+        yield Tensor(f"{layer}{file_name}.weight", "embed", (f"layers.{ours}.scale",))
+    if a.head_norm != "none":
+        layout = "head_dim" if a.head_norm == "head" else "(heads head_dim)"
+        yield Tensor(layer + "self_attn.q_norm.weight", layout, ("layers.attention.query_norm.scale",))
+        yield Tensor(layer + "self_attn.k_norm.weight", layout, ("layers.attention.key_norm.scale",))
+    heads, units = ("query", "key", "value"), ("gate", "up")
+    if fused:
+        inputs = [("self_attn.qkv_proj", "(heads head_dim)", heads), ("mlp.gate_up_proj", "mlp", units)]
+    else:
+        inputs = [(f"self_attn.{name[0]}_proj", "(heads head_dim)", (name,)) for name in heads]
+        inputs += [(f"mlp.{name}_proj", "mlp", (name,)) for name in units]
+    for file_name, outputs, names in inputs:
+        part, has_bias = ("attention", a.query_bias) if names[0] in heads else ("mlp", a.mlp_bias)
+        paths = tuple(f"layers.{part}.{name}" for name in names)
+        yield Tensor(f"{layer}{file_name}.weight", f"{outputs} embed", paths)
         if has_bias:
-            rows.append(Tensor(f"{layer}{name}.bias", outputs, (f"layers.{ours}_bias",)))
+            yield Tensor(f"{layer}{file_name}.bias", outputs, tuple(f"{path}_bias" for path in paths))
+    yield Tensor(layer + "self_attn.o_proj.weight", "embed (heads head_dim)", ("layers.attention.output",))
+    yield Tensor(layer + "mlp.down_proj.weight", "embed mlp", ("layers.mlp.down",))
+    if a.output_bias:
+        yield Tensor(layer + "self_attn.o_proj.bias", "embed", ("layers.attention.output_bias",))
+    if a.mlp_bias:
+        yield Tensor(layer + "mlp.down_proj.bias", "embed", ("layers.mlp.down_bias",))
+    yield Tensor("model.norm.weight", "embed", ("final_norm.scale",))
     if not a.tied:
-        rows.append(Tensor("lm_head.weight", "vocabulary table", ("unembedding",)))
-    return tuple(rows)
+        yield Tensor("lm_head.weight", "vocabulary table", ("unembedding",))
