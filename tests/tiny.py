@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh
 from sr_dpo_jax import mesh as meshes
 from sr_dpo_jax.batch import SIDES, Batch, Placed, Rows, build_row
 from sr_dpo_jax.model.architecture import Architecture, LayerKind, Rope
+from sr_dpo_jax.model.attention import DENSE, AttentionPath
 from sr_dpo_jax.model.decoder import Decoder
 from sr_dpo_jax.train_step import TrainState, initialise, state_shapes, state_shardings
 from sr_dpo_jax.weights.directory import ModelDirectory
@@ -133,7 +134,14 @@ class Model:
         return state_shardings(state_shapes(self.shapes, optimizer), self.shardings, optimizer, self.mesh)
 
 
-def build(architecture: Architecture, mesh: Mesh, *, dtype: Any = jnp.float32, remat: str = "none") -> Model:
+def build(
+    architecture: Architecture,
+    mesh: Mesh,
+    *,
+    dtype: Any = jnp.float32,
+    remat: str = "none",
+    attention: AttentionPath = DENSE,
+) -> Model:
     """Graph, abstract parameters and shardings, nothing allocated yet."""
 
     def make() -> Decoder:
@@ -142,6 +150,7 @@ def build(architecture: Architecture, mesh: Mesh, *, dtype: Any = jnp.float32, r
             dtype=jnp.dtype(dtype),
             param_dtype=jnp.dtype(dtype),
             remat=remat,
+            attention=attention,
             constrain=meshes.constrain(mesh),
             rngs=nnx.Rngs(0),
         )

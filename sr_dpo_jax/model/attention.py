@@ -1,10 +1,12 @@
 """Attention over packed rows, behind the one function that kernels plug into.
 
 Each query sees one contiguous range of keys (its pair's prompt and its own response, see `batch.py`) and, in augmented
-rows, the prefix. No mask is held in memory: the dense path compares indices where the scores are made.
+rows, the prefix. The dense path here runs anywhere and is the oracle of the kernel in `splash.py`.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +30,18 @@ class Visible:
     """A query sees keys less than this many positions before it; None: all."""
 
 
-def attend(query: Array, key: Array, value: Array, visible: Visible, *, scale: float, cap: float | None) -> Array:
+@dataclasses.dataclass(frozen=True)
+class AttentionPath:
+    """One way to compute attention; all give the same numbers up to float order."""
+
+    name: str
+    prepare: Callable[[Visible], Any]
+    """Run once a step for each kind of layers, outside the loop over them; its result is `attend`'s fourth argument."""
+    attend: Callable[..., Array]
+    """`(query, key, value, prepared, *, scale, cap) -> [R, T, H, D]`, as `dense_attend`."""
+
+
+def dense_attend(query: Array, key: Array, value: Array, visible: Visible, *, scale: float, cap: float | None) -> Array:
     """Softmax attention over each query's visible keys, `softmax(s)·v` with `s = scale · q·k`, capped if asked for.
 
     Args:
@@ -46,7 +59,7 @@ def attend(query: Array, key: Array, value: Array, visible: Visible, *, scale: f
     query = query.reshape(rows, length, key.shape[2], -1, head_dim)
     scores = jnp.einsum("rqkgd,rskd->rkgqs", query, key, preferred_element_type=at_least_float32(query.dtype))
     scores = soft_cap(scores * scale, cap)
-    scores = jnp.where(_mask(visible)[:, None, None], scores, -jnp.inf)
+    scores = jnp.where(visible_mask(visible)[:, None, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     mixed = jnp.einsum("rkgqs,rskd->rqkgd", weights, value)
     return mixed.reshape(rows, length, heads, head_dim)
@@ -62,11 +75,14 @@ def soft_cap(x: Array, cap: float | None) -> Array:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def _mask(visible: Visible) -> Array:
-    """`[R, T, T]` bool, fused by the compiler into the comparison that uses it."""
+def visible_mask(visible: Visible) -> Array:
+    """`[R, T, T]` bool, query by key; on the dense path the compiler fuses it into the comparison that uses it."""
     index = jnp.arange(visible.key_start.shape[-1])
     seen = (visible.key_start[..., None] <= index) & (index < visible.key_end[..., None])
     seen |= (index < visible.prefix_tokens) & (index <= index[:, None])
     if visible.window is not None:
         seen &= visible.positions[..., None] - visible.positions[..., None, :] < visible.window
     return seen
+
+
+DENSE = AttentionPath("dense", lambda visible: visible, dense_attend)

@@ -14,6 +14,7 @@ Next: `logprobs.py`, which turns hidden states into log-probabilities.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +23,14 @@ from flax import nnx
 
 from sr_dpo_jax.batch import Rows
 from sr_dpo_jax.model.architecture import Architecture, Rope
-from sr_dpo_jax.model.attention import Visible, at_least_float32, attend
+from sr_dpo_jax.model.attention import AttentionPath, Visible, at_least_float32
 
 Array = jax.Array
 Constrain = Callable[[Array, tuple[str | None, ...]], Array]
 Mix = Callable[[Array, Array, Array], Array]
 """Queries, keys and values of a layer -> what each query gathers: rotation and attention, see `Decoder._mix`."""
-View = tuple[tuple[Array, Array], Visible]
-"""How layers of one kind see the rows: cosine and sine of the rotation, and the visible keys."""
+View = tuple[tuple[Array, Array], Any]
+"""How layers of one kind see the rows: cosine and sine of the rotation, and what the attention path prepared."""
 
 ACTIVATIONS = {"gelu": partial(jax.nn.gelu, approximate=False), "gelu_tanh": jax.nn.gelu, "silu": jax.nn.silu}
 REMAT_POLICIES = {
@@ -146,6 +147,7 @@ class Decoder(nnx.Module):
       dtype: type of activations and matmuls.
       param_dtype: type of the parameters.
       remat: what the backward pass recomputes: "none", "dots" (all but the matmuls) or "full" (whole layers).
+      attention: the way to compute attention.
       constrain: `(array, logical axes) -> array`, pins activations to the mesh; see `mesh.constrain`.
       rngs: the `params` stream draws the initial weights.
     """
@@ -157,11 +159,13 @@ class Decoder(nnx.Module):
         dtype: jnp.dtype,
         param_dtype: jnp.dtype,
         remat: str,
+        attention: AttentionPath,
         constrain: Constrain,
         rngs: nnx.Rngs,
     ):
         a = architecture
         self.architecture, self.dtype, self.remat, self.constrain = a, dtype, remat, constrain
+        self.attention = attention
         self.embedding = _matrix(rngs, a, param_dtype, vocabulary=a.vocabulary_tokens, table=a.hidden)
         self.layers = Block(a, param_dtype, rngs)
         self.final_norm = Norm(a, param_dtype, embed=a.hidden)
@@ -215,7 +219,7 @@ class Decoder(nnx.Module):
         for kind in self.architecture.kinds:
             window = kind.window if kind.window is not None and kind.window < length else None
             visible = Visible(rows.key_start, rows.key_end, rows.positions, rows.prefix_tokens, window)
-            views.append((rotation_of(rows.positions, kind.rope, dtype), visible))
+            views.append((rotation_of(rows.positions, kind.rope, dtype), self.attention.prepare(visible)))
         return views
 
     def _mix(self, views: list[View], kind: Array, query: Array, key: Array, value: Array) -> Array:
@@ -223,9 +227,9 @@ class Decoder(nnx.Module):
         a = self.architecture
 
         def mixed_by(view: View, query: Array, key: Array, value: Array) -> Array:
-            rotation, visible = view
+            rotation, prepared = view
             query, key = rotate(query, rotation), rotate(key, rotation)
-            return attend(query, key, value, visible, scale=a.query_scale, cap=a.attention_cap)
+            return self.attention.attend(query, key, value, prepared, scale=a.query_scale, cap=a.attention_cap)
 
         branches = [partial(mixed_by, view) for view in views]
         if len(branches) == 1:

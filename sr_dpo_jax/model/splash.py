@@ -1,0 +1,176 @@
+"""Splash attention on TPU for packed rows: JAX's own Pallas kernel, fed with the ranges of keys that tokens see.
+
+The kernel takes a mask as a function of one int32 a query and the key's index, and tables of the key blocks that each
+block of queries needs. Both are made here from `key_start` and `key_end`, once a step: no mask is in memory, and blocks
+in which nothing is seen are skipped. A sliding window shorter than the row is measured on positions, which no single
+range of indices can say (see `batch.py`); layers with one get the mask itself, bool `[T, T]` a row for all heads.
+
+A trap: the tables are fields of `MaskInfo`, which JAX does not promise to keep; `tests/test_splash.py` guards them.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
+from jax.sharding import Mesh, PartitionSpec
+
+from sr_dpo_jax.model.attention import AttentionPath, Visible, visible_mask
+
+Array = jax.Array
+
+LANES = 128
+LARGEST_BLOCK = 512
+LONGEST_ROW = 2**15
+"""Start and end of a range share one int32."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tables:
+    """What the kernel reads of the rows' masks; T is whole blocks, of which Q hold queries and K keys."""
+
+    ranges: Array | None
+    """`[R, T]` int32, `key_start << 16 | key_end`; None where a window needs the whole mask."""
+    mask: Array | None
+    """`[R, Q·K, block, block]` bool, queries by keys; None where ranges are enough."""
+    runs: Array
+    """`[R, 1, Q, K]` int32, 1 where a block holds a visible key."""
+    next_key_block: Array
+    """`[R, 1, Q, K]` int32, the block to hold in fast memory: the last one needed, so that skipping moves nothing."""
+    next_query_block: Array
+    """`[R, 1, Q, K]` int32, the same for the gradients of keys and values, which run down the queries."""
+    prefix_tokens: int = dataclasses.field(metadata={"static": True})
+
+
+def splash_path(mesh: Mesh, *, row_axes: tuple[str, ...], head_axes: tuple[str, ...], interpret: bool) -> AttentionPath:
+    """Attention by the kernel on each device's own rows and heads.
+
+    Args:
+      mesh: the device mesh.
+      row_axes, head_axes: mesh axes that rows and heads are sharded over.
+      interpret: runs the kernel as plain JAX operations, on any device: for tests.
+    """
+    rows, heads = PartitionSpec(row_axes), PartitionSpec(row_axes, None, head_axes, None)
+
+    def attend(query: Array, key: Array, value: Array, tables: Tables, *, scale: float, cap: float | None) -> Array:
+        local = partial(_attend_rows, cap=cap, interpret=interpret)
+        # The kernel has no partitioning rule of its own: without shard_map every device would compute all rows.
+        sharded = jax.shard_map(
+            local, mesh=mesh, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
+        )
+        scaled = (query.astype(jnp.float32) * scale).astype(query.dtype)
+        return sharded(scaled, key, value, tables)
+
+    return AttentionPath("splash", _tables, attend)
+
+
+def _block(length: int) -> int:
+    return min(LARGEST_BLOCK, -(-length // LANES) * LANES)
+
+
+def _tables(visible: Visible) -> Tables:
+    length = visible.key_start.shape[1]
+    block = _block(length)
+    padded = -(-length // block) * block
+    if padded > LONGEST_ROW:
+        raise ValueError(
+            f"rows of {length} tokens: splash attention takes at most {LONGEST_ROW}; lower batch.row_length"
+        )
+    index = jnp.arange(padded, dtype=jnp.int32)
+
+    def fill(array: Array, unused: Array) -> Array:
+        """Padding sees itself alone: a query that saw nothing would turn gradients into NaN."""
+        return jnp.where(index < length, jnp.pad(array, ((0, 0), (0, padded - length))), unused)
+
+    whole = dataclasses.replace(
+        visible,
+        key_start=fill(visible.key_start, index),
+        key_end=fill(visible.key_end, index + 1),
+        positions=fill(visible.positions, 0 * index),
+    )
+    if visible.window is None:
+        ranges, mask, runs = whole.key_start << 16 | whole.key_end, None, _runs(whole, block)
+    else:
+        blocks = visible_mask(whole).reshape(-1, padded // block, block, padded // block, block).swapaxes(2, 3)
+        ranges, mask, runs = None, blocks.reshape(len(blocks), -1, block, block), blocks.any(axis=(-1, -2))
+    return Tables(
+        ranges=ranges,
+        mask=mask,
+        runs=runs.astype(jnp.int32)[:, None],
+        next_key_block=_last_needed(runs, axis=2)[:, None],
+        next_query_block=_last_needed(runs, axis=1)[:, None],
+        prefix_tokens=visible.prefix_tokens,
+    )
+
+
+def _runs(visible: Visible, block: int) -> Array:
+    """`[R, Q, K]` bool: whether any query of a block sees any key of a block."""
+    rows, length = visible.key_start.shape
+    first = jnp.arange(0, length, block)
+    start, end = (array.reshape(rows, -1, block, 1) for array in (visible.key_start, visible.key_end))
+    reached = (start < first + block) | (first < visible.prefix_tokens)
+    return (reached & (end > first)).any(axis=2)
+
+
+def _last_needed(runs: Array, axis: int) -> Array:
+    """`[R, Q, K]` int32: along an axis, the last block up to here that runs, or the first one that will."""
+    number = jax.lax.broadcasted_iota(jnp.int32, runs.shape, axis)
+    so_far = jax.lax.cummax(jnp.where(runs, number, -1), axis=axis)
+    return jnp.where(so_far < 0, jnp.argmax(runs, axis=axis, keepdims=True).astype(jnp.int32), so_far)
+
+
+@cache
+def _sees(prefix_tokens: int) -> Callable[[Array, Array], Array]:
+    """The mask as a function of a query's range and a key's index; cached, since jit tells functions by identity."""
+
+    def sees(query_range: Array, key: Array) -> Array:
+        start, end = query_range >> 16, query_range & 0xFFFF
+        return (key < end) & ((key >= start) | (key < prefix_tokens))
+
+    return sees
+
+
+def _attend_rows(
+    query: Array, key: Array, value: Array, tables: Tables, *, cap: float | None, interpret: bool
+) -> Array:
+    """`[R, T, H, D]` of one device's rows and heads; rows go through the kernel one after the other."""
+    length, block = query.shape[1], _block(query.shape[1])
+
+    def heads_first(array: Array) -> Array:
+        return jnp.pad(array, ((0, 0), (0, -length % block), (0, 0), (0, 0))).swapaxes(1, 2)
+
+    row = partial(_attend_row, block=block, cap=cap, interpret=interpret)
+    mixed = jax.vmap(row)(heads_first(query), heads_first(key), heads_first(value), tables)
+    return mixed.swapaxes(1, 2)[:, :length]
+
+
+def _attend_row(
+    query: Array, key: Array, value: Array, tables: Tables, *, block: int, cap: float | None, interpret: bool
+) -> Array:
+    """`[H, T, D]` of one row; fields of `tables` without the axis R."""
+    _, query_blocks, key_blocks = tables.runs.shape
+    by_query_mask, by_key_mask, next_by_query, next_by_key = None, None, None, None
+    if tables.mask is not None:
+        by_query_mask, by_key_mask = tables.mask, tables.mask.swapaxes(-1, -2)
+        next_by_query = jnp.arange(query_blocks, dtype=jnp.int32)[:, None] * key_blocks + tables.next_key_block
+        next_by_key = tables.next_query_block * key_blocks + jnp.arange(key_blocks, dtype=jnp.int32)
+    by_query = MaskInfo(tables.next_key_block, next_by_query, tables.runs, by_query_mask, tables.ranges)
+    by_key = MaskInfo(tables.next_query_block, next_by_key, tables.runs, by_key_mask, tables.ranges)
+    attend = kernel.SplashAttentionKernel(
+        by_query,
+        by_query,
+        by_key,
+        block_sizes=kernel.BlockSizes(*[block] * 8),
+        is_mqa=False,
+        save_residuals=False,
+        mask_value=kernel.DEFAULT_MASK_VALUE,
+        attn_logits_soft_cap=cap,
+        residual_checkpoint_name="attention",
+        mask_function=None if tables.mask is not None else _sees(tables.prefix_tokens),
+        interpret=interpret,
+    )
+    return attend(query, key, value)

@@ -1,0 +1,78 @@
+"""The TPU kernel, run as plain JAX operations, against the dense path on packed rows."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from sr_dpo_jax.model import splash
+from sr_dpo_jax.model.attention import Visible, dense_attend, visible_mask
+
+HEADS, KEY_HEADS, HEAD_DIM = 4, 2, 16
+
+
+def packed_rows(prefix_tokens: int, length: int = 300) -> tuple[Visible, np.ndarray]:
+    """Three rows of pairs of HH's lengths and one empty row, `[R, T]`, and which tokens are used."""
+    rng = np.random.default_rng(1)
+    lengths = [(40, 30, 50), (1, 1, 1), (60, 20, 9), (90, 40, 60), (5, 70, 3), (30, 25, 35)]
+    prefix = rng.integers(0, 9, prefix_tokens).astype(np.int32)
+    pairs = tiny.random_pairs(rng, lengths)
+    rows = tiny.pack(pairs, [0, 0, 0, 1, 1, 2], micro_batches=1, rows=4, row_length=length, scored=240, prefix=prefix)
+    rows = jax.tree.map(lambda array: jnp.asarray(array[0]), rows)
+    return Visible(rows.key_start, rows.key_end, rows.positions, prefix_tokens, None)
+
+
+def inputs(length: int, dtype=jnp.float32) -> tuple[jax.Array, ...]:
+    rng = np.random.default_rng(2)
+    shapes = [(4, length, heads, HEAD_DIM) for heads in (HEADS, KEY_HEADS, KEY_HEADS, HEADS)]
+    return tuple(jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
+
+
+def both(path, visible, *, scale: float, cap: float | None, length: int = 300):
+    """Output and gradients of a weighted sum, by the kernel and densely."""
+    query, key, value, weight = inputs(length)
+
+    def run(attend, prepared):
+        @jax.jit
+        def values(*given):
+            mixed, pull_back = jax.vjp(lambda *qkv: attend(*qkv, prepared, scale=scale, cap=cap), *given)
+            return mixed, *pull_back(weight)
+
+        return values(query, key, value)
+
+    return run(path.attend, jax.jit(path.prepare)(visible)), run(dense_attend, visible)
+
+
+@pytest.fixture(params=[(1, 1, 1), (1, 2, 2)], ids=["one device", "rows and heads sharded"])
+def path(request):
+    mesh = tiny.make_mesh(*request.param)
+    return splash.splash_path(mesh, row_axes=("replica", "fsdp"), head_axes=("tensor",), interpret=True)
+
+
+@pytest.mark.parametrize("cap", [None, 3.0])
+@pytest.mark.parametrize("window", [None, 1, 7, 64])
+@pytest.mark.parametrize("prefix_tokens", [0, 20])
+def test_the_kernel_is_the_dense_path(path, monkeypatch, prefix_tokens, window, cap):
+    monkeypatch.setattr(splash, "LARGEST_BLOCK", 128)  # three blocks of a row, so that some are skipped
+    visible = dataclasses.replace(packed_rows(prefix_tokens), window=window)
+    ours, dense = both(path, visible, scale=0.7, cap=cap)
+    for name, mine, theirs in zip(("output", "query", "key", "value"), ours, dense, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=2e-5, err_msg=name)
+    assert np.abs(dense[1]).max() > 0.1 or window == 1
+
+
+def test_blocks_in_which_nothing_is_seen_are_skipped(monkeypatch):
+    monkeypatch.setattr(splash, "LARGEST_BLOCK", 128)
+    visible = packed_rows(20)
+    tables = splash._tables(visible)
+    seen = np.zeros((4, 384, 384), bool)
+    seen[:, :300, :300] = visible_mask(visible)
+    seen[:, range(300, 384), range(300, 384)] = True
+    needed = seen.reshape(4, 3, 128, 3, 128).any(axis=(2, 4))
+    np.testing.assert_array_equal(tables.runs[:, 0], needed)
+    assert not needed.all()
+    windowed = splash._tables(dataclasses.replace(visible, window=1))
+    assert windowed.runs.sum() < tables.runs.sum()
