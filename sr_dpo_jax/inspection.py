@@ -27,6 +27,7 @@ from sr_dpo_jax.data.fit import misfits
 from sr_dpo_jax.data.rows import BadRow, Message, Pair
 from sr_dpo_jax.data.tokens import PairEncoder, load_tokenizer, uses_bos
 from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.model.attention import DENSE
 from sr_dpo_jax.model.decoder import Decoder
 from sr_dpo_jax.optim import make_optimizer
 from sr_dpo_jax.train_step import state_shapes, state_shardings
@@ -193,6 +194,7 @@ def _params(directory: weights.ModelDirectory) -> Any:
             dtype=jnp.dtype("bfloat16"),
             param_dtype=jnp.dtype("float32"),
             remat="none",
+            attention=DENSE,
             constrain=lambda array, axes: array,
             rngs=nnx.Rngs(0),
         )

@@ -3,11 +3,12 @@
 The table is loud: an axis that is not in it, or a size that its mesh axes do not divide, raises and names the array.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sr_dpo_jax.errors import UsageError
@@ -53,18 +54,42 @@ def start_distributed(*, processes: int, coordinator_address: str | None, proces
         )
 
 
-def make_mesh(*, replica: int, fsdp: int, tensor: int) -> Mesh:
-    """All devices as replica × fsdp × tensor; a size of −1 takes what the others leave."""
+def make_mesh(*, replica: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """All devices as replica × fsdp × tensor; a size of −1 takes what the others leave.
+
+    TPU slices are joined by a network far slower than the one within a slice. Only replicas may span it: they exchange
+    gradients once a step, while fsdp and tensor exchange weights and activations in every layer.
+
+    Args:
+      replica, fsdp, tensor: sizes.
+      devices: all devices of the run; None: those that jax sees. Others serve to compile for a pod that is not there.
+
+    Raises:
+      UsageError: the sizes do not make up the devices, or a slice would not hold whole replicas.
+    """
+    devices = list(jax.devices()) if devices is None else list(devices)
     sizes = {"replica": replica, "fsdp": fsdp, "tensor": tensor}
     fixed = int(np.prod([size for size in sizes.values() if size != -1]))
     free = [name for name, size in sizes.items() if size == -1]
-    devices = jax.device_count()
-    if devices % fixed or (not free and fixed != devices):
-        raise UsageError(f"mesh={sizes}: does not make up {devices} devices; set one size to -1, or fix the product")
-    shape = tuple(devices // fixed if size == -1 else size for size in sizes.values())
+    if len(devices) % fixed or (not free and fixed != len(devices)):
+        raise UsageError(
+            f"mesh={sizes}: does not make up {len(devices)} devices; set one size to -1, or fix the product"
+        )
+    shape = tuple(len(devices) // fixed if size == -1 else size for size in sizes.values())
+    slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}) or 1
+    if shape[0] % slices:
+        raise UsageError(
+            f"mesh.replica={shape[0]}: the devices form {slices} slices, and each must hold whole replicas; set "
+            f"mesh.replica to a multiple of {slices}"
+        )
+    # Auto: the compiler propagates shardings. make_mesh's own default asks for a type on every reshape.
+    types = (AxisType.Auto,) * len(shape)
     try:
-        # Auto: the compiler propagates shardings. make_mesh's own default asks for a type on every reshape.
-        return jax.make_mesh(shape, tuple(sizes), axis_types=(AxisType.Auto,) * len(shape))
+        if slices == 1:
+            return jax.make_mesh(shape, tuple(sizes), axis_types=types, devices=devices)
+        within = (shape[0] // slices, *shape[1:])
+        grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices)
+        return Mesh(grid, tuple(sizes), axis_types=types)
     except (ValueError, NotImplementedError, AssertionError) as error:
         raise UsageError(f"mesh={sizes}: jax cannot lay it over these devices ({error}); choose other sizes") from error
 

@@ -159,6 +159,34 @@ def test_mesh_sizes():
             meshes.make_mesh(**({"replica": 1, "fsdp": 1, "tensor": 1} | sizes))
 
 
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """As much of a TPU device as laying out a mesh asks for; 4 × 2 chips a slice, 8 a host."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+    core_on_chip: int = 0
+
+    @property
+    def process_index(self) -> int:
+        return self.slice_index
+
+
+def test_only_replicas_span_slices():
+    chips = [Chip(8 * n + 2 * x + y, n, (x, y, 0)) for n in range(2) for x in range(4) for y in range(2)]
+    mesh = meshes.make_mesh(replica=2, fsdp=-1, tensor=2, devices=chips)
+    assert mesh.shape == {"replica": 2, "fsdp": 4, "tensor": 2}
+    for number, replica in enumerate(mesh.devices):
+        assert {chip.slice_index for chip in replica.flat} == {number}
+    four = meshes.make_mesh(replica=4, fsdp=4, tensor=1, devices=chips)
+    assert [[chip.slice_index for chip in replica.flat] for replica in four.devices] == [[0] * 4] * 2 + [[1] * 4] * 2
+    with pytest.raises(UsageError, match=r"mesh\.replica=1: the devices form 2 slices.*multiple of 2"):
+        meshes.make_mesh(replica=1, fsdp=16, tensor=1, devices=chips)
+
+
 @pytest.mark.parametrize(
     ("family", "mesh"),
     [("gpt_neox", "fsdp 8"), ("llama", "fsdp 4 x tensor 2"), ("llama", "2 x 2 x 2")],
