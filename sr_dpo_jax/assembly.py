@@ -7,7 +7,7 @@ is touched.
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -27,7 +27,9 @@ from sr_dpo_jax.data.pipeline import Feed, StepSource, local_rows
 from sr_dpo_jax.data.plan import Plan
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.model.architecture import Architecture
+from sr_dpo_jax.model.attention import DENSE, AttentionPath
 from sr_dpo_jax.model.decoder import Constrain, Decoder
+from sr_dpo_jax.model.splash import splash_path
 from sr_dpo_jax.reference import ReferenceScores, cache_files
 from sr_dpo_jax.train_step import Objective, Params, initialise
 from sr_dpo_jax.weights import directory as weights
@@ -81,7 +83,7 @@ class Assembly:
         dtype = jnp.dtype(self.config.model.param_dtype)
         if self.config.model.init == "pretrained":
             return load_params(self.directory, self.abstract, self.param_shardings, dtype=dtype)
-        make = _decoder_maker(self.config, self.directory, meshes.constrain(self.mesh))
+        make = _decoder_maker(self.config, self.directory, attention=DENSE, constrain=meshes.constrain(self.mesh))
         return initialise(lambda: nnx.to_pure_dict(nnx.state(make())), self.param_shardings)
 
     def frozen(self, params: Params) -> Params:
@@ -220,32 +222,52 @@ def read_model(config: Config) -> tuple[weights.ModelDirectory, PreTrainedTokeni
 
 def abstract_params(config: Config, directory: weights.ModelDirectory) -> Any:
     """Tree of abstract nnx parameters: shapes, types and logical axes; touches no device."""
-    return nnx.state(nnx.eval_shape(_decoder_maker(config, directory, lambda array, axes: array)))
+    make = _decoder_maker(config, directory, attention=DENSE, constrain=lambda array, axes: array)
+    return nnx.state(nnx.eval_shape(make))
 
 
 def assemble(config: Config, directory: weights.ModelDirectory) -> Assembly:
     """Starts the devices: joins the processes, makes the mesh, checks the shardings of all parameters."""
     meshes.start_distributed(**config.distributed.model_dump())
-    mesh = meshes.make_mesh(**config.mesh.model_dump())
-    graph, abstract = nnx.split(nnx.eval_shape(_decoder_maker(config, directory, meshes.constrain(mesh))))
+    return assemble_on(meshes.make_mesh(**config.mesh.model_dump()), config, directory)
+
+
+def assemble_on(mesh: Mesh, config: Config, directory: weights.ModelDirectory) -> Assembly:
+    """The same on a mesh that is there already, be it of devices that are described and not present."""
+    attention = _attention_path(config.model.attention, mesh)
+    make = _decoder_maker(config, directory, attention=attention, constrain=meshes.constrain(mesh))
+    graph, abstract = nnx.split(nnx.eval_shape(make))
     shardings = nnx.to_pure_dict(meshes.param_shardings(mesh, abstract))
     log.info(
-        "%s on %s: %s parameters, attention dense, activations %s",
+        "%s on %s: %s parameters, attention %s, activations %s",
         directory.model_type,
         " × ".join(f"{name} {size}" for name, size in mesh.shape.items()),
         f"{sum(np.prod(shape) for _, shape in weights.iterate_shapes(abstract)):,}",
+        attention.name,
         config.model.dtype,
     )
     return Assembly(config, directory, mesh, graph, abstract, shardings)
 
 
-def _decoder_maker(config: Config, directory: weights.ModelDirectory, constrain: Constrain) -> Any:
+def _attention_path(name: str, mesh: Mesh) -> AttentionPath:
+    platform = mesh.devices.flat[0].platform
+    if name == "dense" or (name == "auto" and platform != "tpu"):
+        return DENSE
+    if platform != "tpu":
+        raise UsageError(f"model.attention={name}: a kernel for TPUs, here is {platform}; set it to auto or dense")
+    return splash_path(mesh, row_axes=meshes.TABLE["rows"], head_axes=meshes.TABLE["heads"], interpret=False)
+
+
+def _decoder_maker(
+    config: Config, directory: weights.ModelDirectory, *, attention: AttentionPath, constrain: Constrain
+) -> Callable[[], Decoder]:
     def make() -> Decoder:
         return Decoder(
             directory.architecture,
             dtype=jnp.dtype(config.model.dtype),
             param_dtype=jnp.dtype(config.model.param_dtype),
             remat=config.model.remat,
+            attention=attention,
             constrain=constrain,
             rngs=nnx.Rngs(config.seed),
         )

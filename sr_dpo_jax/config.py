@@ -50,8 +50,9 @@ class Model(Section):
     bfloat16 parameters lose every update below about 1/256 of their value, as the paper's learning rate gives."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes: nothing, all but the matmuls, or whole layers."""
-    attention: Literal["auto", "dense"] = "auto"
-    """The attention path. There is one so far, dense, so both values mean it; the log says so."""
+    attention: Literal["auto", "dense", "splash"] = "auto"
+    """How attention is computed: `splash` is a TPU kernel that skips what no token sees, `dense` runs anywhere and
+    computes all of a row. `auto` is splash on TPUs and dense elsewhere; the log says which."""
 
 
 class Source(Section):
@@ -127,6 +128,8 @@ class Optimizer(Section):
     """Decoupled decay of adamw, on matrices only: never on norms and biases."""
     b1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     b2: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    first_moment_dtype: Literal["bfloat16"] | None = None
+    """What adamw keeps its mean of gradients in; null: model.param_dtype. bfloat16 saves two bytes a parameter."""
 
 
 class Batch(Section):
@@ -162,6 +165,8 @@ class Train(Section):
     max_steps: Positive | None = None
     """Stops earlier than `epochs` would; schedules end here too."""
     log_every_steps: Positive = 1
+    profile_steps: NonNegative = 0
+    """Traces so many steps for XProf, from the third that a process takes, into `output_dir`/profile."""
     eval_every_steps: Positive | None = None
     """Evaluates on `data.eval_path` so often; the end of a run is always evaluated where the path is given."""
 
@@ -312,6 +317,11 @@ def _cross_checks(config: Config) -> list[str]:
         found.append(f"  optimizer.weight_decay={config.optimizer.weight_decay}: only adamw uses it; remove it")
     if config.optimizer.name != "adamw" and (config.optimizer.b1, config.optimizer.b2) != (0.9, 0.999):
         found.append("  optimizer.b1, optimizer.b2: only adamw uses them; remove them")
+    if config.optimizer.name != "adamw" and config.optimizer.first_moment_dtype is not None:
+        found.append(
+            f"  optimizer.first_moment_dtype={config.optimizer.first_moment_dtype}: only adamw keeps a first moment; "
+            "remove it"
+        )
     if config.data.max_prompt_length >= config.data.max_length:
         found.append(
             f"  data.max_prompt_length={config.data.max_prompt_length} leaves no room for a response in "

@@ -290,7 +290,13 @@ def _memory_of(shapes: Any, shardings: Any, mesh: AbstractMesh, dtype: jnp.dtype
     moments = {}
     for name in OPTIMIZERS:
         optimizer = make_optimizer(
-            name=name, schedule=lambda step: 0.0 * step, max_grad_norm=1.0, weight_decay=0.0, b1=0.9, b2=0.999
+            name=name,
+            schedule=lambda step: 0.0 * step,
+            max_grad_norm=1.0,
+            weight_decay=0.0,
+            b1=0.9,
+            b2=0.999,
+            first_moment_dtype=None,
         )
         state = state_shapes(params, optimizer)
         laid_out = state_shardings(state, shardings, optimizer, mesh)

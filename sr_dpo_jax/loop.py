@@ -16,7 +16,7 @@ from sr_dpo_jax.data.dataset import TokenizedPairs
 from sr_dpo_jax.data.pipeline import HostStep
 from sr_dpo_jax.data.tokens import tokenizer_digest
 from sr_dpo_jax.errors import UsageError
-from sr_dpo_jax.metrics import MetricsWriter, Progress
+from sr_dpo_jax.metrics import MetricsWriter, Progress, Trace
 from sr_dpo_jax.preemption import Preempted, StopSignal
 from sr_dpo_jax.prepare import Job, prepare
 from sr_dpo_jax.train_step import TrainState
@@ -64,9 +64,11 @@ def run(job: Job, state: TrainState, stop: StopSignal) -> int:
     pending: tuple[int, HostStep, dict[str, jax.Array]] | None = None
     clock = time.monotonic()
     step, saved, preempted = first, first if first else None, False
-    with Progress(config.objective.name, total=job.total_steps, active=leader) as progress:
+    trace = Trace(root / "profile", steps=config.train.profile_steps)
+    with trace, Progress(config.objective.name, total=job.total_steps, active=leader) as progress:
         progress.update(first)
         while step < job.total_steps and not preempted:
+            trace.before_step(step - first)
             host_step, batch = next(steps)
             state, metrics = job.train_step(state, job.reference_params, batch)
             step += 1
@@ -110,14 +112,17 @@ def _log(
     """Waits for one step's metrics and writes them; returns the time at which they were there."""
     numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
     now = time.monotonic()
-    shape, real_tokens = job.plan.shape, int(job.tokens[host_step.pair].sum())
+    shape, real_tokens = job.plan.shape, int(job.work.tokens[host_step.pair].sum())
     numbers |= {
         "epoch": step / job.plan.steps_per_epoch,
         "pairs_per_second": shape.pairs / (now - since),
         "tokens_per_second": real_tokens / (now - since),
+        "tokens_per_second_per_chip": real_tokens / (now - since) / job.work.devices,
         "padding_fraction": 1 - real_tokens / (shape.rows * shape.row_length),
         "step_time_s": now - since,
     }
+    if job.work.peak_flops is not None:
+        numbers["mfu"] = float(job.work.flops[host_step.pair].sum()) / (now - since) / job.work.peak_flops
     if step % job.config.train.log_every_steps == 0 or step == job.total_steps:
         writer.write({"step": step, **numbers})
     accuracy = f"accuracy {numbers['rewards/accuracies']:.2f}  " if "rewards/accuracies" in numbers else ""

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import jax
 import rich.progress
 from tensorboardX import SummaryWriter
 
@@ -65,6 +66,39 @@ def _drop_lines_after(metrics_file: Path, step: int) -> None:
     replacement = metrics_file.with_suffix(".jsonl.partial")
     replacement.write_text("".join(kept), encoding="utf-8")
     replacement.replace(metrics_file)
+
+
+class Trace:
+    """A profile of some steps for XProf: `tensorboard --logdir OUTPUT_DIR/profile`, with the xprof plugin.
+
+    Args:
+      directory: where to; each process writes its own part.
+      steps: how many to trace, from the third that this process takes, so that caches are warm; 0 traces none.
+    """
+
+    FIRST = 2
+
+    def __init__(self, directory: Path, *, steps: int):
+        self._directory, self._steps, self._running = directory, steps, False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def before_step(self, steps_taken: int) -> None:
+        """Called before each step with the number of steps that this process has taken."""
+        if self._steps and steps_taken == self.FIRST:
+            jax.profiler.start_trace(str(self._directory))
+            self._running = True
+        if steps_taken == self.FIRST + self._steps:
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
 
 
 class Progress:

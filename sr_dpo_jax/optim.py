@@ -29,18 +29,27 @@ def make_schedule(*, name: str, learning_rate: float, warmup_steps: int, total_s
 
 
 def make_optimizer(
-    *, name: str, schedule: Schedule, max_grad_norm: float, weight_decay: float, b1: float, b2: float
+    *,
+    name: str,
+    schedule: Schedule,
+    max_grad_norm: float,
+    weight_decay: float,
+    b1: float,
+    b2: float,
+    first_moment_dtype: str | None,
 ) -> optax.GradientTransformation:
     """Clips the global norm, then RMSprop or AdamW.
 
     rmsprop is torch.optim.RMSprop with its defaults: `v ← 0.99·v + 0.01·g²`, `p ← p − lr·g / (√v + 1e-8)`, v from 0.
-    optax's own defaults differ in decay, and put epsilon inside the root.
+    optax's own defaults differ in decay, and put epsilon inside the root. AdamW keeps its mean of
+    gradients in `first_moment_dtype`, or as the parameters where that is None; its mean of squares, whose root is
+    divided by, always as the parameters.
     """
     if name == "rmsprop":
         scale = optax.scale_by_rms(decay=0.99, eps=1e-8, initial_scale=0.0, eps_in_sqrt=False)
     else:
         scale = optax.chain(
-            optax.scale_by_adam(b1=b1, b2=b2, eps=1e-8),
+            optax.scale_by_adam(b1=b1, b2=b2, eps=1e-8, mu_dtype=first_moment_dtype),
             optax.add_decayed_weights(weight_decay, mask=_is_matrix),
         )
     return optax.chain(optax.clip_by_global_norm(max_grad_norm), scale, optax.scale_by_learning_rate(schedule))

@@ -25,6 +25,7 @@ from sr_dpo_jax.data.pipeline import Feed
 from sr_dpo_jax.data.plan import Plan, covering_plan, scoring_plan, training_plan
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.evaluate import HeldOut
+from sr_dpo_jax.flops import pair_flops, peak_flops
 from sr_dpo_jax.metrics import Progress
 from sr_dpo_jax.optim import make_optimizer, make_schedule
 from sr_dpo_jax.reference import ReferenceScores
@@ -43,14 +44,26 @@ log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
+class Work:
+    """What the pairs cost, for throughput, padding and MFU."""
+
+    tokens: np.ndarray
+    """`[N]`, tokens of each pair in a row."""
+    flops: np.ndarray
+    """`[N]`, model flops that each pair costs a step."""
+    devices: int
+    peak_flops: float | None
+    """What the devices can do in a second; None where that is not known."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Job:
     """What the loop works with and never changes."""
 
     config: Config
     plan: Plan
     total_steps: int
-    tokens: np.ndarray
-    """`[N]`, tokens of each pair in a row, for throughput and padding."""
+    work: Work
     identity: dict[str, Any]
     """What a checkpoint of this run must agree with to be resumed."""
     feed: Feed
@@ -64,49 +77,83 @@ class Job:
 def prepare(assembly: Assembly, pairs: TokenizedPairs, eval_pairs: TokenizedPairs | None) -> tuple[Job, TrainState]:
     """Plans, scores the reference, loads or restores the state, compiles: all that precedes the first step."""
     config, objective = assembly.config, objective_of(assembly.config)
-    preference, online = objective.name != "sft", config.reference.mode == "online"
+    preference = objective.name != "sft"
+    online = preference and config.reference.mode == "online"
     sizes = pair_sizes(pairs, with_rejected=preference)
     plan = _plan(assembly, pairs, sizes, eval_pairs)
     score_step = make_score_step(assembly.graph, pairs=plan.shape.pairs, mesh=assembly.mesh)
     checkpoints = Checkpoints(config.output_dir, keep=config.checkpoint.keep)
 
+    held_out = None if eval_pairs is None else _held_out(assembly, plan, eval_pairs)
     reference: dict[str, ReferenceScores] = {}
     if preference and not online:
         covering = covering_plan(plan, *sizes)
         reference["training"] = assembly.reference_scores(pairs, covering, augmented=objective.refined)
-    eval_feed = None
-    if eval_pairs is not None:
-        eval_plan = scoring_plan(*pair_sizes(eval_pairs, with_rejected=preference), plan.shape)
-        augmented = len(eval_pairs.augmentation) > 0
-        eval_feed = assembly.feed(eval_pairs, eval_plan, augmented=augmented, with_rejected=preference)
-        if preference:
-            reference["held-out"] = assembly.reference_scores(eval_pairs, eval_plan, augmented=augmented)
+    if preference and held_out is not None:
+        augmented = held_out[0].source.augmented
+        reference["held-out"] = assembly.reference_scores(eval_pairs, held_out[1], augmented=augmented)
 
     resume = checkpoints.latest is not None
     base = None
-    if not resume or (online and preference) or not all(scores.complete for scores in reference.values()):
+    if not resume or online or not all(scores.complete for scores in reference.values()):
         base = assembly.base_params()
     _score_reference(reference, score_step, base)
-    reference_params = assembly.frozen(base) if online and preference else None
+    reference_params = assembly.frozen(base) if online else None
     total_steps = min(len(plan), config.train.max_steps or len(plan))
     identity = _identity(assembly, pairs, plan)
     if resume:
         base = None  # its memory is needed for what the checkpoint holds
-    train_step, state = _state_and_step(assembly, plan, total_steps, checkpoints, base, identity)
+    program = make_program(assembly, pairs=plan.shape.pairs, total_steps=total_steps)
+    state = _first_state(program, base, checkpoints, identity, config.output_dir)
     del base  # the first step consumes it
 
     train_scores = reference["training"].scores if "training" in reference else None
     feed = assembly.feed(pairs, plan, augmented=objective.refined, with_rejected=preference, reference=train_scores)
     started = time.monotonic()
-    train_step = train_step.lower(state, reference_params, next(feed.batches(0))[1]).compile()
-    held_out = None
-    if eval_feed is not None:
-        compiled = score_step.lower(state.params, next(eval_feed.batches(0))[1]).compile()
+    train_step = program.step.lower(state, reference_params, next(feed.batches(0))[1]).compile()
+    if held_out is not None:
+        compiled = score_step.lower(state.params, next(held_out[0].batches(0))[1]).compile()
         eval_scores = reference["held-out"].scores if preference else None
-        held_out = HeldOut(objective, compiled, eval_feed, len(eval_pairs.ids), eval_scores)
+        held_out = HeldOut(objective, compiled, held_out[0], len(eval_pairs.ids), eval_scores)
     log.info("compiled in %.1f s", time.monotonic() - started)
-    job = Job(config, plan, total_steps, sizes[0], identity, feed, train_step, reference_params, held_out, checkpoints)
+    job = Job(
+        config=config,
+        plan=plan,
+        total_steps=total_steps,
+        work=_work(assembly, pairs, sizes[0], online=online),
+        identity=identity,
+        feed=feed,
+        train_step=train_step,
+        reference_params=reference_params,
+        held_out=held_out,
+        checkpoints=checkpoints,
+    )
     return job, state
+
+
+def _held_out(assembly: Assembly, plan: Plan, eval_pairs: TokenizedPairs) -> tuple[Feed, Plan]:
+    """The held-out pairs in the shape that training compiles for."""
+    preference = assembly.config.objective.name != "sft"
+    eval_plan = scoring_plan(*pair_sizes(eval_pairs, with_rejected=preference), plan.shape)
+    augmented = len(eval_pairs.augmentation) > 0
+    return assembly.feed(eval_pairs, eval_plan, augmented=augmented, with_rejected=preference), eval_plan
+
+
+def _work(assembly: Assembly, pairs: TokenizedPairs, tokens: np.ndarray, *, online: bool) -> Work:
+    """Flops of a pair: forward and backward, p's forward, and those of an online reference."""
+    objective = objective_of(assembly.config)
+    forward = partial(
+        pair_flops,
+        assembly.directory.architecture,
+        prompt_tokens=pairs.prompt_tokens,
+        chosen_tokens=pairs.chosen_tokens,
+        rejected_tokens=pairs.rejected_tokens if objective.name != "sft" else 0 * pairs.rejected_tokens,
+    )
+    flops = (4 if online else 3) * forward(prefix_tokens=0)
+    if objective.refined:
+        flops += (2 if online else 1) * forward(prefix_tokens=len(pairs.augmentation))
+    devices = assembly.mesh.devices.flatten().tolist()
+    return Work(tokens, flops, len(devices), peak_flops(devices))
 
 
 def _identity(assembly: Assembly, pairs: TokenizedPairs, plan: Plan) -> dict[str, Any]:
@@ -168,15 +215,18 @@ def _plan(
     return plan
 
 
-def _state_and_step(
-    assembly: Assembly,
-    plan: Plan,
-    total_steps: int,
-    checkpoints: Checkpoints,
-    base: Params | None,
-    identity: dict[str, Any],
-) -> tuple[Callable[..., Any], TrainState]:
-    """The jitted train step, and the state: fresh around `base`, or of the latest checkpoint where `base` is None."""
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The jitted train step and the state that goes through it, as shapes."""
+
+    step: Any
+    optimizer: Any
+    state: TrainState
+    """Shapes and types, with shardings."""
+
+
+def make_program(assembly: Assembly, *, pairs: int, total_steps: int) -> Program:
+    """The train step of a configuration; reads nothing and computes nothing, so it serves to compile ahead of time."""
     section = assembly.config.optimizer
     schedule = make_schedule(
         name=section.schedule,
@@ -191,28 +241,36 @@ def _state_and_step(
         weight_decay=section.weight_decay,
         b1=section.b1,
         b2=section.b2,
+        first_moment_dtype=section.first_moment_dtype,
     )
     shapes = state_shapes(assembly.param_shapes, optimizer)
     shardings = state_shardings(shapes, assembly.param_shardings, optimizer, assembly.mesh)
-    if base is None:
-        state, position = checkpoints.restore(abstract_state(shapes, shardings))
-        changed = [key for key, value in identity.items() if position["identity"].get(key) != value]
-        if changed:
-            raise UsageError(
-                f"{assembly.config.output_dir}: step {position['next_step']} was reached with another value of "
-                f"{', '.join(changed)}; restore it, or choose another output_dir"
-            )
-        log.info("resuming at step %d", position["next_step"])
-    else:
-        moments = initialise(partial(optimizer.init, base), shardings.optimizer_state)
-        state = TrainState(jax.device_put(jnp.int32(0), shardings.step), base, moments)
     step = make_train_step(
         assembly.graph,
         optimizer,
         schedule,
         objective_of(assembly.config),
-        pairs=plan.shape.pairs,
+        pairs=pairs,
         mesh=assembly.mesh,
         state_shardings=shardings,
     )
-    return step, state
+    return Program(step, optimizer, abstract_state(shapes, shardings))
+
+
+def _first_state(
+    program: Program, base: Params | None, checkpoints: Checkpoints, identity: dict[str, Any], output_dir: str
+) -> TrainState:
+    """The state around `base` before any update, or that of the latest checkpoint where `base` is None."""
+    if base is not None:
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
+        moments = initialise(partial(program.optimizer.init, base), shardings.optimizer_state)
+        return TrainState(jax.device_put(jnp.int32(0), shardings.step), base, moments)
+    state, position = checkpoints.restore(program.state)
+    changed = [key for key, value in identity.items() if position["identity"].get(key) != value]
+    if changed:
+        raise UsageError(
+            f"{output_dir}: step {position['next_step']} was reached with another value of {', '.join(changed)}; "
+            "restore it, or choose another output_dir"
+        )
+    log.info("resuming at step %d", position["next_step"])
+    return state

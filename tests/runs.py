@@ -35,7 +35,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """What makes each family's tiny model unlike a plain one."""
 BOS_FAMILIES = ("llama", "mistral", "gemma2", "gemma3_text")
 
-TIMES = ("pairs_per_second", "tokens_per_second", "step_time_s")
+TIMES = ("pairs_per_second", "tokens_per_second", "tokens_per_second_per_chip", "step_time_s")
 
 
 def model_directory(directory: Path, family: str = "gpt_neox", *, vocabulary_tokens: int = 320, **fields: Any) -> Path:

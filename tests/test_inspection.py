@@ -92,7 +92,13 @@ def test_memory_is_what_lies_on_a_device(llama, shape, dtype):
     model = tiny.build(weights.open_directory(str(llama)).architecture, tiny.make_mesh(**sizes), dtype=dtype)
     for name in ("rmsprop", "adamw"):
         optimizer = make_optimizer(
-            name=name, schedule=lambda step: 1e-3, max_grad_norm=1.0, weight_decay=0.0, b1=0.9, b2=0.99
+            name=name,
+            schedule=lambda step: 1e-3,
+            max_grad_norm=1.0,
+            weight_decay=0.0,
+            b1=0.9,
+            b2=0.99,
+            first_moment_dtype=None,
         )
         state = model.state(optimizer)
         assert memory.parameters_bytes == on_first_device(state.params)

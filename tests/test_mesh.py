@@ -107,7 +107,14 @@ def test_every_parameter_has_a_sharding(family, shape):
 @pytest.mark.parametrize(("name", "extra"), [("rmsprop", {}), ("adamw", {"weight_decay": 0.1})])
 def test_moments_lie_where_their_parameters_lie(name, extra):
     model = tiny.build(tiny.NEOX, tiny.make_mesh(1, 4, 2))
-    given = {"weight_decay": 0.0, "b1": 0.9, "b2": 0.999, "max_grad_norm": 1.0, "schedule": lambda step: 0.1} | extra
+    given = {
+        "weight_decay": 0.0,
+        "b1": 0.9,
+        "b2": 0.999,
+        "first_moment_dtype": None,
+        "max_grad_norm": 1.0,
+        "schedule": lambda step: 0.1,
+    } | extra
     optimizer = make_optimizer(name=name, **given)
     state = model.state(optimizer)
     moments = [leaf for leaf in jax.tree.leaves(state.optimizer_state) if leaf.ndim]

@@ -22,7 +22,9 @@ def rates() -> list[float]:
     return [PEAK / 3, 2 * PEAK / 3, PEAK, PEAK, PEAK]
 
 
-def optimizer(name: str, *, max_grad_norm: float = 1e9, weight_decay: float = 0.0) -> optax.GradientTransformation:
+def optimizer(
+    name: str, *, max_grad_norm: float = 1e9, weight_decay: float = 0.0, first_moment_dtype: str | None = None
+) -> optax.GradientTransformation:
     return make_optimizer(
         name=name,
         schedule=constant_schedule(),
@@ -30,6 +32,7 @@ def optimizer(name: str, *, max_grad_norm: float = 1e9, weight_decay: float = 0.
         weight_decay=weight_decay,
         b1=0.8,
         b2=0.95,
+        first_moment_dtype=first_moment_dtype,
     )
 
 
@@ -198,3 +201,20 @@ def test_adamw_against_torch(float64):
 
     ours = run(optimizer("adamw", weight_decay=0.3), start, gradients)
     assert_same_moves(ours, run_torch(make, start, gradients), start)
+
+
+def test_a_first_moment_in_bfloat16():
+    """Half its memory, the second moment as it was, and updates within bfloat16's rounding of the full ones."""
+    start, gradients = start_and_gradients()
+    gradients = [{name: np.abs(value) for name, value in gradient.items()} for gradient in gradients]
+    state = optimizer("adamw", first_moment_dtype="bfloat16").init({k: jnp.asarray(v) for k, v in start.items()})
+    adam = next(
+        part for part in jax.tree.leaves(state, is_leaf=lambda node: hasattr(node, "mu")) if hasattr(part, "mu")
+    )
+    assert {leaf.dtype for leaf in jax.tree.leaves(adam.mu)} == {jnp.dtype("bfloat16")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(adam.nu)} == {jnp.dtype("float32")}
+    narrow = run(optimizer("adamw", first_moment_dtype="bfloat16"), start, gradients)
+    full = run(optimizer("adamw"), start, gradients)
+    for name in NAMES:
+        moved = np.abs(full[name] - start[name]).max()
+        assert 0 < np.abs(narrow[name] - full[name]).max() < 2**-6 * moved

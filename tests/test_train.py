@@ -22,7 +22,9 @@ from runs import (
 
 from sr_dpo_jax.cli import main
 from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.flops import body_weights
 from sr_dpo_jax.loop import train
+from sr_dpo_jax.weights.directory import open_directory
 
 LOSS_AT_START = {"dpo": math.log(2), "sr_dpo": math.log(2), "ipo": 25.0, "sr_ipo": 25.0, "ipo_mean": 25.0}
 
@@ -128,6 +130,22 @@ def test_resuming_is_bitwise(world, tmp_path):
     steps = [line for line in without_times(metrics_of(config.output_dir)) if "loss" in line]
     assert steps == [line for line in without_times(metrics_of(golden.output_dir)) if "loss" in line]
     assert train(config) == 0, "a finished run has nothing left to do"
+
+
+def test_a_profile_and_mfu(world, tmp_path, monkeypatch):
+    """Two steps are traced, even where the run ends before the second; MFU is flops by the formula over peak × time."""
+    model, data, _ = world
+    monkeypatch.setattr("sr_dpo_jax.prepare.peak_flops", lambda devices: 1e9 * len(devices))
+    config = make_config(tmp_path, model, data, train={"max_steps": 3, "profile_steps": 2})
+    assert train(config) == 0
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    architecture = open_directory(str(model)).architecture
+    for line in metrics_of(config.output_dir):
+        flops = line["mfu"] * 8e9 * line["step_time_s"]
+        tokens = line["tokens_per_second"] * line["step_time_s"]
+        assert line["tokens_per_second_per_chip"] == pytest.approx(line["tokens_per_second"] / 8)
+        # Four forwards over every token (a backward pass is two) in the layers alone, and at most as much again.
+        assert 1 < flops / (4 * 2 * body_weights(architecture) * tokens) < 3
 
 
 def test_resuming_as_another_run_is_refused(world, tmp_path):

@@ -34,7 +34,11 @@ View = tuple[tuple[Array, Array], Any]
 
 ACTIVATIONS = {"gelu": partial(jax.nn.gelu, approximate=False), "gelu_tanh": jax.nn.gelu, "silu": jax.nn.silu}
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # The name is splash attention's for what its backward pass needs; a kernel is no dot, and would run twice.
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names("attention"),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
