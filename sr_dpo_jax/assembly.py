@@ -30,6 +30,7 @@ from sr_dpo_jax.model.architecture import Architecture
 from sr_dpo_jax.model.attention import DENSE, AttentionPath
 from sr_dpo_jax.model.decoder import Constrain, Decoder
 from sr_dpo_jax.model.splash import splash_path
+from sr_dpo_jax.model.tiled import tiled_path
 from sr_dpo_jax.reference import ReferenceScores, cache_files
 from sr_dpo_jax.train_step import Objective, Params, initialise
 from sr_dpo_jax.weights import directory as weights
@@ -251,11 +252,17 @@ def assemble_on(mesh: Mesh, config: Config, directory: weights.ModelDirectory) -
 
 def _attention_path(name: str, mesh: Mesh) -> AttentionPath:
     platform = mesh.devices.flat[0].platform
-    if name == "dense" or (name == "auto" and platform != "tpu"):
-        return DENSE
-    if platform != "tpu":
-        raise UsageError(f"model.attention={name}: a kernel for TPUs, here is {platform}; set it to auto or dense")
-    return splash_path(mesh, row_axes=meshes.TABLE["rows"], head_axes=meshes.TABLE["heads"], interpret=False)
+    if name == "auto":
+        name = {"tpu": "splash", "cpu": "tiled"}.get(platform, "dense")
+    axes = {"row_axes": meshes.TABLE["rows"], "head_axes": meshes.TABLE["heads"]}
+    match name:
+        case "tiled":
+            return tiled_path(mesh, **axes)
+        case "splash" if platform == "tpu":
+            return splash_path(mesh, **axes, interpret=False)
+        case "splash":
+            raise UsageError(f"model.attention=splash: a kernel for TPUs, here is {platform}; set it to auto")
+    return DENSE
 
 
 def _decoder_maker(

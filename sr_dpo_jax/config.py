@@ -50,9 +50,10 @@ class Model(Section):
     bfloat16 parameters lose every update below about 1/256 of their value, as the paper's learning rate gives."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes: nothing, all but the matmuls, or whole layers."""
-    attention: Literal["auto", "dense", "splash"] = "auto"
-    """How attention is computed: `splash` is a TPU kernel that skips what no token sees, `dense` runs anywhere and
-    computes all of a row. `auto` is splash on TPUs and dense elsewhere; the log says which."""
+    attention: Literal["auto", "dense", "tiled", "splash"] = "auto"
+    """How attention is computed; all ways give the same numbers to float order, and the log says which it is. `splash`
+    is a TPU kernel and `tiled` plain JAX for CPUs, and both skip what no token sees; `dense` computes all of a row and
+    runs anywhere. `auto` is splash on TPUs, tiled on CPUs and dense elsewhere."""
 
 
 class Source(Section):

@@ -15,6 +15,9 @@ from hypothesis import strategies as st
 
 from sr_dpo_jax import logprobs
 from sr_dpo_jax.batch import Batch, Placed, Rows, build_row
+from sr_dpo_jax.model import tiled
+from sr_dpo_jax.model.attention import DENSE
+from sr_dpo_jax.model.tiled import tiled_path
 from sr_dpo_jax.train_step import Objective, make_train_step, score
 
 BETA, LAM = 0.1, 0.3
@@ -153,9 +156,10 @@ def alone(prompts: list[np.ndarray], pairs: list[tiny.Pair]) -> tuple[Rows, np.n
 class Model:
     """One tiny float64 model with the compiled functions that the property compares."""
 
-    def __init__(self, architecture: Any):
+    def __init__(self, architecture: Any, *, in_tiles: bool):
         mesh = tiny.make_mesh()
-        self.mesh, model = mesh, tiny.build(architecture, mesh, dtype=jnp.float64)
+        attention = tiled_path(mesh, row_axes=(), head_axes=()) if in_tiles else DENSE
+        self.mesh, model = mesh, tiny.build(architecture, mesh, dtype=jnp.float64, attention=attention)
         self.logit_cap = architecture.logit_cap
         self.graph, optimizer = model.graph, optax.trace(decay=0.0)  # its state is the gradient itself
         self.state = model.state(optimizer, seed=1)
@@ -207,11 +211,13 @@ class Model:
         return sums, gradient
 
 
-@pytest.fixture(scope="module", params=list(tiny.ARCHITECTURES))
+@pytest.fixture(scope="module", params=["gpt_neox", "llama in tiles", "gemma", "gemma in tiles"])
 def model(request):
+    family, _, in_tiles = request.param.partition(" ")
     with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
         patch.setattr(logprobs, "VOCABULARY_BLOCK", 10)  # three blocks
-        yield Model(tiny.ARCHITECTURES[request.param])
+        patch.setattr(tiled, "TILE", 16)  # four or five
+        yield Model(tiny.ARCHITECTURES[family], in_tiles=bool(in_tiles))
 
 
 def assert_same_gradient(ours: Any, expected: Any, tolerance: float) -> None:
@@ -256,7 +262,7 @@ def check(model: Model, example: Example, tolerance: float = 1e-12, **changed: A
     assert_same_gradient(packed_gradient, gradient, tolerance)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(example=examples())
 def test_packing_changes_nothing(model, example):
     with jax.enable_x64(True):

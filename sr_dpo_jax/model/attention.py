@@ -85,4 +85,30 @@ def visible_mask(visible: Visible) -> Array:
     return seen
 
 
+def pad_rows(visible: Visible, block: int) -> Visible:
+    """Rows filled up to whole blocks; the tokens added see themselves alone, since one that sees nothing gives NaN."""
+    length = visible.key_start.shape[1]
+    padded = -(-length // block) * block
+    index = jnp.arange(padded, dtype=jnp.int32)
+
+    def fill(array: Array, unused: Array) -> Array:
+        return jnp.where(index < length, jnp.pad(array, ((0, 0), (0, padded - length))), unused)
+
+    return dataclasses.replace(
+        visible,
+        key_start=fill(visible.key_start, index),
+        key_end=fill(visible.key_end, index + 1),
+        positions=fill(visible.positions, 0 * index),
+    )
+
+
+def blocks_that_run(visible: Visible, block: int) -> Array:
+    """`[R, T / block, T / block]` bool: whether any query of a block sees any key of a block, windows aside."""
+    rows, length = visible.key_start.shape
+    first = jnp.arange(0, length, block)
+    start, end = (array.reshape(rows, -1, block, 1) for array in (visible.key_start, visible.key_end))
+    reached = (start < first + block) | (first < visible.prefix_tokens)
+    return (reached & (end > first)).any(axis=2)
+
+
 DENSE = AttentionPath("dense", lambda visible: visible, dense_attend)

@@ -5,7 +5,7 @@ block of queries needs. Both are made here from `key_start` and `key_end`, once 
 in which nothing is seen are skipped. A sliding window shorter than the row is measured on positions, which no single
 range of indices can say (see `batch.py`); layers with one get the mask itself, bool `[T, T]` a row for all heads.
 
-A trap: the tables are fields of `MaskInfo`, which JAX does not promise to keep; `tests/test_splash.py` guards them.
+A trap: the tables are fields of `MaskInfo`, which JAX does not promise to keep; a test compares with the dense path.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 from jax.sharding import Mesh, PartitionSpec
 
-from sr_dpo_jax.model.attention import AttentionPath, Visible, visible_mask
+from sr_dpo_jax.model.attention import AttentionPath, Visible, blocks_that_run, pad_rows, visible_mask
 
 Array = jax.Array
 
@@ -80,20 +80,9 @@ def _tables(visible: Visible) -> Tables:
         raise ValueError(
             f"rows of {length} tokens: splash attention takes at most {LONGEST_ROW}; lower batch.row_length"
         )
-    index = jnp.arange(padded, dtype=jnp.int32)
-
-    def fill(array: Array, unused: Array) -> Array:
-        """Padding sees itself alone: a query that saw nothing would turn gradients into NaN."""
-        return jnp.where(index < length, jnp.pad(array, ((0, 0), (0, padded - length))), unused)
-
-    whole = dataclasses.replace(
-        visible,
-        key_start=fill(visible.key_start, index),
-        key_end=fill(visible.key_end, index + 1),
-        positions=fill(visible.positions, 0 * index),
-    )
+    whole = pad_rows(visible, block)
     if visible.window is None:
-        ranges, mask, runs = whole.key_start << 16 | whole.key_end, None, _runs(whole, block)
+        ranges, mask, runs = whole.key_start << 16 | whole.key_end, None, blocks_that_run(whole, block)
     else:
         blocks = visible_mask(whole).reshape(-1, padded // block, block, padded // block, block).swapaxes(2, 3)
         ranges, mask, runs = None, blocks.reshape(len(blocks), -1, block, block), blocks.any(axis=(-1, -2))
@@ -105,15 +94,6 @@ def _tables(visible: Visible) -> Tables:
         next_query_block=_last_needed(runs, axis=1)[:, None],
         prefix_tokens=visible.prefix_tokens,
     )
-
-
-def _runs(visible: Visible, block: int) -> Array:
-    """`[R, Q, K]` bool: whether any query of a block sees any key of a block."""
-    rows, length = visible.key_start.shape
-    first = jnp.arange(0, length, block)
-    start, end = (array.reshape(rows, -1, block, 1) for array in (visible.key_start, visible.key_end))
-    reached = (start < first + block) | (first < visible.prefix_tokens)
-    return (reached & (end > first)).any(axis=2)
 
 
 def _last_needed(runs: Array, axis: int) -> Array:

@@ -1,6 +1,8 @@
-"""The TPU kernel, run as plain JAX operations, against the dense path on packed rows."""
+"""Attention in tiles, and the TPU kernel run as plain JAX operations, against the dense path on packed rows."""
 
 import dataclasses
+import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from sr_dpo_jax.model import splash
+from sr_dpo_jax.model import splash, tiled
 from sr_dpo_jax.model.attention import Visible, dense_attend, visible_mask
 
 HEADS, KEY_HEADS, HEAD_DIM = 4, 2, 16
@@ -46,17 +48,24 @@ def both(path, visible, *, scale: float, cap: float | None, length: int = 300):
     return run(path.attend, jax.jit(path.prepare)(visible)), run(dense_attend, visible)
 
 
-@pytest.fixture(params=[(1, 1, 1), (1, 2, 2)], ids=["one device", "rows and heads sharded"])
-def path(request):
-    mesh = tiny.make_mesh(*request.param)
-    return splash.splash_path(mesh, row_axes=("replica", "fsdp"), head_axes=("tensor",), interpret=True)
+PATHS = {"splash": partial(splash.splash_path, interpret=True), "tiled": tiled.tiled_path}
+CASES = [(0, None, None), (20, None, 3.0), (20, 7, None), (0, 64, 3.0)]
+MORE_CASES = [case for case in itertools.product((0, 20), (None, 1, 7, 64), (None, 3.0)) if case not in CASES]
 
 
-@pytest.mark.parametrize("cap", [None, 3.0])
-@pytest.mark.parametrize("window", [None, 1, 7, 64])
-@pytest.mark.parametrize("prefix_tokens", [0, 20])
-def test_the_kernel_is_the_dense_path(path, monkeypatch, prefix_tokens, window, cap):
+def make_path(name: str, shape: tuple[int, int, int]):
+    return PATHS[name](tiny.make_mesh(*shape), row_axes=("replica", "fsdp"), head_axes=("tensor",))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 2)], ids=["one device", "rows and heads sharded"])
+@pytest.mark.parametrize(
+    ("prefix_tokens", "window", "cap"),
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_CASES)],
+)
+@pytest.mark.parametrize("name", PATHS)
+def test_kernels_are_the_dense_path(monkeypatch, name, shape, prefix_tokens, window, cap):
     monkeypatch.setattr(splash, "LARGEST_BLOCK", 128)  # three blocks of a row, so that some are skipped
+    path = make_path(name, shape)
     visible = dataclasses.replace(packed_rows(prefix_tokens), window=window)
     ours, dense = both(path, visible, scale=0.7, cap=cap)
     for name, mine, theirs in zip(("output", "query", "key", "value"), ours, dense, strict=True):
