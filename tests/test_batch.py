@@ -211,7 +211,15 @@ class Model:
         return sums, gradient
 
 
-@pytest.fixture(scope="module", params=["gpt_neox", "llama in tiles", "gemma", "gemma in tiles"])
+PROPERTY_MODELS = [
+    "gpt_neox",
+    pytest.param("llama in tiles", marks=pytest.mark.slow),
+    pytest.param("gemma", marks=pytest.mark.slow),
+    "gemma in tiles",
+]
+
+
+@pytest.fixture(scope="module", params=PROPERTY_MODELS)
 def model(request):
     family, _, in_tiles = request.param.partition(" ")
     with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:

@@ -250,7 +250,7 @@ def chat_config(tmp_path, name, format):
 
 
 def quick(names):
-    return [name if name in ("llama2", "qwen25") else pytest.param(name, marks=pytest.mark.slow) for name in names]
+    return [name if name == "qwen25" else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @pytest.mark.parametrize("name", quick(FAMILIES))

@@ -26,6 +26,11 @@ from sr_dpo_jax.flops import body_weights
 from sr_dpo_jax.loop import train
 from sr_dpo_jax.weights.directory import open_directory
 
+SLOW_AND_QUICK_STARTS = [
+    pytest.param("ipo_mean", "cached", marks=pytest.mark.slow),
+    ("sr_dpo", "cached"),
+    pytest.param("sr_ipo", "online", marks=pytest.mark.slow),
+]
 LOSS_AT_START = {"dpo": math.log(2), "sr_dpo": math.log(2), "ipo": 25.0, "sr_ipo": 25.0, "ipo_mean": 25.0}
 
 
@@ -69,7 +74,7 @@ def test_a_run_writes_everything_the_design_names(world, tmp_path):
     assert set(manifest["digests"]) == {"data", "tokens", "tokenizer", "weights"}
 
 
-@pytest.mark.parametrize(("name", "mode"), [("ipo_mean", "cached"), ("sr_dpo", "cached"), ("sr_ipo", "online")])
+@pytest.mark.parametrize(("name", "mode"), SLOW_AND_QUICK_STARTS)
 def test_the_first_step_is_the_analytic_loss(world, tmp_path, name, mode):
     model, data, _ = world
     lam = {"lam": 0.5} if name.startswith("sr") else {"lam": None}
