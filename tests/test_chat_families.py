@@ -75,6 +75,16 @@ def test_the_plain_prompt_and_both_responses_are_what_the_whole_text_gives(token
             assert [*tokens.prompt, *ids] == whole_ids(tokenizer, prompt, response)
 
 
+@pytest.mark.parametrize("name", ["phi3", "phi3_first"])
+def test_special_tokens_swallow_the_whitespace_that_responses_start_with(tokenizer_of, name):
+    tokenizer = tokenizer_of(name)
+    for user in ("Hello", " \n Hello"):
+        prompt = conversation(user)
+        tokens = encode(tokenizer, prompt, chosen=" A yes.", rejected="\n\nNo, no.")
+        for ids, response in ((tokens.chosen, " A yes."), (tokens.rejected, "\n\nNo, no.")):
+            assert [*tokens.prompt, *ids] == whole_ids(tokenizer, prompt, response)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_with_p_the_ids_spell_the_template_s_text_of_p_and_x(tokenizer_of, name):
     tokenizer = tokenizer_of(name)

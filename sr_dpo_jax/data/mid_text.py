@@ -3,7 +3,8 @@
 SentencePiece tokenizers (Llama 2, Mistral, so Zephyr; Phi-3) put a space before any text that they are given, and many
 of them another one after every special token. In front of a response that follows "<|assistant|>\\n" it would be a
 space that the model neither saw nor should write; after a special token it is what the model has seen. So a text in
-the middle of a sequence gets the ids that it has as part of the whole.
+the middle of a sequence gets the ids that it has as part of the whole. Some special tokens (Phi-3's) swallow the
+whitespace that follows them, also where it is the start of a response.
 """
 
 import json
@@ -26,6 +27,7 @@ class MidText:
         self._alike = self._inner.backend_tokenizer.to_str() == self._bare.backend_tokenizer.to_str()
         # A model gives the unknown token to letters that it does not have, without any special token in the text.
         self._added = set(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}
+        self._swallowing = {number for number, token in tokenizer.added_tokens_decoder.items() if token.rstrip}
 
     def ids(self, texts: Sequence[str], *, after: Sequence[int | None]) -> list[list[int]]:
         """One list of ids a text.
@@ -34,6 +36,8 @@ class MidText:
           texts: what is tokenised.
           after: the id that stands before each text; None for any that is no special token.
         """
+        pairs = zip(texts, after, strict=True)
+        texts = [text.lstrip() if last in self._swallowing else text for text, last in pairs]
         inner = text_ids(self._inner, texts)
         if self._alike:
             return inner
