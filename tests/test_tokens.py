@@ -352,7 +352,15 @@ class TestTokenizer:
     def test_missing(self, tmp_path):
         with pytest.raises(UsageError, match="no such directory"):
             load_tokenizer(str(tmp_path / "none"))
-        with pytest.raises(UsageError, match="no tokenizer can be loaded"):
+        with pytest.raises(UsageError, match=r"no tokenizer.json"):
+            load_tokenizer(str(tmp_path))
+
+    def test_no_empty_tokenizer_is_made_up(self, tmp_path):
+        """transformers makes one of three tokens, with an EOS that fits, where only the class is named."""
+        (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+        config = {"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>", "bos_token": "<s>"}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        with pytest.raises(UsageError, match=r"no tokenizer.json"):
             load_tokenizer(str(tmp_path))
 
     def test_damaged(self, tmp_path):

@@ -68,6 +68,11 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """
     if not os.path.isdir(path) and path.startswith(("/", "./", "../", "~")):
         raise UsageError(f"model.path={path}: no such directory; give a Hugging Face directory or hub name")
+    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "tokenizer.json")):
+        # transformers makes an empty tokenizer of some families, to which all text is unknown.
+        raise UsageError(
+            f"model.path={path}: has no tokenizer.json; add it, as save_pretrained of a fast tokenizer writes it"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True, trust_remote_code=False)
     except Exception as error:  # a damaged tokenizer.json raises a bare Exception
