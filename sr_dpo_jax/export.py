@@ -140,7 +140,7 @@ def _write_configs(directory: ModelDirectory, out: Path, dtype: str) -> None:
     fields["dtype"] = dtype
     (out / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
     if not (directory.path / GENERATION_CONFIG).is_file():
-        config = transformers.AutoConfig.from_pretrained(directory.path, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(directory.path, local_files_only=True, trust_remote_code=False)
         generation = transformers.GenerationConfig.from_model_config(config)
         (out / GENERATION_CONFIG).write_text(generation.to_json_string(), encoding="utf-8")
     for name in (GENERATION_CONFIG, *TOKENIZER_FILES):

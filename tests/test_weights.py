@@ -478,6 +478,11 @@ except UsageError as error:
     [
         ({"model_type": "mamba"}, ["mamba", "not supported"]),
         ({"auto_map": {"AutoConfig": "evil.Config"}}, ["auto_map", "never run"]),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["quantization_config", "not supported"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5", "1.0 for llama"]),
+        ({"model_type": "mistral", "sliding_window": 0}, ["sliding_window=0", "positive"]),
+        ({"model_type": "mistral", "sliding_window": -1}, ["sliding_window=-1", "positive"]),
+        ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 2}, ["sliding_window=None", "layer_types"]),
         ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}}, ["proportional", "not supported"]),
         ({"hidden_act": "relu6"}, ["hidden_act", "relu6"]),
         ({"num_attention_heads": 0}, ["config.json"]),
@@ -495,3 +500,34 @@ def test_configs_that_are_refused(tmp_path, change, words):
         weights.open_directory(str(path))
     for word in words:
         assert word in str(error.value)
+
+
+def test_no_other_file_is_read_in_place_of_config_json(tmp_path, monkeypatch):
+    """transformers would follow the name, find code, and ask on the terminal whether to run it."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    path = model_directory(tmp_path / "model", "llama")
+    fields = json.loads((path / "config.json").read_text()) | {"configuration_files": ["config.4.0.0.json"]}
+    (path / "config.json").write_text(json.dumps(fields))
+    other = {"model_type": "evil", "auto_map": {"AutoConfig": "configuration_evil.Evil"}}
+    (path / "config.4.0.0.json").write_text(json.dumps(other))
+    ran = tmp_path / "ran"
+    (path / "configuration_evil.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    with pytest.raises(UsageError, match="configuration_files names other files"):
+        weights.open_directory(str(path))
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_tied_model_may_hold_its_head_where_it_is_the_embedding(tmp_path, monkeypatch, dtype):
+    """Otherwise transformers unties the two, whatever config.json says."""
+    monkeypatch.setattr(weights, "ROWS", 100)
+    directory, model, _ = written(tmp_path, "llama")
+    tensors = {name: tensor.astype(TYPES[dtype]) for name, tensor in tensors_in(directory.path).items()}
+    head = tensors["model.embed_tokens.weight"].copy()
+    save_file({**tensors, "lm_head.weight": head}, directory.path / "model.safetensors")
+    assert "lm_head.weight" not in weights.check(directory, model.abstract)
+    head[-1, -1] += 1
+    for other in (head, head[:-1], head.astype(np.int8)):
+        save_file({**tensors, "lm_head.weight": other}, directory.path / "model.safetensors")
+        with pytest.raises(UsageError, match=r"lm_head.weight: is not model.embed_tokens.weight.*tie_word_embeddings"):
+            weights.check(directory, model.abstract)

@@ -7,6 +7,7 @@ processes.
 Next: `read.py`, which brings the weights to the devices.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -52,6 +53,10 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 IGNORED = re.compile(r"\.(rotary_emb\.inv_freq|attention\.(bias|masked_bias))$")
 """Buffers that old files carry and that are computed from the config."""
+HEADS = ("lm_head.weight", "embed_out.weight")
+"""What a tied model's files may hold beside its embedding, when it is the same."""
+ROWS = 4096
+"""So many are compared at a time."""
 FLOATS = ("F16", "BF16", "F32", "F64")
 LISTED = 40
 """How many problems of a directory an error names."""
@@ -67,6 +72,15 @@ BAD_CONFIG = (
 """What transformers and the tables raise on fields that make no sense."""
 SIZES = ("vocabulary_tokens", "hidden", "layers", "heads", "kv_heads", "head_dim", "mlp")
 """The fields of an architecture that are sizes."""
+REFUSED_FIELDS = {
+    "auto_map": (
+        "asks for code of its own, which is never run; if model_type is of a built-in family and the weights are its "
+        "own, as in Phi-3's repositories, use a copy of the directory whose config.json has no auto_map"
+    ),
+    "configuration_files": "names other files to be read in place of this one; keep one config.json without it",
+    "quantization_config": "says that the weights are quantised, which is not supported; use those in bfloat16",
+}
+"""Fields of config.json that no run follows, and what to do."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -107,10 +121,11 @@ def open_directory(path: str, *, revision: str | None = None, weights: bool = Tr
     if not config_path.is_file():
         raise UsageError(f"{config_path}: missing; model.path must be a Hugging Face model directory")
     raw = _read_json(config_path)
-    if "auto_map" in raw:
-        raise UsageError(f"{config_path}: auto_map asks for code of its own, which is never run; use a built-in family")
+    for field, reason in REFUSED_FIELDS.items():
+        if raw.get(field) is not None:
+            raise UsageError(f"{config_path}: {field} {reason}")
     try:
-        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         architecture = architecture_of(config, where=str(config_path))
     except BAD_CONFIG as error:
         raise UsageError(f"{config_path}: not the configuration of a known model: {error}; restore the file") from error
@@ -141,15 +156,15 @@ def weights_digest(directory: ModelDirectory) -> str:
 def check(directory: ModelDirectory, abstract: Any) -> dict[str, Path]:
     """Compares index and headers of the weight files with the family's table; returns the file that holds each tensor.
 
-    Touches no device.
+    Touches no device. Numbers are read only of a head beside the embedding that it is tied to.
 
     Raises:
-      UsageError: files are missing or damaged, or tensors are missing, extra, mis-shaped, not floats, held twice, or
-        not where the index says; all are named at once.
+      UsageError: files are missing or damaged, or tensors are missing, extra, mis-shaped, not floats, held twice, not
+        where the index says, or tied but not alike; all are named at once.
     """
     files, weight_map = weight_files(directory.path)
     expected = _expected(directory, abstract)
-    optional = {"lm_head.weight", "embed_out.weight"} if directory.architecture.tied else set()
+    optional = set(HEADS) if directory.architecture.tied else set()
     held: dict[str, list[str]] = {}
     problems, unreadable = [], set()
     for path in files:
@@ -177,6 +192,7 @@ def check(directory: ModelDirectory, abstract: Any) -> dict[str, Path]:
             problems.append(f"{name}: missing" + (f" from {mapped}, where {INDEX} has it" if mapped else ""))
         elif holders and weight_map is not None and mapped != holders[0]:
             problems.append(f"{name}: held by {holders[0]}, but {INDEX} says {mapped or 'nothing of it'}")
+    problems += _untied(directory, {name: directory.path / held[name][0] for name in held})
     if problems:
         more = f"\n  and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
         listed = "\n  ".join(problems[:LISTED]) + more
@@ -224,6 +240,32 @@ def _expected(directory: ModelDirectory, abstract: Any) -> dict[str, tuple[int, 
         for tensor in tensors_of(directory.architecture, directory.model_type)
         for name, _ in names_of(tensor, layers)
     }
+
+
+def _untied(directory: ModelDirectory, held: Mapping[str, Path]) -> list[str]:
+    """A head that is not the embedding which it is tied to: transformers unties the two, and gives other logits."""
+    if not directory.architecture.tied:
+        return []
+    tensors = tensors_of(directory.architecture, directory.model_type)
+    (table,) = [tensor.name for tensor in tensors if tensor.params == ("embedding",)]
+    return [
+        f"{head}: is not {table}, to which {CONFIG} ties it; set tie_word_embeddings=false there, or remove the tensor"
+        for head in HEADS
+        if head in held and table in held and not _alike((held[head], head), (held[table], table))
+    ]
+
+
+def _alike(*tensors: tuple[Path, str]) -> bool:
+    """Whether two tensors hold the same numbers."""
+    with contextlib.ExitStack() as opened:
+        first, second = (
+            opened.enter_context(safe_open(path, framework="numpy")).get_slice(name) for path, name in tensors
+        )
+        if first.get_shape() != second.get_shape() or not {first.get_dtype(), second.get_dtype()} <= set(FLOATS):
+            return False
+        rows = first.get_shape()[0]
+        parts = (slice(start, min(start + ROWS, rows)) for start in range(0, rows, ROWS))
+        return all(np.array_equal(first[part], second[part]) for part in parts)
 
 
 def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:

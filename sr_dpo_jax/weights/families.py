@@ -71,6 +71,10 @@ def tensors_of(architecture: Architecture, model_type: str) -> tuple[Tensor, ...
 # Configs
 
 
+PARTIAL_ROTARY = ("gpt_neox", "phi3")
+"""Families that turn a part of each head where a config says so; transformers' other models would turn all of it."""
+
+
 def _common(config: Any, where: str, **choices: Any) -> Architecture:
     """What most families share, as Llama has it; `choices` are what this one does otherwise."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -119,14 +123,21 @@ def _kinds(config: Any, where: str, windows: dict[str, int | None]) -> dict[str,
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kinds = []
     for name in names:
+        if windows[name] is not None and windows[name] < 1:
+            _refuse(where, "sliding_window", windows[name], "null and positive numbers of tokens")
         parameters = config.rope_parameters
         parameters = parameters.get(name, parameters)  # one set for all layers, or one for each type
+        share = parameters.get("partial_rotary_factor", 1.0)
+        if share != 1.0 and config.model_type not in PARTIAL_ROTARY:
+            _refuse(where, "partial_rotary_factor", share, f"1.0 for {config.model_type}")
         rope = rope_of(parameters, head_dim=head_dim, context_tokens=config.max_position_embeddings, where=where)
         kinds.append(LayerKind(rope, windows[name]))
     return {"kinds": tuple(kinds), "kind_of_layer": tuple(names.index(name) for name in layer_types)}
 
 
 def _alternating(config: Any, where: str) -> dict[str, Any]:
+    if config.sliding_window is None and "sliding_attention" in config.layer_types:
+        _refuse(where, "sliding_window", None, "a number of tokens, where layer_types has sliding_attention")
     return _kinds(config, where, {"full_attention": None, "sliding_attention": config.sliding_window})
 
 
