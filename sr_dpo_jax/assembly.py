@@ -22,7 +22,7 @@ from sr_dpo_jax import mesh as meshes
 from sr_dpo_jax.config import Config, Source
 from sr_dpo_jax.data import dataset, tokens
 from sr_dpo_jax.data.dataset import TokenizedPairs
-from sr_dpo_jax.data.fit import require_fit
+from sr_dpo_jax.data.fit import require_embedded, require_fit
 from sr_dpo_jax.data.pipeline import Feed, StepSource, local_rows
 from sr_dpo_jax.data.plan import Plan
 from sr_dpo_jax.errors import UsageError
@@ -159,7 +159,8 @@ def read_data(
     """Reads, checks and tokenises `sources`, with p where it is used; touches no device.
 
     Raises:
-      UsageError: unusable rows, or sequences longer than those for which the model's rotary embedding is known.
+      UsageError: unusable rows, sequences longer than those for which the model's rotary embedding is known, or ids
+        that the model does not have.
     """
     pairs = dataset.prepare(
         [dataset.Source(source.path, source.weight, source.revision) for source in sources],
@@ -186,6 +187,7 @@ def read_data(
         report.duplicate_pairs,
     )
     _check_lengths(architecture, pairs)
+    require_embedded(pairs, vocabulary_tokens=architecture.vocabulary_tokens)
     return pairs
 
 

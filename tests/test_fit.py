@@ -6,7 +6,7 @@ import pytest
 import toy_tokenizers as toy
 from runs import make_config, model_directory, preference_file
 
-from sr_dpo_jax.assembly import read_model
+from sr_dpo_jax.assembly import read_data, read_model
 from sr_dpo_jax.data.fit import misfits, require_fit
 from sr_dpo_jax.data.tokens import load_tokenizer
 from sr_dpo_jax.errors import UsageError
@@ -93,3 +93,40 @@ def test_a_run_refuses_before_it_reads_data(tmp_path):
     config = make_config(tmp_path, model, preference_file(tmp_path / "data.jsonl", 1))
     with pytest.raises(UsageError, match=r"the tokenizer does not fit the model:\n  its EOS token"):
         read_model(config)
+
+
+def with_image_token(directory):
+    """A tokenizer as Gemma 3's, whose last added token has no row in the embedding of the text-only models."""
+    tokenizer = load_tokenizer(str(directory))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(directory)
+    return tokenizer.convert_tokens_to_ids("<image>")
+
+
+def test_an_added_token_beyond_the_embedding_is_refused_where_it_is_used(tmp_path):
+    model = model_directory(tmp_path / "model", "gemma3_text", vocabulary_tokens=320, head_dim=8)
+    beyond = with_image_token(model)
+    assert beyond == 320
+    data = preference_file(tmp_path / "pairs.jsonl", 8)
+    config = make_config(tmp_path, model, data)
+    directory, tokenizer = read_model(config)
+
+    def read(p):
+        return read_data(config, config.data.path, "train", tokenizer, directory.architecture, augmentation_prompt=p)
+
+    assert len(read("Be good: ")) == 8
+    with pytest.raises(UsageError, match=r"refinement.prompt holds the added token of id 320"):
+        read("Be <image>: ")
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    rows[5] |= {"id": "sixth", "rejected": rows[5]["rejected"] + "<image>"}
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UsageError, match=r"id 'sixth' in source 0 of the data holds the added token of id 320"):
+        read("Be good: ")
+
+
+def test_an_eos_token_beyond_the_embedding(tmp_path):
+    model = model_directory(tmp_path / "model", eos_token_id=None, bos_token_id=None)
+    tokenizer = load_tokenizer(str(model))
+    tokenizer.add_special_tokens({"eos_token": "<end>"})
+    (problem,) = misfits(tokenizer, model, vocabulary_tokens=320)
+    assert "it has token id 320, but config.json says vocab_size=320" in problem

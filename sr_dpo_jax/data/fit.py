@@ -1,11 +1,13 @@
-"""Whether a tokenizer belongs to a model: a wrong one trains without an error, on ids that mean something else."""
+"""Whether a tokenizer and its ids belong to a model: wrong ones train without an error, as if they meant it."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from sr_dpo_jax.data.dataset import TokenizedPairs
 from sr_dpo_jax.data.tokens import uses_bos
 from sr_dpo_jax.errors import UsageError
 
@@ -29,11 +31,13 @@ def require_fit(tokenizer: PreTrainedTokenizerBase, directory: Path, *, vocabula
 def misfits(tokenizer: PreTrainedTokenizerBase, directory: Path, *, vocabulary_tokens: int) -> list[str]:
     """Every problem with its remedy, none where the tokenizer fits; arguments and errors as `require_fit`.
 
-    A model that names no EOS or BOS token takes any.
+    A model that names no EOS or BOS token takes any. Added tokens may lie beyond the embedding, as the image token of
+    Gemma 3's text-only models does; `require_embedded` finds the rows that use one.
     """
     config, generation = _fields(directory / "config.json"), _fields(directory / "generation_config.json")
     found = []
-    largest = max(tokenizer.get_vocab().values())
+    spare = set(tokenizer.added_tokens_decoder) - {tokenizer.eos_token_id, tokenizer.bos_token_id}
+    largest = max(set(tokenizer.get_vocab().values()) - spare)
     if largest >= vocabulary_tokens:
         found.append(
             f"it has token id {largest}, but config.json says vocab_size={vocabulary_tokens}; use the tokenizer that "
@@ -53,6 +57,28 @@ def misfits(tokenizer: PreTrainedTokenizerBase, directory: Path, *, vocabulary_t
             f"says bos_token_id={bos}; correct bos_token in tokenizer_config.json, or the id in config.json"
         )
     return found
+
+
+def require_embedded(pairs: TokenizedPairs, *, vocabulary_tokens: int) -> None:
+    """Refuses data with ids for which the model has no row in its embedding.
+
+    Raises:
+      UsageError: names the first pair that holds one, or says that p does.
+    """
+    largest = int(pairs.augmentation.max(initial=0))
+    if largest >= vocabulary_tokens:
+        raise UsageError(
+            f"refinement.prompt holds the added token of id {largest}, but the model has no more than "
+            f"{vocabulary_tokens} ids; remove it"
+        )
+    beyond = np.flatnonzero(pairs.tokens >= vocabulary_tokens)
+    if len(beyond):
+        pair = int(np.searchsorted(pairs.offsets[:, 3], beyond[0], side="right"))
+        raise UsageError(
+            f"the pair with id {pairs.ids[pair]!r} in source {pairs.source[pair]} of the data holds the added token of "
+            f"id {pairs.tokens[beyond[0]]}, but the model has no more than {vocabulary_tokens} ids; remove it from the "
+            "row or from the chat template"
+        )
 
 
 def _fields(path: Path) -> dict[str, Any]:
