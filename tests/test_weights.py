@@ -473,6 +473,10 @@ except UsageError as error:
     assert "model.safetensors: damaged" in done.stdout
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "original_max_position_embeddings": 64}
+LONGROPE = YARN | {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.5], "long_factor": [1.5]}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -484,6 +488,10 @@ except UsageError as error:
         ({"model_type": "mistral", "sliding_window": -1}, ["sliding_window=-1", "positive"]),
         ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 2}, ["sliding_window=None", "layer_types"]),
         ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}}, ["proportional", "not supported"]),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 0.0}}, ["rope_parameters", "'rope_theta': 0.0"]),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": -1.0}}, ["rope_parameters", "finite"]),
+        ({"rope_parameters": {**YARN, "factor": 0}}, ["rope_parameters", "'factor': 0", "finite"]),
+        ({"rope_parameters": LONGROPE}, ["short_factor has 1 numbers", "4 frequencies"]),
         ({"hidden_act": "relu6"}, ["hidden_act", "relu6"]),
         ({"num_attention_heads": 0}, ["config.json"]),
         ({"num_hidden_layers": -1}, ["config.json"]),

@@ -27,9 +27,22 @@ def rope_of(parameters: Mapping[str, Any], *, head_dim: int, context_tokens: int
       where: names the file in errors.
 
     Raises:
-      UsageError: the scaling is not supported.
+      UsageError: the scaling is not supported, or its numbers make no sense.
     """
     name = parameters.get("rope_type", "default")
+    with np.errstate(all="ignore"):  # said below, with the file's name
+        frequencies, scale, exact_positions = _rope(name, parameters, head_dim, context_tokens, where)
+    if not (np.isfinite([*frequencies, scale]).all() and (frequencies > 0).all()):
+        raise UsageError(
+            f"{where}: rope_parameters={dict(parameters)} give no finite positive frequencies; correct them"
+        )
+    return Rope(tuple(frequencies.tolist()), scale, exact_positions)
+
+
+def _rope(
+    name: str, parameters: Mapping[str, Any], head_dim: int, context_tokens: int, where: str
+) -> tuple[np.ndarray, float, int | None]:
+    """Frequencies, their scale, and up to which length they hold."""
     theta, rotary_dims = float(parameters["rope_theta"]), int(head_dim * parameters.get("partial_rotary_factor", 1.0))
     plain = theta ** -(np.arange(0, rotary_dims, 2, dtype=np.float64) / rotary_dims)
     scale, exact_positions = 1.0, None
@@ -46,13 +59,19 @@ def rope_of(parameters: Mapping[str, Any], *, head_dim: int, context_tokens: int
             frequencies, scale = _yarn(plain, theta, parameters, context_tokens)
         case "longrope":
             exact_positions = parameters["original_max_position_embeddings"]
-            frequencies = plain / np.asarray(parameters["short_factor"], np.float64)
+            factors = np.asarray(parameters["short_factor"], np.float64)
+            if factors.shape != plain.shape:
+                raise UsageError(
+                    f"{where}: rope_parameters.short_factor has {factors.size} numbers, but a head has {len(plain)} "
+                    "frequencies; restore the file"
+                )
+            frequencies = plain / factors
             scale = _longrope_scale(parameters, context_tokens)
         case _:
             raise UsageError(
                 f"{where}: rope_parameters.rope_type={name!r} is not supported; supported: {', '.join(SUPPORTED)}"
             )
-    return Rope(tuple(frequencies.tolist()), scale, exact_positions)
+    return frequencies, scale, exact_positions
 
 
 def _llama3(plain: np.ndarray, parameters: Mapping[str, Any]) -> np.ndarray:
