@@ -46,6 +46,9 @@ def _parser() -> argparse.ArgumentParser:
     with_config(
         command("eval", _eval, "metrics on data.eval_path, of the latest checkpoint of output_dir or of model.path")
     )
+    generate = with_config(command("generate", _generate, "responses to a file of prompts"))
+    generate.add_argument("--prompts", required=True, type=Path, metavar="FILE.jsonl")
+    generate.add_argument("--output", required=True, type=Path, metavar="FILE.jsonl")
     export = command("export", _export, "writes a checkpoint as a Hugging Face directory")
     export.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     export.add_argument("out_dir", type=Path, metavar="OUT_DIR")
@@ -88,6 +91,14 @@ def _eval(options: argparse.Namespace) -> int:
 
     for name, value in evaluate_command(config).items():
         print(f"{name:28} {value:.6g}")
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    config = configuration.load(options.config, options.overrides)
+    from sr_dpo_jax.generate import generate_command
+
+    print(f"{generate_command(config, options.prompts, options.output)} responses in {options.output}")
     return 0
 
 

@@ -172,6 +172,22 @@ class Train(Section):
     """Evaluates on `data.eval_path` so often; the end of a run is always evaluated where the path is given."""
 
 
+class Generation(Section):
+    """For `sr-dpo generate`."""
+
+    max_new_tokens: Positive = 512
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0 takes the likeliest token at each place."""
+    top_k: Positive | None = None
+    """Draws from so many of the likeliest tokens."""
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Draws from the likeliest tokens that together have this probability."""
+    stop: tuple[str, ...] = ()
+    """A response ends before the first of these strings; they are not part of it."""
+    slots: Positive = 32
+    """Sequences that are continued side by side; a multiple of the devices that share rows."""
+
+
 class Checkpoint(Section):
     every_steps: Positive = 100
     """The last step is always saved too."""
@@ -195,6 +211,7 @@ class Config(Section):
     distributed: Distributed = Distributed()
     train: Train = Train()
     checkpoint: Checkpoint = Checkpoint()
+    generation: Generation = Generation()
 
     @property
     def cache_path(self) -> Path:
@@ -322,6 +339,11 @@ def _cross_checks(config: Config) -> list[str]:
         found.append(
             f"  optimizer.first_moment_dtype={config.optimizer.first_moment_dtype}: only adamw keeps a first moment; "
             "remove it"
+        )
+    if config.generation.temperature == 0 and (config.generation.top_k, config.generation.top_p) != (None, None):
+        found.append(
+            "  generation.top_k, generation.top_p: without effect at generation.temperature=0, the likeliest token; "
+            "remove them, or raise the temperature"
         )
     if config.data.max_prompt_length >= config.data.max_length:
         found.append(

@@ -125,7 +125,7 @@ def evaluate_command(config: Config) -> dict[str, float]:
             with Progress("reference", total=len(plan), active=jax.process_index() == 0) as progress:
                 scores.fill(score_step, base, progress.update)
         reference = scores.scores
-    params, step = _latest_params(assembly, base)
+    params, step = latest_params(assembly, base)
     metrics = HeldOut(objective, score_step, feed, len(pairs.ids), reference).metrics(params)
     if jax.process_index() == 0:
         path = Path(config.output_dir) / "eval.json"
@@ -173,7 +173,7 @@ def _one_pass(assembly: Assembly, pairs: TokenizedPairs, *, with_rejected: bool)
     return assembly.feed(pairs, plan, augmented=augmented, with_rejected=with_rejected), plan
 
 
-def _latest_params(assembly: Assembly, base: Params | None) -> tuple[Params, int]:
+def latest_params(assembly: Assembly, base: Params | None) -> tuple[Params, int]:
     """Parameters and step of the latest checkpoint of output_dir; without one those of model.path, and step 0."""
     if (Path(assembly.config.output_dir) / "checkpoints").is_dir():
         checkpoints = Checkpoints(assembly.config.output_dir, read_only=True)

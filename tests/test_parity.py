@@ -15,6 +15,7 @@ from sr_dpo_jax.batch import Batch
 from sr_dpo_jax.cli import main
 from sr_dpo_jax.config import PAPER_PROMPT
 from sr_dpo_jax.data.tokens import load_tokenizer
+from sr_dpo_jax.decode import Sampling, make_programs, make_state
 from sr_dpo_jax.loop import train
 from sr_dpo_jax.train_step import score
 from sr_dpo_jax.weights import directory as weights
@@ -133,6 +134,33 @@ def test_every_case_of_every_family(torch, tmp_path, family, case):
     tiny.save_weights(params, directory, model.abstract, out, shard_bytes=9_000)
     assert len(list(out.glob("*.safetensors"))) > 2
     np.testing.assert_array_equal(make.logits(make.torch_model(out), tokens), logits)
+
+
+@pytest.mark.parametrize(("family", "case"), zoo.ALL, ids=[f"{family}: {case}" for family, case in zoo.ALL])
+def test_greedy_generation_is_that_of_transformers(torch, tmp_path, family, case):
+    """Token for token; prompts of three lengths are read together and continued past every window."""
+    make = pytest.importorskip("golden.make")
+    expected, shapes = zoo.golden(family, case)
+    zoo.write(tmp_path, family, case, shapes)
+    theirs, vocabulary_tokens = make.torch_model(tmp_path), expected.shape[-1]
+    model, params = zoo.load(weights.open_directory(str(tmp_path)), tiny.make_mesh())
+    lengths, new = [9, 3, 1, 6], 18
+    prompts = zoo.token_ids(vocabulary_tokens, rows=4)[:, :9]
+    sampling = Sampling(0.0, None, None, end_tokens=(0,))
+    state = make_state(model.graph, params, slots=5, positions=32, mesh=model.mesh)
+    read, proceed = make_programs(model.graph, sampling, state, tokens_a_call=new - 1, mesh=model.mesh)
+    numbers = [
+        np.array(values, np.int32) for values in (lengths, [3, 0, 4, 1], [length + new - 1 for length in lengths])
+    ]
+    state, first = read(params, state, prompts, *numbers, np.zeros(4, np.uint32))
+    state, more = proceed(params, state)
+    ours = np.concatenate([np.asarray(first)[None], np.asarray(more)[:, [3, 0, 4, 1]]]).T
+    for number, length in enumerate(lengths):
+        prompt = torch.tensor(prompts[number : number + 1, :length]).long()
+        options = {"max_new_tokens": new, "do_sample": False, "eos_token_id": 0, "pad_token_id": 0}
+        answer = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[0, length:].tolist()
+        end = answer.index(0) + 1 if 0 in answer else new
+        assert ours[number, :end].tolist() == answer[:end]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -81,6 +81,13 @@ def require_embedded(pairs: TokenizedPairs, *, vocabulary_tokens: int) -> None:
         )
 
 
+def end_tokens(tokenizer: PreTrainedTokenizerBase, directory: Path) -> tuple[int, ...]:
+    """Ids that end a response: the tokenizer's EOS token, and those that the model's files name besides."""
+    config, generation = _fields(directory / "config.json"), _fields(directory / "generation_config.json")
+    named = _as_list(generation.get("eos_token_id")) or _as_list(config.get("eos_token_id"))
+    return tuple(sorted({tokenizer.eos_token_id, *named}))
+
+
 def _fields(path: Path) -> dict[str, Any]:
     """What the file says itself: the defaults that transformers puts in for missing fields are not the model's word."""
     if not path.is_file():

@@ -67,8 +67,8 @@ class BadRow:
     reason: str
 
 
-class _UnusableError(Exception):
-    """Becomes a `BadRow`; never leaves this file."""
+class UnusableError(Exception):
+    """A reason why a row cannot be used; becomes a `BadRow`, and never leaves the readers of rows."""
 
 
 def read_rows(path: str, *, format: str, split: str, revision: str | None = None) -> Iterator[Pair | BadRow]:
@@ -96,7 +96,7 @@ def read_rows(path: str, *, format: str, split: str, revision: str | None = None
     elif file.endswith(".parquet"):
         records = _parquet_records(file)
     else:
-        records = _json_records(file)
+        records = json_records(file)
     return _checked(records, file, format)
 
 
@@ -141,7 +141,7 @@ def _cannot_read(file: str, error: OSError) -> NoReturn:
 # Records: (1-based line, row), where the row is a BadRow if not even an object could be read.
 
 
-def _json_records(file: str) -> Iterator[tuple[int, Any]]:
+def json_records(file: str) -> Iterator[tuple[int, Any]]:
     first_blank = None
     try:
         with (gzip.open if file.endswith(".gz") else open)(file, "rb") as lines:
@@ -154,7 +154,7 @@ def _json_records(file: str) -> Iterator[tuple[int, Any]]:
                 first_blank = None
                 try:
                     yield line, _parse(data.rstrip(b"\r\n"))
-                except _UnusableError as error:
+                except UnusableError as error:
                     yield line, BadRow(file, line, str(error))
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UsageError(f"{file}: truncated or corrupt gzip data; fetch or compress the file again") from error
@@ -164,21 +164,21 @@ def _json_records(file: str) -> Iterator[tuple[int, Any]]:
 
 def _parse(data: bytes) -> Any:
     if b"\0" in data:
-        raise _UnusableError(f"NUL byte at byte {data.index(0) + 1} of the line")
+        raise UnusableError(f"NUL byte at byte {data.index(0) + 1} of the line")
     try:
         return json.loads(data.decode(), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
-        raise _UnusableError(f"bad UTF-8 at byte {error.start + 1} of the line") from error
+        raise UnusableError(f"bad UTF-8 at byte {error.start + 1} of the line") from error
     except json.JSONDecodeError as error:
-        raise _UnusableError(f"bad JSON: {error.msg.rstrip(': ')} at column {error.colno}") from error
+        raise UnusableError(f"bad JSON: {error.msg.rstrip(': ')} at column {error.colno}") from error
     except RecursionError as error:
-        raise _UnusableError("bad JSON: nested too deeply") from error
+        raise UnusableError("bad JSON: nested too deeply") from error
     except ValueError as error:  # Python refuses to convert integers of thousands of digits
-        raise _UnusableError("bad JSON: a number has too many digits") from error
+        raise UnusableError("bad JSON: a number has too many digits") from error
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise _UnusableError(f"bad JSON: {name} is not JSON")
+    raise UnusableError(f"bad JSON: {name} is not JSON")
 
 
 def _parquet_records(file: str) -> Iterator[tuple[int, Any]]:
@@ -233,60 +233,60 @@ def _checked(records: Iterator[tuple[int, Any]], file: str, format: str) -> Iter
             continue
         try:
             if not isinstance(row, dict):
-                raise _UnusableError(f"expected an object, got {_kind(row)}")
+                raise UnusableError(f"expected an object, got {_kind(row)}")
             prompt, chosen, rejected = split_row(row)
             for side, response in (("chosen", chosen), ("rejected", rejected)):
                 if not response.strip():
-                    raise _UnusableError(f"empty {side} response")
+                    raise UnusableError(f"empty {side} response")
             scores = (None, None) if format == "hh_rlhf" else _scores(row, required=format == "ultrafeedback")
-            row_id = _row_id(row, ("id", "prompt_id") if format == "ultrafeedback" else ("id",), line)
+            row_id = checked_id(row, ("id", "prompt_id") if format == "ultrafeedback" else ("id",), line)
             yield Pair(row_id, file, line, prompt, chosen, rejected, *scores)
-        except _UnusableError as error:
+        except UnusableError as error:
             yield BadRow(file, line, str(error))
 
 
 def _hh_rlhf(row: dict) -> tuple[str, str, str]:
     prompts, responses = [], []
     for side in ("chosen", "rejected"):
-        transcript = _text(_get(row, side), side)
+        transcript = checked_text(_get(row, side), side)
         head, marker, response = transcript.rpartition(HH_MARKER)
         if not marker:
-            raise _UnusableError(f'{side} holds no "\\n\\nAssistant:"')
+            raise UnusableError(f'{side} holds no "\\n\\nAssistant:"')
         prompts.append(head + marker)
         responses.append(response)
     if prompts[0] != prompts[1]:
-        raise _UnusableError("the prompts of chosen and rejected differ")
+        raise UnusableError("the prompts of chosen and rejected differ")
     return prompts[0], responses[0], responses[1]
 
 
 def _ultrafeedback(row: dict) -> tuple[tuple[Message, ...], str, str]:
-    _text(_get(row, "prompt"), "prompt")
+    checked_text(_get(row, "prompt"), "prompt")
     return _two_conversations(row)
 
 
 def _preference(row: dict) -> tuple[str | tuple[Message, ...], str, str]:
     chosen, rejected = _get(row, "chosen"), _get(row, "rejected")
     if isinstance(chosen, list) != isinstance(rejected, list):
-        raise _UnusableError(f"chosen is {_kind(chosen)} but rejected is {_kind(rejected)}")
+        raise UnusableError(f"chosen is {_kind(chosen)} but rejected is {_kind(rejected)}")
     prompt = row.get("prompt")
     if isinstance(chosen, list):
         return _two_conversations(row) if prompt is None else _explicit_messages(prompt, chosen, rejected)
-    chosen, rejected = _text(chosen, "chosen"), _text(rejected, "rejected")
+    chosen, rejected = checked_text(chosen, "chosen"), checked_text(rejected, "rejected")
     if prompt is None:
         return _implicit_text(chosen, rejected)
-    return _text(prompt, "prompt"), chosen, rejected
+    return checked_text(prompt, "prompt"), chosen, rejected
 
 
 def _explicit_messages(prompt: Any, chosen: list, rejected: list) -> tuple[tuple[Message, ...], str, str]:
     if isinstance(prompt, str):
-        raise _UnusableError(
+        raise UnusableError(
             "prompt is text but the responses are lists: give a list of messages, or set data.format=ultrafeedback"
         )
-    messages, responses = _prompt(_messages(prompt, "prompt")), []
+    messages, responses = _prompt(checked_messages(prompt, "prompt")), []
     for side, value in (("chosen", chosen), ("rejected", rejected)):
-        response = _messages(value, side)
+        response = checked_messages(value, side)
         if len(response) != 1 or response[0].role != "assistant":
-            raise _UnusableError(f"{side}: expected exactly one assistant message after an explicit prompt")
+            raise UnusableError(f"{side}: expected exactly one assistant message after an explicit prompt")
         responses.append(response[0].content)
     return messages, responses[0], responses[1]
 
@@ -295,13 +295,13 @@ def _two_conversations(row: dict) -> tuple[tuple[Message, ...], str, str]:
     """Two whole conversations that agree in all but their last messages, which are the responses."""
     sides = []
     for side in ("chosen", "rejected"):
-        conversation = _messages(_get(row, side), side)
+        conversation = checked_messages(_get(row, side), side)
         if not conversation or conversation[-1].role != "assistant":
-            raise _UnusableError(f"{side}: the last message must be the assistant's")
+            raise UnusableError(f"{side}: the last message must be the assistant's")
         sides.append(conversation)
     chosen, rejected = sides
     if chosen[:-1] != rejected[:-1]:
-        raise _UnusableError("the prompts of chosen and rejected differ")
+        raise UnusableError("the prompts of chosen and rejected differ")
     return _prompt(chosen[:-1]), chosen[-1].content, rejected[-1].content
 
 
@@ -318,35 +318,35 @@ def _implicit_text(chosen: str, rejected: str) -> tuple[str, str, str]:
             continue
         if chosen[:cut].strip() and chosen[cut:].strip() and rejected[cut:].strip():
             return chosen[:cut], chosen[cut:], rejected[cut:]
-    raise _UnusableError("chosen and rejected share no first word: give an explicit prompt")
+    raise UnusableError("chosen and rejected share no first word: give an explicit prompt")
 
 
 def _prompt(messages: tuple[Message, ...]) -> tuple[Message, ...]:
     roles = [message.role for message in messages]
     if "user" not in roles:
-        raise _UnusableError("the prompt holds no user message")
+        raise UnusableError("the prompt holds no user message")
     if roles[-1] not in ("user", "tool"):
-        raise _UnusableError("the prompt must end with a user or tool message")
+        raise UnusableError("the prompt must end with a user or tool message")
     if "system" in roles[1:]:
-        raise _UnusableError("a system message stands after the first message")
+        raise UnusableError("a system message stands after the first message")
     return messages
 
 
-def _messages(value: Any, key: str) -> tuple[Message, ...]:
+def checked_messages(value: Any, key: str) -> tuple[Message, ...]:
     if not isinstance(value, list):
-        raise _UnusableError(f"{key}: expected a list of messages, got {_kind(value)}")
+        raise UnusableError(f"{key}: expected a list of messages, got {_kind(value)}")
     messages = []
     for number, item in enumerate(value, 1):
         where = f"{key}, message {number}"
         if not isinstance(item, dict):
-            raise _UnusableError(f"{where}: expected an object, got {_kind(item)}")
-        role = _text(_get(item, "role", where), f"{where}, role")
+            raise UnusableError(f"{where}: expected an object, got {_kind(item)}")
+        role = checked_text(_get(item, "role", where), f"{where}, role")
         if role not in ROLES:
-            raise _UnusableError(f"{where}: the role must be one of {', '.join(ROLES)}")
-        content = _text(_get(item, "content", where), f"{where}, content")
+            raise UnusableError(f"{where}: the role must be one of {', '.join(ROLES)}")
+        content = checked_text(_get(item, "content", where), f"{where}, content")
         # Tool calls and the like change what a chat template writes: leaving them out would train on another text.
         if any(item[name] not in (None, [], "") for name in item.keys() - {"role", "content"}):
-            raise _UnusableError(f"{where}: holds more than role and content, which is not supported")
+            raise UnusableError(f"{where}: holds more than role and content, which is not supported")
         messages.append(Message(role, content))
     return tuple(messages)
 
@@ -358,39 +358,39 @@ def _scores(row: dict, *, required: bool) -> tuple[float | None, float | None]:
         if value is None and not required:
             scores.append(None)
         elif isinstance(value, bool) or not isinstance(value, int | float):
-            raise _UnusableError(f"{key}: expected a number, got {_kind(value)}")
+            raise UnusableError(f"{key}: expected a number, got {_kind(value)}")
         elif not abs(value) <= 1e38:  # kept as float32, whose largest is 3.4e38; false for NaN
-            raise _UnusableError(f"{key}: not a finite number of ordinary size")
+            raise UnusableError(f"{key}: not a finite number of ordinary size")
         else:
             scores.append(float(value))
     return scores[0], scores[1]
 
 
-def _row_id(row: dict, keys: tuple[str, ...], line: int) -> str:
+def checked_id(row: dict, keys: tuple[str, ...], line: int) -> str:
     for key in keys:
         value = row.get(key)
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, str | int):
-            raise _UnusableError(f"{key}: expected text or an integer, got {_kind(value)}")
-        return _text(str(value), key)
+            raise UnusableError(f"{key}: expected text or an integer, got {_kind(value)}")
+        return checked_text(str(value), key)
     return str(line - 1)
 
 
 def _get(row: dict, key: str, where: str = "") -> Any:
     if key not in row:
-        raise _UnusableError(f"{where}: missing key {key!r}" if where else f"missing key {key!r}")
+        raise UnusableError(f"{where}: missing key {key!r}" if where else f"missing key {key!r}")
     return row[key]
 
 
-def _text(value: Any, name: str) -> str:
+def checked_text(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise _UnusableError(f"{name}: expected text, got {_kind(value)}")
+        raise UnusableError(f"{name}: expected text, got {_kind(value)}")
     if "\0" in value:
-        raise _UnusableError(f"{name}: holds a NUL character")
+        raise UnusableError(f"{name}: holds a NUL character")
     # JSON can write half of a surrogate pair, which no tokenizer can encode.
     if not value.isascii() and re.search("[\ud800-\udfff]", value):
-        raise _UnusableError(f"{name}: holds a lone surrogate, which is not valid Unicode")
+        raise UnusableError(f"{name}: holds a lone surrogate, which is not valid Unicode")
     return value
 
 

@@ -26,7 +26,7 @@ import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sr_dpo_jax.data.mid_text import MidText, text_ids
-from sr_dpo_jax.data.rows import BadRow, Pair
+from sr_dpo_jax.data.rows import BadRow, Message, Pair
 from sr_dpo_jax.errors import UsageError
 
 LOG = logging.getLogger(__name__)
@@ -208,6 +208,11 @@ class PairEncoder:
             except _UnusableError as error:
                 results.append(BadRow(pair.file, pair.line, str(error)))
         return results
+
+    def prompt_ids(self, prompts: Sequence[str | tuple[Message, ...]]) -> list[list[int] | BadRow]:
+        """Ids of prompts that wait for a response, exactly as `encode` makes them; a bad one's line is its number."""
+        pairs = [Pair(str(number), "", number, prompt, "a", "a") for number, prompt in enumerate(prompts, 1)]
+        return [result if isinstance(result, BadRow) else result.prompt for result in self.encode(pairs)]
 
     def _prompts(self, texts: list[_Text]) -> list[tuple[tuple[int, ...], tuple[int, ...], list[int]]]:
         """Ids of head, p and prompt of each text."""

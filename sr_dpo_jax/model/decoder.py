@@ -201,17 +201,18 @@ class Decoder(nnx.Module):
 
         if self.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        embedded = [self._embed(plain)]
+        embedded = [self.embed(plain.tokens)]
         if augmented is not None:
-            embedded.append(jax.lax.stop_gradient(self._embed(augmented)))
+            embedded.append(jax.lax.stop_gradient(self.embed(augmented.tokens)))
         kinds = jnp.asarray(self.architecture.kind_of_layer, jnp.int32)
         hidden, _ = jax.lax.scan(layer, tuple(embedded), (stacked, kinds))
         if augmented is None:
             return self.final_norm(hidden[0]), None
         return self.final_norm(hidden[0]), jax.lax.stop_gradient(self.final_norm(hidden[1]))
 
-    def _embed(self, rows: Rows) -> Array:
-        embedded = look_up(self.embedding[...], rows.tokens, self.dtype, self.constrain)
+    def embed(self, tokens: Array) -> Array:
+        """`[R, T]` token ids -> what enters the first layer, `[R, T, d]`."""
+        embedded = look_up(self.embedding[...], tokens, self.dtype, self.constrain)
         # In the activations' type: models with a scale were trained with the factor rounded to it.
         embedded *= jnp.asarray(self.architecture.embedding_scale, self.dtype)
         return self.constrain(embedded, ("rows", None, None))

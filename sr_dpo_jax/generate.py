@@ -1,0 +1,266 @@
+"""`sr-dpo generate`: responses to a file of prompts, many at a time, with finished slots refilled at once.
+
+    prompts    JSON lines with `prompt` (text, or a list of messages) or `messages`; an `id`, else the 0-based number
+    output     the same lines in the same order, each with `response`, `response_tokens` and `finish_reason`:
+               `end` (an end-of-sequence token), `stop` (a stop string) or `length`
+
+While it runs, finished lines are in OUTPUT.partial; the same command goes on from there.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from sr_dpo_jax import mesh as meshes
+from sr_dpo_jax.assembly import Assembly, assemble, read_model
+from sr_dpo_jax.config import Config
+from sr_dpo_jax.data.fit import end_tokens
+from sr_dpo_jax.data.prompts import PromptLine, read_prompts
+from sr_dpo_jax.data.rows import BadRow
+from sr_dpo_jax.data.tokens import PairEncoder
+from sr_dpo_jax.decode import Sampling, State, make_programs, make_state
+from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.evaluate import latest_params
+from sr_dpo_jax.metrics import Progress
+
+log = logging.getLogger(__name__)
+
+TOKENS_A_CALL = 16
+"""Between two looks at what has finished: a slot idles for half of this, and the host is asked a sixteenth as often."""
+PROMPT_MULTIPLE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One prompt to respond to."""
+
+    index: int
+    """Its place in the file."""
+    ids: list[int]
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Response:
+    ids: list[int]
+    """Without the end-of-sequence token."""
+    text: str
+    finish_reason: str
+
+
+class Generator:
+    """Continues prompts on the mesh, S at a time.
+
+    Args:
+      assembly: model and mesh.
+      params: its parameters.
+      tokenizer: decodes the responses.
+      sampling: how tokens are drawn.
+      slots: S.
+      longest_prompt_tokens: no prompt is longer.
+      max_new_tokens: most tokens of a response, end-of-sequence included.
+      stop: strings that end a response.
+
+    Raises:
+      UsageError: the slots do not divide over the devices.
+    """
+
+    def __init__(
+        self,
+        assembly: Assembly,
+        params: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: Sampling,
+        *,
+        slots: int,
+        longest_prompt_tokens: int,
+        max_new_tokens: int,
+        stop: tuple[str, ...],
+    ):
+        self._params, self._tokenizer, self._sampling, self._stop = params, tokenizer, sampling, stop
+        self._max_new_tokens, self._slots = max_new_tokens, slots
+        self._prompt_tokens = -(-longest_prompt_tokens // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
+        # Prompts are read a few at a time: a slot that comes free must not make all the others wait for a full batch.
+        shards = meshes.row_shards(assembly.mesh)
+        self._read_batch = max(shards, slots // 4 // shards * shards)
+        positions = self._prompt_tokens + max_new_tokens
+        self._state: State = make_state(assembly.graph, params, slots=slots, positions=positions, mesh=assembly.mesh)
+        self._read, self._proceed = make_programs(
+            assembly.graph, sampling, self._state, tokens_a_call=TOKENS_A_CALL, mesh=assembly.mesh
+        )
+
+    def respond(self, prompts: list[Prompt]) -> Iterator[tuple[Prompt, Response]]:
+        """Responses in the order in which they finish. All processes see the same."""
+        waiting = list(reversed(prompts))
+        held: dict[int, tuple[Prompt, list[int]]] = {}
+        while waiting or held:
+            free = [slot for slot in range(self._slots) if slot not in held]
+            while waiting and free:
+                batch = [(free.pop(0), waiting.pop()) for _ in range(min(len(free), len(waiting), self._read_batch))]
+                for (slot, prompt), token in zip(batch, self._read_prompts(batch), strict=True):
+                    held[slot] = (prompt, [int(token)])
+            yield from self._collect(held)
+            if held:
+                self._state, tokens = self._proceed(self._params, self._state)
+                for slot, (_, ids) in held.items():
+                    ids.extend(np.asarray(tokens)[:, slot].tolist())
+                yield from self._collect(held)
+
+    def _read_prompts(self, batch: list[tuple[int, Prompt]]) -> np.ndarray:
+        """Puts prompts into slots; returns the first token of each response."""
+        size = self._read_batch
+        ids, lengths = np.zeros((size, self._prompt_tokens), np.int32), np.ones(size, np.int32)
+        slots, limits = np.full(size, self._slots, np.int32), np.zeros(size, np.int32)
+        seeds = np.zeros(size, np.uint32)
+        for place, (slot, prompt) in enumerate(batch):
+            ids[place, : len(prompt.ids)] = prompt.ids
+            lengths[place], slots[place], seeds[place] = len(prompt.ids), slot, prompt.seed
+            limits[place] = len(prompt.ids) + self._max_new_tokens - 1
+        self._state, tokens = self._read(self._params, self._state, ids, lengths, slots, limits, seeds)
+        return np.asarray(tokens)[: len(batch)]
+
+    def _collect(self, held: dict[int, tuple[Prompt, list[int]]]) -> Iterator[tuple[Prompt, Response]]:
+        """Takes what has finished out of the slots."""
+        for slot in sorted(held):
+            prompt, ids = held[slot]
+            response = self._finished(ids)
+            if response is not None:
+                del held[slot]
+                yield prompt, response
+
+    def _finished(self, ids: list[int]) -> Response | None:
+        ends = [place for place, token in enumerate(ids) if token in self._sampling.end_tokens]
+        kept = ids[: ends[0]] if ends else ids[: self._max_new_tokens]
+        text = self._tokenizer.decode(kept, skip_special_tokens=True)
+        stops = [place for place in (text.find(stop) for stop in self._stop) if place >= 0]
+        if stops:
+            return Response(kept, text[: min(stops)], "stop")
+        if ends and ends[0] < self._max_new_tokens:
+            return Response(kept, text, "end")
+        return Response(kept, text, "length") if len(ids) >= self._max_new_tokens else None
+
+
+def generate_command(config: Config, prompts_file: Path, output: Path) -> int:
+    """`sr-dpo generate`: responses of the latest checkpoint of output_dir, or of model.path; returns how many."""
+    if not output.parent.is_dir() or output.is_dir():
+        raise UsageError(f"--output {output}: names a directory, or stands in one that does not exist; name a file")
+    directory, tokenizer = read_model(config)
+    lines = read_prompts(str(prompts_file))
+    encoder = PairEncoder(tokenizer, augmentation_prompt=None)
+    encoded = encoder.prompt_ids([line.prompt for line in lines])
+    bad = [result for result in encoded if isinstance(result, BadRow)]
+    if bad:
+        reasons = "\n  ".join(f"prompt {result.line}: {result.reason}" for result in bad[:20])
+        raise UsageError(f"{prompts_file}: {len(bad)} prompts cannot be used:\n  {reasons}")
+    section = config.generation
+    sampling = Sampling(section.temperature, section.top_k, section.top_p, end_tokens(tokenizer, directory.path))
+    assembly = assemble(config, directory)
+    params, step = latest_params(assembly, None)
+    settings = _settings(config, assembly, lines, step)
+    finished = _read_partial(output, settings)
+    prompts = [
+        Prompt(index, ids, seed=(config.seed * 1_000_003 + index) % 2**32)
+        for index, ids in enumerate(encoded)
+        if index not in finished
+    ]
+    if prompts:
+        generator = Generator(
+            assembly,
+            params,
+            tokenizer,
+            sampling,
+            slots=section.slots,
+            longest_prompt_tokens=max(map(len, encoded)),
+            max_new_tokens=section.max_new_tokens,
+            stop=section.stop,
+        )
+        _run(generator, prompts, output, settings, finished)
+    if jax.process_index() == 0:
+        _write_all(output, lines, finished)
+    return len(lines)
+
+
+def _run(
+    generator: Generator, prompts: list[Prompt], output: Path, settings: str, finished: dict[int, dict[str, Any]]
+) -> None:
+    leader = jax.process_index() == 0
+    done, total = len(finished), len(finished) + len(prompts)
+    with Progress("generate", total=total, active=leader) as progress, _Partial(output, settings, leader) as partial:
+        for number, (prompt, response) in enumerate(generator.respond(prompts), done + 1):
+            finished[prompt.index] = {
+                "response": response.text,
+                "response_tokens": len(response.ids),
+                "finish_reason": response.finish_reason,
+            }
+            partial.append({"index": prompt.index, **finished[prompt.index]})
+            progress.update(number)
+
+
+def _settings(config: Config, assembly: Assembly, lines: Sequence[PromptLine], step: int) -> str:
+    """A digest of all that the responses depend on: a file begun with other settings is not gone on with."""
+    parts = [config.generation.model_dump(), config.seed, config.model.dtype, assembly.base_digest, step]
+    parts += [config.output_dir if step else None, [line.row for line in lines]]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _partial_path(output: Path) -> Path:
+    return output.with_name(output.name + ".partial")
+
+
+class _Partial:
+    """Lines of responses that are done, behind a first line with the settings. Process 0 writes it."""
+
+    def __init__(self, output: Path, settings: str, active: bool):
+        self._path, self._settings, self._active = _partial_path(output), settings, active
+
+    def __enter__(self) -> "_Partial":
+        if self._active:
+            begun = self._path.exists()
+            self._file = self._path.open("a", encoding="utf-8")
+            if not begun:
+                self.append({"settings": self._settings})
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._active:
+            self._file.close()
+
+    def append(self, line: dict[str, Any]) -> None:
+        if self._active:
+            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            self._file.flush()
+
+
+def _read_partial(output: Path, settings: str) -> dict[int, dict[str, Any]]:
+    """Responses that an interrupted run of the same settings left, by place in the file of prompts."""
+    path = _partial_path(output)
+    if not path.exists():
+        return {}
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()  # a kill cut it short
+    records = [json.loads(line) for line in lines]
+    if not records or records[0].get("settings") != settings:
+        raise UsageError(
+            f"{path}: was begun with other prompts, weights or generation settings; finish it with those, or delete it"
+        )
+    path.write_text("".join(lines), encoding="utf-8")
+    log.info("%s: going on after %d responses", path, len(records) - 1)
+    return {record.pop("index"): record for record in records[1:]}
+
+
+def _write_all(output: Path, lines: Sequence[PromptLine], finished: dict[int, dict[str, Any]]) -> None:
+    whole = output.with_name(output.name + ".whole")
+    with whole.open("w", encoding="utf-8") as file:
+        for index, line in enumerate(lines):
+            file.write(json.dumps({"id": line.id, **line.row, **finished[index]}, ensure_ascii=False) + "\n")
+    whole.replace(output)
+    _partial_path(output).unlink(missing_ok=True)

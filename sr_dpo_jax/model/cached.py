@@ -1,0 +1,100 @@
+"""The decoder one token after another: keys and values of what came before are kept instead of computed again.
+
+    cache      keys and values of every layer, `[L, S, C, K, D]`: S sequences side by side (slots), C positions each
+    advance    reads T new tokens of each sequence, from a position of its own on: T = 1 continues, T > 1 reads a prompt
+
+The blocks are those of `decoder.py`; only where keys come from differs. Attention is dense over the C positions: with
+one query a sequence there is nothing to skip that would be worth a kernel.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sr_dpo_jax.model.architecture import Architecture
+from sr_dpo_jax.model.attention import at_least_float32, soft_cap
+from sr_dpo_jax.model.decoder import Decoder, rotate, rotation_of
+
+Array = jax.Array
+
+NO_WINDOW = 2**30
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys, rotated, and values; a position that was never written is never read."""
+
+    key: Array
+    """`[L, S, C, K, D]`."""
+    value: Array
+    """`[L, S, C, K, D]`."""
+
+
+def cache_shape(architecture: Architecture, *, slots: int, positions: int) -> tuple[int, ...]:
+    """`(L, S, C, K, D)`."""
+    a = architecture
+    return a.layers, slots, positions, a.kv_heads, a.head_dim
+
+
+CACHE_AXES = ("layers", "rows", None, "kv_heads", "head_dim")
+"""Logical axes of a cache: sequences lie as rows do, heads as their weights."""
+
+
+def advance(decoder: Decoder, cache: Cache, tokens: Array, start: Array) -> tuple[Array, Cache]:
+    """Hidden states of new tokens, given all that each sequence's cache holds before them.
+
+    Args:
+      decoder: the model.
+      cache: holds positions 0 to start − 1 of each sequence.
+      tokens: `[S, T]` int32.
+      start: `[S]` int32, position of each sequence's first new token. start + T must not exceed C.
+
+    Returns:
+      Hidden states after the final norm, `[S, T, d]`, and the cache with the T new positions of each sequence.
+    """
+    a = decoder.architecture
+    positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    wide = at_least_float32(decoder.dtype)
+    rotations = [rotation_of(positions, kind.rope, wide) for kind in a.kinds]
+    windows = jnp.asarray([NO_WINDOW if kind.window is None else kind.window for kind in a.kinds], jnp.int32)
+    block, stacked = nnx.split(decoder.layers)
+
+    def layer(x: Array, of_layer: tuple[nnx.State, Array, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+        params, kind, keys, values = of_layer
+        updated: list[tuple[Array, Array]] = []
+
+        def mix(query: Array, key: Array, value: Array) -> Array:
+            rotated = [(rotate(query, rotation), rotate(key, rotation)) for rotation in rotations]
+            query, key = rotated[0]
+            for number, (other_query, other_key) in enumerate(rotated[1:], 1):
+                query, key = jnp.where(kind == number, other_query, query), jnp.where(kind == number, other_key, key)
+            updated.append((_written(keys, key, start), _written(values, value, start)))
+            return _attend(query, *updated[0], positions, windows[kind], a)
+
+        x = nnx.merge(block, params)(x, mix)
+        return decoder.constrain(x, ("rows", None, None)), updated[0]
+
+    kinds = jnp.asarray(a.kind_of_layer, jnp.int32)
+    x, (keys, values) = jax.lax.scan(layer, decoder.embed(tokens), (stacked, kinds, cache.key, cache.value))
+    return decoder.final_norm(x), Cache(keys, values)
+
+
+def _written(cache: Array, new: Array, start: Array) -> Array:
+    """`[S, C, K, D]` with `[S, T, K, D]` from each sequence's start on."""
+    write = jax.vmap(lambda of_slot, part, at: jax.lax.dynamic_update_slice(of_slot, part, (at, 0, 0)))
+    return write(cache, new.astype(cache.dtype), start)
+
+
+def _attend(query: Array, keys: Array, values: Array, positions: Array, window: Array, a: Architecture) -> Array:
+    """`[S, T, H, D]`: softmax over the positions up to the query's own, within its window."""
+    slots, length, heads, head_dim = query.shape
+    query = query.reshape(slots, length, keys.shape[2], -1, head_dim)
+    scores = jnp.einsum("stkgd,sckd->skgtc", query, keys, preferred_element_type=at_least_float32(query.dtype))
+    scores = soft_cap(scores * a.query_scale, a.attention_cap)
+    distance = positions[..., None] - jnp.arange(keys.shape[1])
+    seen = (distance >= 0) & (distance < window)
+    weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -jnp.inf), axis=-1).astype(values.dtype)
+    return jnp.einsum("skgtc,sckd->stkgd", weights, values).reshape(slots, length, heads, head_dim)
