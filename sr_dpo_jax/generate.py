@@ -160,6 +160,13 @@ def generate_command(config: Config, prompts_file: Path, output: Path) -> int:
     if bad:
         reasons = "\n  ".join(f"prompt {result.line}: {result.reason}" for result in bad[:20])
         raise UsageError(f"{prompts_file}: {len(bad)} prompts cannot be used:\n  {reasons}")
+    vocabulary_tokens = directory.architecture.vocabulary_tokens
+    beyond = [line.id for line, ids in zip(lines, encoded, strict=True) if max(ids) >= vocabulary_tokens]
+    if beyond:
+        raise UsageError(
+            f"{prompts_file}: {len(beyond)} prompts, the first of id {beyond[0]!r}, hold an added token for which the "
+            f"model has no row among its {vocabulary_tokens}; remove it from the prompts or the chat template"
+        )
     section = config.generation
     sampling = Sampling(section.temperature, section.top_k, section.top_p, end_tokens(tokenizer, directory.path))
     assembly = assemble(config, directory)
