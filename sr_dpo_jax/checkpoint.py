@@ -3,82 +3,172 @@
     checkpoints/<step>/state      arrays, sharded as on the mesh
     checkpoints/<step>/position   JSON: where the data goes on
     checkpoints/<step>/config     JSON: the resolved configuration
+    checkpoints/<step>/digests    what `integrity.py` checks all of it against
 
-A step counts optimizer updates done. Orbax writes to a temporary name and renames, so a directory that is there is
-whole.
+A step counts steps of the plan done. Orbax writes to a temporary name and renames; then, still in the background, what
+is on the disk is read back and compared with what was on the devices, and only that makes it a checkpoint. Older ones
+are deleted after that and not before; what is damaged, cut short or foreign is never deleted, at most renamed.
 """
 
 import contextlib
+import logging
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
-from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax import integrity
+from sr_dpo_jax.errors import RunError, UsageError
+from sr_dpo_jax.mesh import largest
 from sr_dpo_jax.train_step import Params, TrainState
 from sr_dpo_jax.weights.layout import flatten, unflatten
 
+log = logging.getLogger(__name__)
+
+GOOD, UNVERIFIED, DAMAGED = range(3)
+CONDEMNED = ".deleting"
+LEDGER = "last_verified"
+"""Names the newest verified step: where there was one and none is left, starting from step 0 would hide the loss."""
+MOST_STEPS = 1024
+"""Of one directory, that processes tell each other of."""
+
 
 class Checkpoints:
-    """The checkpoints of one run directory.
+    """The checkpoints of one run directory. In a run of several processes all of them make the same calls.
 
     Args:
       output_dir: the run directory.
-      keep: how many of the newest stay; None keeps all.
+      keep: how many of the newest verified ones stay; None keeps all.
       read_only: refuses to write, and makes no directory.
+      strict: a damaged checkpoint is refused instead of passed over for an older one.
     """
 
-    def __init__(self, output_dir: str | Path, *, keep: int | None = None, read_only: bool = False):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=not read_only, read_only=read_only)
-        self._directory = Path(output_dir).absolute() / "checkpoints"
-        self._manager = ocp.CheckpointManager(self._directory, options=options)
+    def __init__(
+        self, output_dir: str | Path, *, keep: int | None = None, read_only: bool = False, strict: bool = False
+    ):
+        self.directory = Path(output_dir).absolute() / "checkpoints"
+        self._keep, self._read_only, self._strict = keep, read_only, strict
+        self._leader = jax.process_index() == 0
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._background = ThreadPoolExecutor(1, "verify")
+        self._pending: tuple[int, Future[None]] | None = None
+        self._failures = 0
+        if self._leader and not read_only:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for half_deleted in self.directory.glob(f"*{CONDEMNED}"):
+                shutil.rmtree(half_deleted)
 
-    @property
-    def latest(self) -> int | None:
-        """The highest step that is committed, or None."""
-        return self._manager.latest_step()
+    def newest_good(self, *, prefix: str = "") -> int | None:
+        """The highest step whose bytes are those that were saved; None where nothing was ever saved whole.
+
+        Args:
+          prefix: of the arrays that matter: "params." where the optimizer's state is not read.
+
+        Raises:
+          UsageError: every checkpoint is damaged, or with `strict` the newest.
+        """
+        damaged = []
+        steps = self._listing()
+        for step in steps:
+            verdict, reason = self._judge(step, prefix)
+            if verdict == GOOD:
+                return step
+            log.warning("%s: passed over: %s", self.directory / str(step), reason)
+            if verdict == DAMAGED:
+                damaged.append(step)
+                if self._strict:
+                    raise UsageError(
+                        f"{self.directory / str(step)}: {reason}; checkpoint.strict=true refuses to go back to an "
+                        "older one: restore the directory, or set it to false"
+                    )
+                self._set_aside(step, "damaged")
+        if damaged or (self.directory / LEDGER).exists():
+            raise UsageError(
+                f"{self.directory}: none of the checkpoints {steps} can be used (reasons above); restore one from a "
+                "copy, or choose another output_dir to start again"
+            )
+        return None
 
     def save(self, step: int, state: TrainState, *, position: dict[str, Any], config: dict[str, Any]) -> None:
-        """Copies the state off the devices and writes it in the background; an earlier failed save raises here."""
-        self._manager.check_for_errors()
-        saved = self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_as_dict(state)),
-                position=ocp.args.JsonSave(position),
-                config=ocp.args.JsonSave(config),
-            ),
+        """Copies the state off the devices, and writes and verifies it in the background; see `save_failed`."""
+        if self._pending is not None:
+            raise RuntimeError("ask save_failed(wait=True) before the next save")
+        path, tree = self.directory / str(step), _as_dict(state)
+        if path.exists():
+            self._set_aside(step, "unverified")
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardSave(tree), position=ocp.args.JsonSave(position), config=ocp.args.JsonSave(config)
         )
-        if not saved:
-            raise RuntimeError(f"{self._directory}: Orbax declined to save step {step}")
+        try:
+            self._checkpointer.save(path, args=arguments)
+        except (OSError, ValueError, RuntimeError) as error:
+            failed: Future[None] = Future()
+            failed.set_exception(error)
+            self._pending = step, failed
+            return
+        shards = integrity.host_shards(tree)
+        self._pending = step, self._background.submit(self._verify, step, shards)
 
-    def restore(self, abstract: TrainState, *, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
-        """State and data position of `step`, or of the latest.
+    def save_failed(self, *, wait: bool = False) -> bool:
+        """Whether the last save has failed, so that the state must be saved again; asked after every step.
+
+        Args:
+          wait: until the save is verified or has failed.
+
+        Raises:
+          RunError: it failed for the second time in a row, held values that are not finite, or failed in a run of
+            several processes, which cannot agree on another attempt: starting them again is the other attempt.
+        """
+        if self._pending is None or not (wait or self._pending[1].done()):
+            return False
+        (step, future), self._pending = self._pending, None
+        error = future.exception()
+        if error is None:
+            self._failures = 0
+            return False
+        self._failures += 1
+        message = f"{self.directory}: saving step {step} failed ({type(error).__name__}: {_first_line(error)})"
+        if self._failures > 1 or jax.process_count() > 1 or isinstance(error, FloatingPointError):
+            raise RunError(
+                f"{message}; the checkpoints before it are untouched, and the same command goes on from them"
+            )
+        log.error("%s; trying once more", message)
+        return True
+
+    def restore(self, abstract: TrainState, *, step: int) -> tuple[TrainState, dict[str, Any]]:
+        """State and data position of a step that `newest_good` or `existing` gave.
 
         Args:
           abstract: shapes, types and shardings of the state; any mesh will do.
 
         Raises:
-          UsageError: the step is not there, or its arrays have other shapes than the configured model.
+          UsageError: its arrays have other shapes than the configured model.
         """
-        step = self.existing(step)
         arguments = ocp.args.Composite(
             state=ocp.args.StandardRestore(_as_dict(abstract)), position=ocp.args.JsonRestore()
         )
-        with _shape_errors(self._directory / str(step)):
-            restored = self._manager.restore(step, args=arguments)
+        path = self.directory / str(step)
+        with _shape_errors(path):
+            restored = self._checkpointer.restore(path, args=arguments)
         return TrainState(**restored["state"]), restored["position"]
 
-    def restore_params(self, shapes: Params, shardings: Params, *, step: int | None = None) -> Params:
-        """The parameters of `step`, or of the latest; the optimizer's state is not read.
+    def restore_position(self, step: int) -> dict[str, Any]:
+        """The data position alone: what `save` was given."""
+        arguments = ocp.args.Composite(position=ocp.args.JsonRestore())
+        return self._checkpointer.restore(self.directory / str(step), args=arguments)["position"]
+
+    def restore_params(self, shapes: Params, shardings: Params, *, step: int) -> Params:
+        """The parameters of a step that `newest_good` or `existing` gave; the optimizer's state is not read.
 
         Raises:
-          UsageError: the step is not there, or its parameters have other shapes.
+          UsageError: its parameters have other shapes.
         """
-        step = self.existing(step)
         wanted = jax.tree.map(
             lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where), shapes, shardings
         )
@@ -88,8 +178,9 @@ class Checkpoints:
         arguments = ocp.args.PyTreeRestore(
             item={"params": wanted}, restore_args={"params": restore_args}, partial_restore=True
         )
-        with _shape_errors(self._directory / str(step)):
-            restored = self._manager.restore(step, args=ocp.args.Composite(state=arguments))
+        path = self.directory / str(step)
+        with _shape_errors(path):
+            restored = self._checkpointer.restore(path, args=ocp.args.Composite(state=arguments))
         return restored["state"]["params"]
 
     def check_params(self, shapes: Mapping[str, tuple[int, ...]], *, step: int) -> None:
@@ -98,7 +189,7 @@ class Checkpoints:
         Raises:
           UsageError: parameters are missing, extra or of other shapes; all are named.
         """
-        path = self._directory / str(step)
+        path = self.directory / str(step)
         with ocp.StandardCheckpointer() as checkpointer:
             tree = checkpointer.metadata(path / "state").item_metadata.tree
         held = {name: tuple(leaf.shape) for name, leaf in flatten(tree["params"]).items()}
@@ -119,27 +210,99 @@ class Checkpoints:
         arguments = ocp.args.PyTreeRestore(
             item={"params": wanted}, restore_args={"params": restore_args}, partial_restore=True
         )
-        restored = self._manager.restore(step, args=ocp.args.Composite(state=arguments))
+        restored = self._checkpointer.restore(self.directory / str(step), args=ocp.args.Composite(state=arguments))
         return flatten(restored["state"]["params"])
 
+    def existing(self, step: int | None, *, prefix: str = "params.") -> int:
+        """The step itself, verified, or the newest good one for None; raises UsageError where there is none."""
+        if step is None:
+            step = self.newest_good(prefix=prefix)
+            if step is not None:
+                return step
+        there = self._listing()
+        if step not in there:
+            raise UsageError(f"{self.directory}: no checkpoint of step {step}; there are {there[::-1]}")
+        verdict, reason = self._judge(step, prefix)
+        if verdict != GOOD:
+            raise UsageError(f"{self.directory / str(step)}: {reason}; choose another step of {there[::-1]}")
+        return step
+
     def finish(self, step: int) -> None:
-        """Waits for all writes; raises unless the checkpoint of `step` is committed."""
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
-        self._manager.reload()
-        if step not in self._manager.all_steps():
-            raise RuntimeError(f"{self._directory}: the checkpoint of step {step} was not committed")
-        self._manager.close()
+        """After the last `save_failed(wait=True)`: raises unless all processes have verified the step's checkpoint."""
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("checkpoints verified")
+        if not integrity.is_verified(self.directory / str(step)):
+            raise RunError(f"{self.directory}: the checkpoint of step {step} was not verified by all processes")
+        if self._leader:
+            self._prune()
+        self.close()
+
+    def verified_steps(self) -> list[int]:
+        """Steps that all processes have verified when they were saved, lowest first."""
+        paths = self.directory.iterdir() if self.directory.is_dir() else ()
+        return sorted(int(path.name) for path in paths if path.name.isdigit() and integrity.is_verified(path))
 
     def close(self) -> None:
-        self._manager.close()
+        self._background.shutdown()
+        self._checkpointer.close()
 
-    def existing(self, step: int | None) -> int:
-        """The step itself, or the latest for None; raises UsageError where it is not there."""
-        step = self.latest if step is None else step
-        if step is None or step not in self._manager.all_steps():
-            raise UsageError(f"{self._directory}: no checkpoint of step {step}; there are {self._manager.all_steps()}")
-        return step
+    def _verify(self, step: int, shards: list[tuple[str, integrity.Ranges, np.ndarray]]) -> None:
+        """In the background: hashes, waits for the commit, reads back, writes the digests, deletes what is too old."""
+        path = self.directory / str(step)
+        digests = integrity.digest_shards(shards)
+        shards.clear()
+        self._checkpointer.wait_until_finished()
+        integrity.check_shards(path, digests)
+        integrity.write(path, digests, process=jax.process_index(), processes=jax.process_count())
+        if self._leader:
+            self._prune()
+
+    def _judge(self, step: int, prefix: str) -> tuple[int, str]:
+        """The verdict that all processes agree on, each having read its share, and a reason."""
+        verdict, reason = GOOD, "another process found its part damaged"
+        share = jax.process_index(), jax.process_count()
+        try:
+            integrity.check(self.directory / str(step), prefix=prefix, share=share)
+        except integrity.Unverified as error:
+            verdict, reason = UNVERIFIED, str(error)
+        except integrity.Damaged as error:
+            verdict, reason = DAMAGED, str(error)
+        return largest(verdict), reason
+
+    def _listing(self) -> list[int]:
+        """Steps that have a directory, highest first, as process 0 sees them."""
+        steps = np.full(MOST_STEPS, -1)
+        if self._leader and self.directory.is_dir():
+            numbered = [path for path in self.directory.iterdir() if path.name.isdigit() and path.is_dir()]
+            found = sorted((int(path.name) for path in numbered if str(int(path.name)) == path.name), reverse=True)
+            steps[: len(found)] = found[:MOST_STEPS]
+            known = {LEDGER, *(str(step) for step in found)}
+            others = sorted({path.name for path in self.directory.iterdir()} - known)
+            if others:
+                log.warning("%s: not checkpoints, ignored: %s", self.directory, ", ".join(others))
+        if jax.process_count() > 1:
+            steps = np.asarray(multihost_utils.broadcast_one_to_all(steps))
+        return [int(step) for step in steps if step >= 0]
+
+    def _set_aside(self, step: int, why: str) -> None:
+        """Renames a directory that is no checkpoint, so that neither resuming nor deleting ever counts it as one."""
+        if not self._leader or self._read_only:
+            return
+        path = self.directory / str(step)
+        names = (f"{step}.{why}" + (f"-{number}" if number else "") for number in range(MOST_STEPS))
+        aside = next(self.directory / name for name in names if not (self.directory / name).exists())
+        path.rename(aside)
+        log.warning("%s: kept as %s; delete it when you have no use for it", path, aside.name)
+
+    def _prune(self) -> None:
+        verified = self.verified_steps()
+        if verified:
+            (self.directory / LEDGER).write_text(f"{verified[-1]}\n", encoding="utf-8")
+        for step in verified[: -self._keep] if self._keep else []:
+            path = self.directory / str(step)
+            condemned = path.with_name(path.name + CONDEMNED)
+            path.rename(condemned)
+            shutil.rmtree(condemned)
 
 
 @contextlib.contextmanager
@@ -151,6 +314,10 @@ def _shape_errors(path: Path) -> Iterator[None]:
             f"{path}: does not fit the configured model or optimizer ({error}); restore the configuration it was made "
             "with, or choose another output_dir"
         ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).split("\n")[0][:300]
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:

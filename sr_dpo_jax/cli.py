@@ -4,26 +4,56 @@ import argparse
 import logging
 import os
 import sys
+import threading
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from types import TracebackType
 
 from sr_dpo_jax import config as configuration
-from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.errors import RunError, UsageError
+from sr_dpo_jax.redaction import Formatter, redact
 
-EXIT_USAGE = 2
+EXIT_FAILED, EXIT_USAGE = 1, 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     options = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Formatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("sr_dpo_jax").setLevel(logging.INFO)
+    sys.excepthook = _fail
+    threading.excepthook = lambda thread: print(_traceback(thread.exc_value), file=sys.stderr)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # it warns of the forks that grain and orbax never make
     try:
         return options.run(options)
     except UsageError as error:
-        print(f"sr-dpo {options.command}: {error}", file=sys.stderr)
-        return EXIT_USAGE
+        print(redact(f"sr-dpo {options.command}: {error}"), file=sys.stderr)
+        return _end(EXIT_USAGE)
+    except RunError as error:
+        print(redact(f"sr-dpo {options.command}: {error}"), file=sys.stderr)
+        return _end(EXIT_FAILED)
+
+
+def _fail(_kind: type[BaseException], error: BaseException, _trace: TracebackType | None) -> None:
+    print(_traceback(error), file=sys.stderr)
+    _end(EXIT_FAILED)
+
+
+def _traceback(error: BaseException | None) -> str:
+    return redact("".join(traceback.format_exception(error))).rstrip()
+
+
+def _end(code: int) -> int:
+    """One process of several that fails leaves at once: at exit it would wait for the others, and they for it."""
+    jax = sys.modules.get("jax")
+    if jax is not None and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,7 +70,14 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the file's")
         return added
 
-    with_config(command("train", _train, "SFT or preference training; the same command again resumes"))
+    train = with_config(command("train", _train, "SFT or preference training; the same command again resumes"))
+    train.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="resumes although this key, named in the refusal, has another value than before; may be repeated",
+    )
     score = with_config(command("score", _score, "log-probabilities of every pair of data.path under model.path"))
     score.add_argument("--output", required=True, type=Path, metavar="FILE.jsonl")
     with_config(
@@ -74,7 +111,7 @@ def _train(options: argparse.Namespace) -> int:
     config = configuration.load(options.config, options.overrides)
     from sr_dpo_jax.loop import train
 
-    return train(config)
+    return train(config, allowed_changes=options.allow_change)
 
 
 def _score(options: argparse.Namespace) -> int:

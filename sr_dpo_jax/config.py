@@ -10,7 +10,7 @@ Next: `data/rows.py`, where `data.path` becomes checked pairs.
 import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.redaction import holds_secret, is_secret_name, redact
 
 PAPER_PROMPT = (
     "Please generate a response with a usefulness rating of 100 out of 100 for the following query. Note that the "
@@ -159,6 +160,8 @@ class Distributed(Section):
     """host:port of process 0. Null lets jax detect a TPU pod, Slurm or MPI by itself."""
     process_id: NonNegative | None = None
     """This process's number; goes with `coordinator_address`."""
+    heartbeat_timeout_s: Annotated[int, Field(ge=5)] = 20
+    """A process that has been silent for so long is dead, and all others end, to be started again together."""
 
 
 class Train(Section):
@@ -170,6 +173,11 @@ class Train(Section):
     """Traces so many steps for XProf, from the third that a process takes, into `output_dir`/profile."""
     eval_every_steps: Positive | None = None
     """Evaluates on `data.eval_path` so often; the end of a run is always evaluated where the path is given."""
+    max_skipped_steps: NonNegative = 10
+    """A step whose loss or gradient is not finite changes nothing, and its pairs are written to `skipped.jsonl`. More
+    such steps in a row than this end the run with exit code 1."""
+    hang_timeout_s: Positive = 1800
+    """A step or an evaluation batch that takes longer ends the process: all stacks are printed, the exit code is 1."""
 
 
 class Generation(Section):
@@ -192,6 +200,10 @@ class Checkpoint(Section):
     every_steps: Positive = 100
     """The last step is always saved too."""
     keep: Positive = 2
+    """How many verified ones stay. None is deleted before its successor is verified, so there is room for one more."""
+    strict: bool = False
+    """Refuses to go back to an older checkpoint where a newer one is damaged, and to go on with other versions of the
+    libraries than before; both are only said where it is false."""
 
 
 class Config(Section):
@@ -254,6 +266,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def from_dict(raw: dict[str, Any], *, where: str) -> Config:
     """Checks a nested mapping; `where` names its origin in error messages."""
+    secrets = list(_secrets(raw, ()))
+    if secrets:
+        raise UsageError("\n".join([f"{where}: {len(secrets)} problem(s)", *secrets]))
     try:
         # Strict JSON mode takes a list for a tuple and an integer for a float, and nothing else across types.
         config = Config.model_validate_json(json.dumps(raw))
@@ -271,6 +286,10 @@ def from_dict(raw: dict[str, Any], *, where: str) -> Config:
 def _parse(text: str, *, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader with one more number format)
+    except yaml.MarkedYAMLError as error:  # its own text quotes the line, which may hold what nobody should see
+        mark = error.problem_mark or error.context_mark
+        place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UsageError(f"{where}: not valid YAML{place}: {error.problem or error.context}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # PyYAML lets the last two through from `!!int abc`
         raise UsageError(f"{where}: not valid YAML: {error}") from error
 
@@ -286,6 +305,19 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise UsageError(f"override {key_path}: {'.'.join(sections[: depth + 1])} is a value, not a section")
     node[key] = _parse(value, where=f"override {key_path}")
+
+
+def _secrets(node: Any, key_path: tuple[str, ...]) -> Iterator[str]:
+    """Keys that hold or ask for a secret. Values are not shown, and nothing that is written could show them later."""
+    if isinstance(node, dict | list):
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            here = (*key_path, str(key))
+            if isinstance(node, dict) and is_secret_name(str(key)):
+                yield f"  {redact('.'.join(here))}: secrets come from the environment alone (HF_TOKEN); remove the key"
+            else:
+                yield from _secrets(value, here)
+    elif isinstance(node, str) and holds_secret(node):
+        yield f"  {redact('.'.join(key_path))}: its value holds a secret; secrets come from the environment alone"
 
 
 def _keys_at(location: Sequence[Any]) -> list[str]:

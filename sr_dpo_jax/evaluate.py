@@ -81,8 +81,9 @@ class HeldOut:
     reference: np.ndarray | None
     """`[N, 2 sides, 2 (plain, augmented)]` scores of the reference; None for sft."""
 
-    def metrics(self, params: Params) -> dict[str, float]:
-        return evaluate(self.objective, score_pairs(self.score_step, params, self.feed, self.pairs), self.reference)
+    def metrics(self, params: Params, progress: Callable[[int], None] = lambda done: None) -> dict[str, float]:
+        scores = score_pairs(self.score_step, params, self.feed, self.pairs, progress=progress)
+        return evaluate(self.objective, scores, self.reference)
 
 
 def evaluate(objective: Objective, policy: Scores, reference: np.ndarray | None) -> dict[str, float]:
@@ -176,8 +177,8 @@ def _one_pass(assembly: Assembly, pairs: TokenizedPairs, *, with_rejected: bool)
 def latest_params(assembly: Assembly, base: Params | None) -> tuple[Params, int]:
     """Parameters and step of the latest checkpoint of output_dir; without one those of model.path, and step 0."""
     if (Path(assembly.config.output_dir) / "checkpoints").is_dir():
-        checkpoints = Checkpoints(assembly.config.output_dir, read_only=True)
-        latest = checkpoints.latest
+        checkpoints = Checkpoints(assembly.config.output_dir, read_only=True, strict=assembly.config.checkpoint.strict)
+        latest = checkpoints.newest_good(prefix="params.")
         if latest is not None:
             params = checkpoints.restore_params(assembly.param_shapes, assembly.param_shardings, step=latest)
         checkpoints.close()

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sr_dpo_jax.errors import UsageError
@@ -30,18 +30,24 @@ TABLE: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def start_distributed(*, processes: int, coordinator_address: str | None, process_id: int | None) -> None:
+def start_distributed(
+    *, processes: int, coordinator_address: str | None, process_id: int | None, heartbeat_timeout_s: int
+) -> None:
     """Joins the run's processes; a run of one process needs nothing.
+
+    A process that has sent no heartbeat for `heartbeat_timeout_s` is taken for dead, and jax ends all others.
 
     Raises:
       UsageError: jax.distributed finds no cluster, or another number of processes than `distributed.processes`.
     """
     if processes > 1:
         if coordinator_address is not None:
-            jax.distributed.initialize(coordinator_address, processes, process_id)
+            jax.distributed.initialize(
+                coordinator_address, processes, process_id, heartbeat_timeout_seconds=heartbeat_timeout_s
+            )
         else:
             try:
-                jax.distributed.initialize()
+                jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_timeout_s)
             except ValueError as error:
                 raise UsageError(
                     f"distributed.processes={processes}: jax found no cluster to join ({error}); set "
@@ -52,6 +58,25 @@ def start_distributed(*, processes: int, coordinator_address: str | None, proces
             f"distributed.processes={processes}, but jax.distributed sees {jax.process_count()}; set the number of "
             "processes that were started"
         )
+
+
+def largest(value: int) -> int:
+    """The largest of all processes' values, on all of them: how they agree. Every process must ask."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.process_allgather(np.int32(value)).max())
+
+
+def on_leader(work: Callable[[], None]) -> None:
+    """Runs `work` on process 0 while the others wait; what it refuses with a UsageError, all refuse."""
+    refusal = None
+    if jax.process_index() == 0:
+        try:
+            work()
+        except UsageError as error:
+            refusal = error
+    if largest(int(refusal is not None)):
+        raise refusal or UsageError("process 0 has refused to go on; its own message says why")
 
 
 def make_mesh(*, replica: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:

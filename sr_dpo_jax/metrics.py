@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 class MetricsWriter:
-    """Appends lines to metrics.jsonl and scalars to TensorBoard.
+    """Appends lines to metrics.jsonl and scalars to TensorBoard, and skipped steps to skipped.jsonl beside it.
 
     Args:
       metrics_file: JSON lines, one a step, with `step` = optimizer updates done.
@@ -29,7 +29,9 @@ class MetricsWriter:
         self._active = active
         if not active:
             return
-        _drop_lines_after(metrics_file, first_step)
+        self._skipped_file = metrics_file.with_name("skipped.jsonl")
+        for file in (metrics_file, self._skipped_file):
+            _drop_lines_after(file, first_step)
         self._file = metrics_file.open("a", encoding="utf-8")
         self._tensorboard = SummaryWriter(str(tensorboard_dir), purge_step=first_step + 1)
 
@@ -43,6 +45,14 @@ class MetricsWriter:
         for name, value in line.items():
             if name != "step":
                 self._tensorboard.add_scalar(name, value, line["step"])
+
+    def write_skipped(self, step: int, pair_ids: list[str], numbers: dict[str, float]) -> None:
+        """Which pairs, by id, stood in a step that changed nothing, and which numbers were not finite."""
+        if not self._active:
+            return
+        bad = {name: str(value) for name, value in numbers.items() if not math.isfinite(value)}
+        with self._skipped_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "pair_ids": pair_ids, "not_finite": bad}) + "\n")
 
     def close(self) -> None:
         if self._active:

@@ -55,6 +55,16 @@ def make_optimizer(
     return optax.chain(optax.clip_by_global_norm(max_grad_norm), scale, optax.scale_by_learning_rate(schedule))
 
 
+def updates_done(optimizer_state: optax.OptState) -> jax.Array:
+    """int32, the schedule's own count of updates; steps that were skipped are not in it."""
+    (count,) = [
+        node.count
+        for node in jax.tree.leaves(optimizer_state, is_leaf=lambda node: isinstance(node, optax.ScaleByScheduleState))
+        if isinstance(node, optax.ScaleByScheduleState)
+    ]
+    return count
+
+
 def _is_matrix(params: Any) -> Any:
     """True where weight decay applies: not on norms and biases, though stacked biases have up to three axes."""
     return jax.tree.map_with_path(lambda path, _: path[-1].key != "scale" and "bias" not in path[-1].key, params)

@@ -1,11 +1,16 @@
 """SIGTERM, as a machine gets it that is taken away: finish the step in flight, save, and end with exit code 75."""
 
+import ctypes
+import os
 import signal
+import threading
 from types import FrameType
 from typing import Self
 
 import jax
 from jax.experimental import multihost_utils
+
+EXIT_KILLED = 128 + signal.SIGTERM
 
 
 class Preempted(BaseException):
@@ -13,34 +18,70 @@ class Preempted(BaseException):
 
 
 class StopSignal:
-    """SIGTERM, as a preempted machine gets it: the step in flight is finished, saved, and the run ends with 75.
+    """The first SIGTERM stops the run after a step that all processes agree on; the second ends the process at once.
 
-    Before the first step it raises Preempted where it meets the program. In a run of several processes, jax's own
-    handler takes over when they join, and makes all of them stop after the same step. A context manager: afterwards
-    SIGTERM does again what it did before.
+    Before the first step, a run of one process meets Preempted where it stands; several processes stop together at
+    the next `requested`. A context manager: afterwards SIGTERM does again what it did before.
+
+    Signals are counted by a thread that reads the interpreter's wake-up pipe, for the handlers that Python runs wait
+    while the main thread compiles or waits for a device.
     """
 
     def __init__(self) -> None:
-        self._stepping, self._received = False, False
+        self._stepping, self._received, self._asked = False, False, 0
+        self._tell_jax: ctypes._CFuncPtr | None = None
 
     def __enter__(self) -> Self:
-        self._before = signal.signal(signal.SIGTERM, self._receive)
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        self._before = signal.signal(signal.SIGTERM, self._raise)
+        self._thread = threading.Thread(target=self._count, name="SIGTERM", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         signal.signal(signal.SIGTERM, self._before)
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.close(self._writer)  # the thread reads the end of the pipe
+        self._thread.join()
+        os.close(self._reader)
 
-    def requested(self, step: int) -> bool:
-        """Whether to stop after this step; every process must ask at every step."""
+    def joined(self) -> None:
+        """After jax.distributed has started. Its own handler has replaced ours, and would swallow a second signal."""
         if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
+            libc = ctypes.CDLL(None)
+            libc.signal.restype, libc.signal.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
+            theirs = libc.signal(signal.SIGTERM, None)
+            self._tell_jax = ctypes.CFUNCTYPE(None, ctypes.c_int)(theirs)  # it sets a flag that a thread of jax polls
+            signal.signal(signal.SIGTERM, self._raise)
+
+    def requested(self) -> bool:
+        """Whether to stop now; every process must ask equally often, and all get the same answer."""
+        self._asked += 1
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(self._asked)
         return self._received
+
+    def meet(self) -> None:
+        """Raises Preempted on all processes if one of them is to stop: for the time before the first step."""
+        if self.requested():
+            raise Preempted
 
     def stepping(self) -> None:
         """From here on the signal waits for the end of a step."""
         self._stepping = True
 
-    def _receive(self, _number: int, _frame: FrameType | None) -> None:
-        self._received = True
-        if not self._stepping:
+    def _count(self) -> None:
+        while signals := os.read(self._reader, 64):
+            for number in signals:
+                if number == signal.SIGTERM:
+                    if self._received:
+                        os._exit(EXIT_KILLED)
+                    self._received = True
+                    if self._tell_jax is not None:
+                        self._tell_jax(signal.SIGTERM)
+
+    def _raise(self, _number: int, _frame: FrameType | None) -> None:
+        if not self._stepping and self._tell_jax is None:
             raise Preempted

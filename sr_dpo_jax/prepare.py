@@ -9,7 +9,7 @@ Next: `loop.py`, which takes the steps.
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,12 +23,15 @@ from sr_dpo_jax.config import Config
 from sr_dpo_jax.data.dataset import TokenizedPairs
 from sr_dpo_jax.data.pipeline import Feed
 from sr_dpo_jax.data.plan import Plan, covering_plan, scoring_plan, training_plan
-from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.evaluate import HeldOut
 from sr_dpo_jax.flops import pair_flops, peak_flops
+from sr_dpo_jax.manifest import identity_of, report_drift, require_same_run, surroundings
+from sr_dpo_jax.mesh import on_leader
 from sr_dpo_jax.metrics import Progress
 from sr_dpo_jax.optim import make_optimizer, make_schedule
+from sr_dpo_jax.preemption import StopSignal
 from sr_dpo_jax.reference import ReferenceScores
+from sr_dpo_jax.storage import require_room
 from sr_dpo_jax.train_step import (
     Params,
     Scores,
@@ -64,8 +67,10 @@ class Job:
     plan: Plan
     total_steps: int
     work: Work
-    identity: dict[str, Any]
-    """What a checkpoint of this run must agree with to be resumed."""
+    pair_ids: tuple[str, ...]
+    """`[N]`, to name the pairs of a step that was skipped."""
+    record: dict[str, Any]
+    """What a checkpoint holds besides state and step, for the start that goes on from it."""
     feed: Feed
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     """Compiled: a batch of another shape raises instead of compiling again."""
@@ -74,7 +79,15 @@ class Job:
     checkpoints: Checkpoints
 
 
-def prepare(assembly: Assembly, pairs: TokenizedPairs, eval_pairs: TokenizedPairs | None) -> tuple[Job, TrainState]:
+def prepare(
+    assembly: Assembly,
+    pairs: TokenizedPairs,
+    eval_pairs: TokenizedPairs | None,
+    *,
+    tokenizer_digest: str,
+    stop: StopSignal,
+    allowed_changes: Sequence[str],
+) -> tuple[Job, TrainState]:
     """Plans, scores the reference, loads or restores the state, compiles: all that precedes the first step."""
     config, objective = assembly.config, objective_of(assembly.config)
     preference = objective.name != "sft"
@@ -82,7 +95,13 @@ def prepare(assembly: Assembly, pairs: TokenizedPairs, eval_pairs: TokenizedPair
     sizes = pair_sizes(pairs, with_rejected=preference)
     plan = _plan(assembly, pairs, sizes, eval_pairs)
     score_step = make_score_step(assembly.graph, pairs=plan.shape.pairs, mesh=assembly.mesh)
-    checkpoints = Checkpoints(config.output_dir, keep=config.checkpoint.keep)
+    checkpoints = Checkpoints(config.output_dir, keep=config.checkpoint.keep, strict=config.checkpoint.strict)
+    record = {
+        "identity": identity_of(assembly, pairs, plan, tokenizer_digest),
+        "surroundings": surroundings(assembly),
+        "reference": {},
+    }
+    resumed, scored_before = _resumed(assembly, checkpoints, record, allowed_changes)
 
     held_out = None if eval_pairs is None else _held_out(assembly, plan, eval_pairs)
     reference: dict[str, ReferenceScores] = {}
@@ -93,42 +112,59 @@ def prepare(assembly: Assembly, pairs: TokenizedPairs, eval_pairs: TokenizedPair
         augmented = held_out[0].source.augmented
         reference["held-out"] = assembly.reference_scores(eval_pairs, held_out[1], augmented=augmented)
 
-    resume = checkpoints.latest is not None
-    base = None
-    if not resume or online or not all(scores.complete for scores in reference.values()):
-        base = assembly.base_params()
-    _score_reference(reference, score_step, base)
+    doubted = {name: scores for name, scores in reference.items() if scored_before.get(name) != scores.digest}
+    base = assembly.base_params() if resumed is None or online or doubted else None
+    _score_reference(doubted, score_step, base, stop, dtype=config.model.dtype)
+    record["reference"] = {name: scores.digest for name, scores in reference.items()}
     reference_params = assembly.frozen(base) if online else None
-    total_steps = min(len(plan), config.train.max_steps or len(plan))
-    identity = _identity(assembly, pairs, plan)
-    if resume:
+    if resumed is not None:
         base = None  # its memory is needed for what the checkpoint holds
+    total_steps = min(len(plan), config.train.max_steps or len(plan))
     program = make_program(assembly, pairs=plan.shape.pairs, total_steps=total_steps)
-    state = _first_state(program, base, checkpoints, identity, config.output_dir)
+    _require_room(assembly, checkpoints, program.state)
+    state = _first_state(program, base) if resumed is None else checkpoints.restore(program.state, step=resumed)[0]
     del base  # the first step consumes it
 
-    train_scores = reference["training"].scores if "training" in reference else None
-    feed = assembly.feed(pairs, plan, augmented=objective.refined, with_rejected=preference, reference=train_scores)
-    started = time.monotonic()
-    train_step = program.step.lower(state, reference_params, next(feed.batches(0))[1]).compile()
+    known = {name: scores.scores for name, scores in reference.items()}
+    feed = assembly.feed(
+        pairs, plan, augmented=objective.refined, with_rejected=preference, reference=known.get("training")
+    )
+    stop.meet()
+    compiled = _compiled(program, score_step, state, reference_params, feed, held_out and held_out[0])
     if held_out is not None:
-        compiled = score_step.lower(state.params, next(held_out[0].batches(0))[1]).compile()
-        eval_scores = reference["held-out"].scores if preference else None
-        held_out = HeldOut(objective, compiled, held_out[0], len(eval_pairs.ids), eval_scores)
-    log.info("compiled in %.1f s", time.monotonic() - started)
+        held_out = HeldOut(objective, compiled[1], held_out[0], len(eval_pairs.ids), known.get("held-out"))
     job = Job(
         config=config,
         plan=plan,
         total_steps=total_steps,
         work=_work(assembly, pairs, sizes[0], online=online),
-        identity=identity,
+        pair_ids=pairs.ids,
+        record=record,
         feed=feed,
-        train_step=train_step,
+        train_step=compiled[0],
         reference_params=reference_params,
         held_out=held_out,
         checkpoints=checkpoints,
     )
     return job, state
+
+
+def _compiled(
+    program: "Program",
+    score_step: Any,
+    state: TrainState,
+    reference_params: Params | None,
+    feed: Feed,
+    eval_feed: Feed | None,
+) -> tuple[Any, Any]:
+    """The train step and, where there are held-out pairs, the score step, compiled for the batches that they will get."""
+    started = time.monotonic()
+    train_step = program.step.lower(state, reference_params, next(feed.batches(0))[1]).compile()
+    scoring = None
+    if eval_feed is not None:
+        scoring = score_step.lower(state.params, next(eval_feed.batches(0))[1]).compile()
+    log.info("compiled in %.1f s", time.monotonic() - started)
+    return train_step, scoring
 
 
 def _held_out(assembly: Assembly, plan: Plan, eval_pairs: TokenizedPairs) -> tuple[Feed, Plan]:
@@ -156,27 +192,41 @@ def _work(assembly: Assembly, pairs: TokenizedPairs, tokens: np.ndarray, *, onli
     return Work(tokens, flops, len(devices), peak_flops(devices))
 
 
-def _identity(assembly: Assembly, pairs: TokenizedPairs, plan: Plan) -> dict[str, Any]:
-    """What must be the same for a checkpoint to go on as the run that it was, by the key that decides it."""
-    config = assembly.config
-    return {
-        "data.path": pairs.digest,
-        "model.path": assembly.base_digest,
-        "steps (seed, data.path weights, train.epochs, batch.pairs_per_step)": plan.digest,
-        "objective": config.objective.model_dump(),
-        "optimizer": config.optimizer.model_dump(),
-        "model.param_dtype": config.model.param_dtype,
-    }
+def _resumed(
+    assembly: Assembly, checkpoints: Checkpoints, record: dict[str, Any], allowed_changes: Sequence[str]
+) -> tuple[int | None, dict[str, str]]:
+    """The step that the run goes on from, and the digests of the reference's scores that it had; this is that run."""
+    step = checkpoints.newest_good()
+    if step is None:
+        return None, {}
+    before, where = checkpoints.restore_position(step), f"{assembly.config.output_dir}: step {step}"
+    require_same_run(before["identity"], record["identity"], where=where, allowed_changes=allowed_changes)
+    strict = assembly.config.checkpoint.strict
+    report_drift(before["surroundings"], record["surroundings"], where=where, strict=strict)
+    log.info("resuming at step %d", before["next_step"])
+    return step, before["reference"]
 
 
 def _score_reference(
-    reference: dict[str, ReferenceScores], score_step: Callable[..., Scores], base: Params | None
+    reference: dict[str, ReferenceScores],
+    score_step: Callable[..., Scores],
+    base: Params | None,
+    stop: StopSignal,
+    *,
+    dtype: str,
 ) -> None:
+    """What the cache holds is tried on a few pairs, and what it lacks is scored."""
     for name, scores in reference.items():
+        scores.distrust(score_step, base, dtype=dtype)
         if not scores.complete:
             title, leader = f"reference on {name} pairs", jax.process_index() == 0
             with Progress(title, total=scores.steps, active=leader) as progress:
-                scores.fill(score_step, base, progress.update)
+
+                def done(steps: int, progress: Progress = progress) -> None:
+                    progress.update(steps)
+                    stop.meet()
+
+                scores.fill(score_step, base, done)
 
 
 def _plan(
@@ -257,20 +307,15 @@ def make_program(assembly: Assembly, *, pairs: int, total_steps: int) -> Program
     return Program(step, optimizer, abstract_state(shapes, shardings))
 
 
-def _first_state(
-    program: Program, base: Params | None, checkpoints: Checkpoints, identity: dict[str, Any], output_dir: str
-) -> TrainState:
-    """The state around `base` before any update, or that of the latest checkpoint where `base` is None."""
-    if base is not None:
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
-        moments = initialise(partial(program.optimizer.init, base), shardings.optimizer_state)
-        return TrainState(jax.device_put(jnp.int32(0), shardings.step), base, moments)
-    state, position = checkpoints.restore(program.state)
-    changed = [key for key, value in identity.items() if position["identity"].get(key) != value]
-    if changed:
-        raise UsageError(
-            f"{output_dir}: step {position['next_step']} was reached with another value of {', '.join(changed)}; "
-            "restore it, or choose another output_dir"
-        )
-    log.info("resuming at step %d", position["next_step"])
-    return state
+def _first_state(program: Program, base: Params) -> TrainState:
+    """The state around `base` before any update."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
+    moments = initialise(partial(program.optimizer.init, base), shardings.optimizer_state)
+    return TrainState(jax.device_put(jnp.int32(0), shardings.step), base, moments)
+
+
+def _require_room(assembly: Assembly, checkpoints: Checkpoints, state: TrainState) -> None:
+    """`keep` checkpoints stand there, and one more until it is verified."""
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    to_come = max(assembly.config.checkpoint.keep + 1 - len(checkpoints.verified_steps()), 1)
+    on_leader(lambda: require_room(checkpoints.directory, checkpoint_bytes=size, checkpoints=to_come))

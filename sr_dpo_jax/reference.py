@@ -9,6 +9,7 @@ continues where it stopped.
 import hashlib
 import logging
 import os
+import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,10 +23,16 @@ from safetensors.numpy import save_file
 from sr_dpo_jax.data.dataset import TokenizedPairs
 from sr_dpo_jax.data.pipeline import Feed
 from sr_dpo_jax.data.plan import Plan
+from sr_dpo_jax.mesh import largest
 from sr_dpo_jax.train_step import Params, Scores
 
 log = logging.getLogger(__name__)
 
+CHECKED_PAIRS = 8
+"""At least so many random pairs of a cache are scored again before it is believed."""
+CLOSE = {"float32": (1e-2, 1e-4), "bfloat16": (1.0, 1e-2)}
+"""Absolute (nats) and relative difference that float order can make, by the type of the activations; other weights, ids
+or code make far more."""
 CODE_VERSION = "2"
 """Part of every key; raise it when a change of code changes the numbers by more than float order."""
 SAVE_EVERY_S = 60.0
@@ -83,6 +90,43 @@ class ReferenceScores:
     @property
     def complete(self) -> bool:
         return not self._missing().any()
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) of the scores: what a checkpoint remembers of them."""
+        return hashlib.sha256(self.scores.tobytes()).hexdigest()
+
+    def distrust(self, score_step: Callable[..., Scores], params: Params, *, dtype: str) -> None:
+        """Scores a few random pairs again, and forgets everything where one differs by more than float order.
+
+        The files are keyed by content and carry a digest, so this finds what no digest can: code, a compiler or a
+        device that gives other numbers than those that wrote the cache.
+        """
+        absolute, relative = CLOSE[dtype]
+        # One step's pairs are a random draw; all processes take the same steps.
+        order = np.random.default_rng(largest(secrets.randbelow(2**31))).permutation(len(self._plan))
+        checked = 0
+        for step in order:
+            host_step, batch = next(self._feed.batches(int(step)))
+            result = jax.device_get(score_step(params, batch))
+            present = host_step.pair >= 0
+            for kind, part in enumerate((result.plain, result.augmented)[: len(self._files)]):
+                known = self.scores[host_step.pair[present], :, kind]
+                off = np.abs(part[present] - known) > absolute + relative * np.abs(known)
+                if off.any():
+                    log.warning(
+                        "%s: %d of %d scores differ from the model's own by up to %.3g nats; all are computed again",
+                        self._files[kind],
+                        off.sum(),
+                        off.size,
+                        np.abs(part[present] - known).max(),
+                    )
+                    self.scores[:] = np.nan
+                    return
+            checked += int(present.sum())
+            if checked >= CHECKED_PAIRS:
+                break
+        log.info("reference cache: %d random pairs scored again, as they were", checked)
 
     def fill(self, score_step: Callable[..., Scores], params: Params, progress: Callable[[int], None]) -> None:
         """Scores the plan's steps from the first one with a missing pair on, saving about once a minute.

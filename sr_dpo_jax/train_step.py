@@ -21,7 +21,7 @@ from sr_dpo_jax import losses
 from sr_dpo_jax.batch import CHOSEN, REJECTED, Batch
 from sr_dpo_jax.logprobs import response_logprobs
 from sr_dpo_jax.mesh import constrain, replicated
-from sr_dpo_jax.optim import Schedule
+from sr_dpo_jax.optim import Schedule, updates_done
 
 Array = jax.Array
 Params = Any
@@ -37,7 +37,7 @@ class TrainState:
     """Everything that training changes. The frozen reference is not in here: it is an argument of its own."""
 
     step: Array
-    """int32, optimizer updates done so far."""
+    """int32, steps of the plan done so far, skipped ones too: where the data goes on. The optimizer counts updates."""
     params: Params
     optimizer_state: optax.OptState
 
@@ -158,7 +158,8 @@ def make_train_step(
     """`(state, reference params or None, batch) -> (state, metrics)`; the state passed in is consumed.
 
     The reference params are given where the reference is online, and the batch holds its scores otherwise. Metrics
-    are means over the step's pairs; `grad_norm` is taken before clipping.
+    are means over the step's pairs; `grad_norm` is taken before clipping. Where loss or gradient is not finite,
+    `skipped` is 1 and the step changes nothing but its own number: parameters and optimizer stay as they were.
     """
 
     def loss_sum(params: Params, reference_params: Params | None, micro: Batch) -> tuple[Array, tuple[Scores, Any]]:
@@ -183,8 +184,19 @@ def make_train_step(
         gradients = jax.tree.map(lambda gradient, param: gradient.astype(param.dtype), gradients, state.params)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
         metrics = averages({name: value.sum(axis=0) for name, value in per_pair.items()}, tokens.sum(axis=0))
-        metrics |= {"grad_norm": grad_norm, "learning_rate": schedule(state.step)}
-        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), optimizer_state), metrics
+        finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"])  # a NaN gradient makes the norm NaN
+        metrics |= {
+            "grad_norm": grad_norm,
+            "learning_rate": schedule(updates_done(state.optimizer_state)),
+            "skipped": 1.0 - finite,
+        }
+        # Selected, not multiplied by 0: 0 · NaN is NaN.
+        params, optimizer_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (optax.apply_updates(state.params, updates), optimizer_state),
+            (state.params, state.optimizer_state),
+        )
+        return TrainState(state.step + 1, params, optimizer_state), metrics
 
     everywhere = replicated(mesh)
     return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, everywhere), compiler_options=SAME_ROUNDING)

@@ -159,7 +159,7 @@ def test_resuming_as_another_run_is_refused(world, tmp_path):
     for change, key in (
         ({"seed": 1}, "seed"),
         ({"objective": {"beta": 0.2}}, "objective"),
-        ({"refinement": {"prompt": "Another instruction: "}}, "data.path"),
+        ({"refinement": {"prompt": "Another instruction: "}}, "refinement.prompt"),
     ):
         with pytest.raises(UsageError, match=key):
             train(make_config(tmp_path, model, data, **change))

@@ -1,0 +1,167 @@
+"""One run to a run directory: `lease.json` names who writes there, and is touched while that process lives.
+
+No clock is compared with another. A lease of this machine is stale when its process is gone. One of another machine is
+stale when nobody has touched it for as long as this process has watched it; a preempted machine's successor waits so
+long, and a second run sees the touch and is refused.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from sr_dpo_jax.errors import RunError, UsageError
+
+log = logging.getLogger(__name__)
+
+NAME = "lease.json"
+BEAT_S = 5.0
+EXPIRY_S = 30.0
+WATCH_S = 0.5
+
+
+class Lease:
+    """Holds `root/lease.json` from `take` to the end of the block."""
+
+    def __init__(self, root: Path):
+        self._file = root / NAME
+        self._content = json.dumps({**_this_process(), "token": secrets.token_hex(8)})
+        self._stop, self._lost, self._made_root = threading.Event(), False, not root.exists()
+        self._thread: threading.Thread | None = None
+
+    def take(self) -> None:
+        """Raises UsageError where another living process holds it; the directory exists."""
+        while not self._created():
+            self._displace()
+        self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._thread is None:
+            return
+        self._stop.set()
+        self._thread.join()
+        if self._read() == self._content:
+            self._file.unlink(missing_ok=True)
+        if self._made_root:
+            with contextlib.suppress(OSError):  # it holds something: the run was started
+                self._file.parent.rmdir()
+
+    def check(self) -> None:
+        """Raises RunError where another run has taken the directory over, which stood still for too long."""
+        if self._lost:
+            raise RunError(f"{self._file}: another run has taken this directory over; stopped without writing more")
+
+    def _created(self) -> bool:
+        """Writes the whole file under a name of its own and links it: it is never seen half written."""
+        own = self._file.with_name(f".{NAME}.{secrets.token_hex(8)}")
+        own.write_text(self._content, encoding="utf-8")
+        try:
+            os.link(own, self._file)
+        except FileExistsError:
+            return False
+        finally:
+            own.unlink()
+        return True
+
+    def _displace(self) -> None:
+        """Returns when the lease found is gone or was stale and is moved out of the way; refuses a living one."""
+        found = self._read()
+        if found is None or not _is_stale(self._file, found):
+            return
+        aside = self._file.with_name(f".{NAME}.{secrets.token_hex(8)}")
+        try:
+            self._file.rename(aside)
+        except FileNotFoundError:
+            return
+        moved = aside.read_text(encoding="utf-8")
+        if moved != found:  # another process took the stale lease over first, and this is its own
+            os.link(aside, self._file)
+        aside.unlink()
+
+    def _read(self) -> str | None:
+        try:
+            return self._file.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+
+    def _beat(self) -> None:
+        while not self._stop.wait(BEAT_S):
+            try:
+                if self._read() != self._content:
+                    self._lost = True
+                    return
+                os.utime(self._file)
+            except OSError:  # a file system that is away for a moment; if for long, another run takes over, and is seen
+                continue
+
+
+def _is_stale(file: Path, content: str) -> bool:
+    """Whether its process is dead; watches for EXPIRY_S where only the heartbeat can tell.
+
+    Raises:
+      UsageError: its process lives.
+    """
+    try:
+        holder: dict[str, Any] = json.loads(content)
+        host, pid, started = holder["host"], holder["pid"], holder["started"]
+    except (ValueError, KeyError, TypeError):
+        host, pid, started = "an unreadable lease", 0, ""
+    alive = UsageError(
+        f"{file}: process {pid} on {host.split()[0]} is running in this directory; wait for it, stop it, or choose "
+        "another output_dir"
+    )
+    this = _this_process()
+    if host == this["host"]:
+        if _started(pid) != started or pid == this["pid"]:
+            return True
+        raise alive
+    log.info("%s: held on %s; waiting up to %.0f s for a sign of life", file, host.split()[0], EXPIRY_S)
+    watched_since = time.monotonic()
+    try:
+        touched = file.stat().st_mtime_ns
+        while time.monotonic() - watched_since < EXPIRY_S:
+            time.sleep(WATCH_S)
+            if file.stat().st_mtime_ns != touched:
+                raise alive
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _this_process() -> dict[str, Any]:
+    """Host, process id and its start. A host is a name, a boot and a space of process ids: names are used twice, and
+    processes of another container cannot be seen."""
+    boot, space = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    marks = [boot.read_text().strip(), os.readlink(space)] if boot.exists() and space.exists() else []
+    return {"host": " ".join([socket.gethostname(), *marks]), "pid": os.getpid(), "started": _started(os.getpid())}
+
+
+def _started(pid: int) -> str | None:
+    """When a process of this machine started, in its own ticks; "" where the system does not tell; None if gone."""
+    stat = Path(f"/proc/{pid}/stat")
+    if Path("/proc/self/stat").exists():
+        try:
+            state, *fields = stat.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            return None
+        return None if state == "Z" else fields[18]
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    return ""

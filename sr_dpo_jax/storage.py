@@ -1,0 +1,56 @@
+"""Whether a run directory can take what a run will write: asked before the first step, not found out after a day."""
+
+import os
+import secrets
+import shutil
+from pathlib import Path
+
+from sr_dpo_jax.errors import UsageError
+
+PROBE_BYTES = 1 << 16
+
+
+def require_writable(directory: Path) -> None:
+    """Makes the directory, and writes, syncs, renames and removes a file in it, as saving will.
+
+    Raises:
+      UsageError: one of these fails.
+    """
+    probe = directory / f".probe-{secrets.token_hex(8)}"
+    renamed = probe.with_suffix(".renamed")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            with probe.open("wb") as file:
+                file.write(b"\0" * PROBE_BYTES)
+                file.flush()
+                os.fsync(file.fileno())
+            probe.rename(renamed)
+        finally:
+            probe.unlink(missing_ok=True)
+            renamed.unlink(missing_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"{directory}: cannot be written ({error.strerror}); free space, change its permissions, or choose another "
+            "output_dir"
+        ) from error
+
+
+def require_room(directory: Path, *, checkpoint_bytes: int, checkpoints: int) -> None:
+    """Compares the free space with that of the checkpoints still to come.
+
+    Args:
+      directory: where they go; it exists.
+      checkpoint_bytes: of one, uncompressed.
+      checkpoints: how many more than now will stand there at once.
+
+    Raises:
+      UsageError: there is less.
+    """
+    free, needed = shutil.disk_usage(directory).free, checkpoint_bytes * checkpoints
+    if free < needed:
+        raise UsageError(
+            f"{directory}: {free / 1e9:.1f} GB are free, and {checkpoints} more checkpoints of "
+            f"{checkpoint_bytes / 1e9:.1f} GB "
+            "will stand there at once; free space, lower checkpoint.keep, or choose another output_dir"
+        )
