@@ -3,9 +3,10 @@
     checkpoints/<step>/digests/<process>-of-<processes>.json
 
 Every process hashes the shards that it owns, reads them back once the checkpoint is committed, and only then writes
-its file; process 0 adds the digests of the small files (tree, shapes, data position, configuration). A step is
-verified when all files are there. A shard is known by its index ranges, so any mesh and any number of processes can
-check what another one wrote. The digest (XXH3, 128 bits) is made for damage, not for an adversary.
+them down, with the digests of the files that hold them; process 0 adds all other files (tree, shapes, data position,
+configuration). A step is verified when every process has done so. A shard is known by its index ranges, so any mesh and
+any number of processes can check what another one wrote. The digest (XXH3, 128 bits) is made for damage, not for an
+adversary.
 
 Next: `checkpoint.py`, which says when.
 """
@@ -28,8 +29,9 @@ DIRECTORY = "digests"
 STATE = "state"
 READERS = 4
 """Shards read at once; each is whole in memory while it is hashed."""
-ELSEWHERE = re.compile(rf"{DIRECTORY}/|{STATE}/(d/|manifest\.ocdbt$|ocdbt\.process_)")
-"""Files that are not digested as files: the digests themselves, and what holds the arrays."""
+ARRAY_FILE = re.compile(rf"{STATE}/(d/|manifest\.ocdbt$|ocdbt\.process_(\d+)/)")
+"""Files that hold arrays; group 2 is the process that wrote them."""
+BLOCK_BYTES = 1 << 24
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 Ranges = tuple[tuple[int, int], ...]
@@ -114,11 +116,11 @@ def check_shards(step_directory: Path, shards: Iterable[Shard]) -> None:
 
 
 def write(step_directory: Path, shards: Iterable[Shard], *, process: int, processes: int) -> None:
-    """This process's file; process 0 writes the digests of the small files too."""
-    content = {
-        "shards": [[shard.name, shard.ranges, shard.digest] for shard in shards],
-        "files": _small_files(step_directory) if process == 0 else {},
-    }
+    """This process's part of the digests, once its shards are checked."""
+    own = [name for name in _files(step_directory) if _writer(name) == process]
+    with ThreadPoolExecutor(READERS, "read-back") as pool:
+        files = dict(zip(own, pool.map(lambda name: _file_digest(step_directory / name), own), strict=True))
+    content = {"shards": [[shard.name, shard.ranges, shard.digest] for shard in shards], "files": files}
     text = json.dumps(content)
     directory = step_directory / DIRECTORY
     directory.mkdir(exist_ok=True)
@@ -137,8 +139,8 @@ def check(step_directory: Path, *, prefix: str = "", share: tuple[int, int] = (0
 
     Args:
       step_directory: `checkpoints/<step>`.
-      prefix: of the arrays that matter; "" is all.
-      share: (k, n): only every n-th shard, from k on, so that n processes divide the reading.
+      prefix: of the arrays that matter; "" is all of them, and every file.
+      share: (k, n): only every n-th shard and file, from k on, so that n processes divide the reading.
 
     Raises:
       Unverified: its digests are missing or incomplete.
@@ -148,17 +150,33 @@ def check(step_directory: Path, *, prefix: str = "", share: tuple[int, int] = (0
     if files is None:
         raise Unverified("it was never verified: saving was cut short, or the directory is not a checkpoint of a run")
     shards: list[Shard] = []
-    small: dict[str, str] = {}
+    digests: dict[str, str] = {}
     for file in files:
         content = _load(file)
         shards += [Shard(name, tuple(map(tuple, ranges)), digest) for name, ranges, digest in content["shards"]]
-        small |= content["files"]
-    found = _small_files(step_directory)
-    for name, digest in small.items():
-        if found.get(name) != digest:
-            raise Damaged(f"{name} {'does not match its digest' if name in found else 'is missing'}")
-    wanted = [shard for shard in shards if shard.name.startswith(prefix)]
-    check_shards(step_directory, wanted[share[0] :: share[1]])
+        digests |= content["files"]
+    _check_files(step_directory, {name: digests[name] for name in _share(sorted(digests), share)}, whole=prefix == "")
+    check_shards(step_directory, _share([shard for shard in shards if shard.name.startswith(prefix)], share))
+
+
+def _check_files(step_directory: Path, digests: Mapping[str, str], *, whole: bool) -> None:
+    """Compares files with their digests; where not `whole`, not those that hold arrays, which are checked as arrays."""
+
+    def check_file(name: str) -> None:
+        try:
+            found = _file_digest(step_directory / name)
+        except OSError as error:
+            raise Damaged(f"{name} cannot be read ({error.strerror})") from None
+        if found != digests[name]:
+            raise Damaged(f"{name} does not match its digest")
+
+    with ThreadPoolExecutor(READERS, "read-back") as pool:
+        for _ in pool.map(check_file, [name for name in digests if whole or not ARRAY_FILE.match(name)]):
+            pass
+
+
+def _share(items: list[Any], share: tuple[int, int]) -> list[Any]:
+    return items[share[0] :: share[1]]
 
 
 def _open(step_directory: Path, name: str) -> Any:
@@ -169,14 +187,25 @@ def _open(step_directory: Path, name: str) -> Any:
         raise Damaged(f"{name} cannot be opened ({_first_line(error)})") from None
 
 
-def _small_files(step_directory: Path) -> dict[str, str]:
-    """Digests of all files but those that hold the arrays, which are checked as arrays."""
-    found = {}
-    for file in sorted(step_directory.rglob("*")):
-        name = file.relative_to(step_directory).as_posix()
-        if file.is_file() and not ELSEWHERE.match(name):
-            found[name] = xxhash.xxh3_128_hexdigest(file.read_bytes())
-    return found
+def _files(step_directory: Path) -> list[str]:
+    """Names of all files of a step but the digests."""
+    files = (file for file in sorted(step_directory.rglob("*")) if file.is_file())
+    names = (file.relative_to(step_directory).as_posix() for file in files)
+    return [name for name in names if not name.startswith(f"{DIRECTORY}/")]
+
+
+def _writer(name: str) -> int:
+    """The process that digests a file: the one that wrote it, or process 0, which wrote what all share."""
+    match = ARRAY_FILE.match(name)
+    return int(match[2]) if match and match[2] else 0
+
+
+def _file_digest(file: Path) -> str:
+    state = xxhash.xxh3_128()
+    with file.open("rb") as opened:
+        while block := opened.read(BLOCK_BYTES):
+            state.update(block)
+    return state.hexdigest()
 
 
 def _complete(step_directory: Path) -> list[Path] | None:

@@ -77,16 +77,14 @@ def require_same_run(
         raise UsageError(f"--allow-change {', '.join(unknown)}: no such key; known: {', '.join(now)}")
     changed = [key for key in now if before.get(key) != now[key]]
     # The plan follows from other keys: its change is news only where none of them has changed.
-    causes = [key for key in changed if key != "plan"]
-    if causes and all(key in allowed_changes for key in causes):
-        changed = causes
+    changed = [key for key in changed if key != "plan"] or changed
     refused = [key for key in changed if key not in allowed_changes]
     lines = [f"  {key}: {_shown(before.get(key))} -> {_shown(now[key])}" for key in changed]
     if refused:
-        flags = " ".join(f"--allow-change '{key}'" if " " in key else f"--allow-change {key}" for key in causes)
+        flags = " ".join(f"--allow-change '{key}'" if " " in key else f"--allow-change {key}" for key in changed)
         raise UsageError(
             "\n".join([f"{where} was reached by another run:", *lines])
-            + f"\nRestore what was, choose another output_dir, or go on with {flags or '--allow-change plan'}"
+            + f"\nRestore what was, choose another output_dir, or go on with {flags}"
         )
     if changed:
         log.warning("%s", "\n".join([f"{where}: going on with what --allow-change allows:", *lines]))

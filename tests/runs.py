@@ -1,7 +1,9 @@
 """Makers of whole runs: a tiny model directory, preference files, configurations, and how to read what a run wrote."""
 
+import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,6 +15,7 @@ from toy_tokenizers import byte_level_tokenizer
 from transformers import AutoConfig
 
 from sr_dpo_jax import config as configuration
+from sr_dpo_jax import integrity
 from sr_dpo_jax.config import Config
 from sr_dpo_jax.demo import make_pairs
 
@@ -91,19 +94,49 @@ def without_times(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
 
 
-def run_process(arguments: Sequence[str], *, devices: int = 1, **environment: str) -> "subprocess.Popen[str]":
-    """`sr-dpo ARGUMENTS` in a process of its own with this many CPU devices."""
+def run_process(
+    arguments: Sequence[str], *, devices: int = 1, fault: dict[str, Any] | None = None, **environment: str
+) -> "subprocess.Popen[str]":
+    """`sr-dpo ARGUMENTS` in a process of its own with this many CPU devices; `fault` is for `fault_driver.py`."""
     env = {**os.environ, **environment}
     kept = [flag for flag in env.get("XLA_FLAGS", "").split() if "device_count" not in flag]
     env["XLA_FLAGS"] = " ".join([*kept, f"--xla_force_host_platform_device_count={devices}"])
     env["PYTHONPATH"] = str(REPOSITORY)
+    driver = ["-m", "sr_dpo_jax.cli"]
+    if fault is not None:
+        driver = [str(REPOSITORY / "tests" / "fault_driver.py"), json.dumps(fault)]
     return subprocess.Popen(
-        [sys.executable, "-m", "sr_dpo_jax.cli", *arguments],
+        [sys.executable, *driver, *arguments],
         env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def run_processes(
+    arguments: Sequence[str], *, processes: int = 2, faults: Sequence[dict[str, Any] | None] = (None, None)
+) -> "list[subprocess.Popen[str]]":
+    """The same command in several processes that join through jax.distributed, one device each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    joined = [f"distributed.processes={processes}", f"distributed.coordinator_address={address}"]
+    return [
+        run_process([*arguments, *joined, f"distributed.process_id={number}"], fault=faults[number])
+        for number in range(processes)
+    ]
+
+
+def verified_steps(output_dir: str | Path) -> list[int]:
+    """Steps of a run whose bytes are those that were saved, lowest first, read anew."""
+    found = []
+    for path in (Path(output_dir).absolute() / "checkpoints").glob("*"):
+        if path.name.isdigit() and path.is_dir():
+            with contextlib.suppress(integrity.Unverified, integrity.Damaged):
+                integrity.check(path)
+                found.append(int(path.name))
+    return sorted(found)
 
 
 def state_of(output_dir: str | Path) -> dict[str, np.ndarray]:
