@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -63,6 +63,14 @@ class Checkpoints:
             self.directory.mkdir(parents=True, exist_ok=True)
             for half_deleted in self.directory.glob(f"*{CONDEMNED}"):
                 shutil.rmtree(half_deleted)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """A save under way is let end, but not in a run of several processes that fails: it may wait for a dead one."""
+        if kind is None or jax.process_count() == 1:
+            self.close()
 
     def newest_good(self, *, prefix: str = "") -> int | None:
         """The highest step whose bytes are those that were saved; None where nothing was ever saved whole.
@@ -228,14 +236,14 @@ class Checkpoints:
         return step
 
     def finish(self, step: int) -> None:
-        """After the last `save_failed(wait=True)`: raises unless all processes have verified the step's checkpoint."""
+        """Waits for the last save; raises RunError unless all processes have verified the checkpoint of `step`."""
+        self.save_failed(wait=True)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("checkpoints verified")
         if not integrity.is_verified(self.directory / str(step)):
             raise RunError(f"{self.directory}: the checkpoint of step {step} was not verified by all processes")
         if self._leader:
             self._prune()
-        self.close()
 
     def verified_steps(self) -> list[int]:
         """Steps that all processes have verified when they were saved, lowest first."""

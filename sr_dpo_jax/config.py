@@ -297,7 +297,8 @@ def _parse(text: str, *, where: str) -> Any:
 def _apply(raw: dict[str, Any], override: str) -> None:
     key_path, equals, value = override.partition("=")
     if not equals or not key_path:
-        raise UsageError(f"override {key_path!r} is not of the form section.key=value")
+        shown = re.match(r"[\w.]*", override)[0]  # not all of it: what was meant as a value may be a secret
+        raise UsageError(f"override {shown!r} is not of the form section.key=value")
     *sections, key = key_path.split(".")
     node: Any = raw
     for depth, section in enumerate(sections):

@@ -70,6 +70,7 @@ def run(job: Job, state: TrainState, stop: StopSignal, lease: Lease) -> int:
     writer = MetricsWriter(root / "metrics.jsonl", root / "tensorboard", first_step=first, active=leader)
     steps = job.feed.batches(first)
     with (
+        job.checkpoints,
         Progress(config.objective.name, total=job.total_steps, active=leader) as progress,
         Watchdog(config.train.hang_timeout_s) as watchdog,
         Trace(root / "profile", steps=config.train.profile_steps) as trace,

@@ -157,7 +157,7 @@ def _compiled(
     feed: Feed,
     eval_feed: Feed | None,
 ) -> tuple[Any, Any]:
-    """The train step and, where there are held-out pairs, the score step, compiled for the batches that they will get."""
+    """The train step, and the score step where there are held-out pairs, compiled for the batches that come."""
     started = time.monotonic()
     train_step = program.step.lower(state, reference_params, next(feed.batches(0))[1]).compile()
     scoring = None

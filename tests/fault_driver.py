@@ -6,7 +6,7 @@ Only time and single calls are steered; signals, files and processes are real. K
     scoring_s      every step of scoring the reference takes so much longer, and its result is saved at once
     verify_s       so long passes between the commit of a checkpoint and its verification
     hang_at        training step that never ends, in this process
-    raise_at       training step after which this process fails
+    raise_at       training step after which this process fails, with the text of `message`
     fsize          limit of the size of any file, in bytes (RLIMIT_FSIZE), from the first training step on
     mark           file whose existence says "this process is in the place that was slowed down"
     pairs          file that gets one JSON line a training step: [step, the pairs in it]
@@ -41,7 +41,7 @@ def main() -> int:
             mark("hanging")
             time.sleep(10_000)
         if step == fault.get("raise_at"):
-            raise RuntimeError("the fault that was asked for")
+            raise RuntimeError(fault.get("message", "the fault that was asked for"))
         time.sleep(fault.get("step_s", 0))
 
     def slow_take(self, pair, result):
