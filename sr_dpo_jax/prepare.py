@@ -96,22 +96,12 @@ def prepare(
     plan = _plan(assembly, pairs, sizes, eval_pairs)
     score_step = make_score_step(assembly.graph, pairs=plan.shape.pairs, mesh=assembly.mesh)
     checkpoints = Checkpoints(config.output_dir, keep=config.checkpoint.keep, strict=config.checkpoint.strict)
-    record = {
-        "identity": identity_of(assembly, pairs, plan, tokenizer_digest),
-        "surroundings": surroundings(assembly),
-        "reference": {},
-    }
+    identity = identity_of(assembly, pairs, plan, tokenizer_digest)
+    record: dict[str, Any] = {"identity": identity, "surroundings": surroundings(assembly)}
     resumed, scored_before = _resumed(assembly, checkpoints, record, allowed_changes)
 
     held_out = None if eval_pairs is None else _held_out(assembly, plan, eval_pairs)
-    reference: dict[str, ReferenceScores] = {}
-    if preference and not online:
-        covering = covering_plan(plan, *sizes)
-        reference["training"] = assembly.reference_scores(pairs, covering, augmented=objective.refined)
-    if preference and held_out is not None:
-        augmented = held_out[0].source.augmented
-        reference["held-out"] = assembly.reference_scores(eval_pairs, held_out[1], augmented=augmented)
-
+    reference = _reference(assembly, plan, pairs, eval_pairs, held_out and held_out[1]) if preference else {}
     doubted = {name: scores for name, scores in reference.items() if scored_before.get(name) != scores.digest}
     base = assembly.base_params() if resumed is None or online or doubted else None
     _score_reference(doubted, score_step, base, stop, dtype=config.model.dtype)
@@ -147,6 +137,21 @@ def prepare(
         checkpoints=checkpoints,
     )
     return job, state
+
+
+def _reference(
+    assembly: Assembly, plan: Plan, pairs: TokenizedPairs, eval_pairs: TokenizedPairs | None, eval_plan: Plan | None
+) -> dict[str, ReferenceScores]:
+    """Whose scores the run needs, as far as the cache has them."""
+    reference = {}
+    if assembly.config.reference.mode == "cached":
+        covering = covering_plan(plan, *pair_sizes(pairs, with_rejected=True))
+        augmented = objective_of(assembly.config).refined
+        reference["training"] = assembly.reference_scores(pairs, covering, augmented=augmented)
+    if eval_pairs is not None:
+        augmented = len(eval_pairs.augmentation) > 0
+        reference["held-out"] = assembly.reference_scores(eval_pairs, eval_plan, augmented=augmented)
+    return reference
 
 
 def _compiled(

@@ -265,3 +265,18 @@ def test_p1_sigkill_while_scoring_continues_where_it_stopped(world, tmp_path):
     assert ends([again]) == [0]
     assert "is damaged" not in again.said and "reference on training pairs 1/" not in again.said, "step 1 was kept"
     assert "scored again, as they were" in again.said
+
+
+def test_p2_two_processes_agree_to_pass_over_a_damaged_step(world, golden, tmp_path):
+    """The damage lies in what process 1 wrote; both go back to the same step and reach the golden end."""
+    path = write_config(tmp_path, world)
+    assert ends(run_processes(["train", path, f"train.max_steps={2 * EVERY}"])) == [0, 0]
+    files = (tmp_path / "run" / "checkpoints" / str(2 * EVERY) / "state" / "ocdbt.process_1" / "d").iterdir()
+    damaged = max(files, key=lambda file: file.stat().st_size)
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    processes = run_processes(["train", path])
+    assert ends(processes) == [0, 0]
+    assert all("passed over" in process.said and f"resuming at step {EVERY}" in process.said for process in processes)
+    assert_equals_golden(tmp_path / "run", golden[0])
