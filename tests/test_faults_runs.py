@@ -4,7 +4,6 @@ import contextlib
 import json
 import logging
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -268,11 +267,13 @@ def test_p5_a_directory_that_cannot_be_written_is_found_at_the_start(world, tmp_
         locked.mkdir(mode=0o500)
         path = written(tmp_path, raw_config(tmp_path, *world, output_dir=str(locked)))
         assert main(["train", path]) == 2
-    script = "import pathlib, sys; from sr_dpo_jax import storage; storage.require_writable(pathlib.Path(sys.argv[1]))"
+    script = (
+        "import pathlib, resource, sys; from sr_dpo_jax import storage; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); storage.require_writable(pathlib.Path(sys.argv[1]))"
+    )
     limited = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path / "full")],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)),
         capture_output=True,
         text=True,
     )
