@@ -99,6 +99,12 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--prompt", default=configuration.PAPER_PROMPT, help="the instruction p; default: the paper's")
     inspect.add_argument("--digest", action="store_true", help="reads the weights whole, for their sha256")
     inspect.add_argument("--json", type=Path, metavar="FILE", help="writes the same there")
+    compiler = with_config(command("compile", _compile, "whether the steps fit TPUs that are not there, and how fast"))
+    compiler.add_argument("--topology", required=True, metavar="v5p:4x4x4", help="of one slice, as jax names it")
+    compiler.add_argument("--slices", type=int, default=1, metavar="N", help="default: 1")
+    compiler.add_argument("--read-data", action="store_true", help="plans from the data instead of typical lengths")
+    compiler.add_argument("--quick", action="store_true", help="least effort: memory alone, in a fifth of the time")
+    compiler.add_argument("--json", type=Path, metavar="FILE", help="writes the same there")
     demo = command("demo", _demo, "SFT, DPO and Sr-DPO of a small model on a small world, in minutes")
     demo.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="DIR")
     return parser
@@ -166,6 +172,24 @@ def _inspect(options: argparse.Namespace) -> int:
     if options.json is not None:
         write_json(options.json, found)
     return EXIT_USAGE if found.problems else 0
+
+
+def _compile(options: argparse.Namespace) -> int:
+    config = configuration.load(options.config, options.overrides)
+    if options.slices < 1:
+        raise UsageError(f"--slices {options.slices}: give the number of slices, 1 or more")
+    # Before jax is imported: libtpu is to look for no TPU, and jax is not to start one.
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu"}
+    from sr_dpo_jax.aot_print import print_report, write_json
+    from sr_dpo_jax.aot_search import compile_command
+
+    report = compile_command(
+        config, topology=options.topology, slices=options.slices, read=options.read_data, quick=options.quick
+    )
+    print_report(report)
+    if options.json is not None:
+        write_json(options.json, report)
+    return 0 if report.compiled.fits else EXIT_USAGE
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -93,7 +93,7 @@ def prepare(
     preference = objective.name != "sft"
     online = preference and config.reference.mode == "online"
     sizes = pair_sizes(pairs, with_rejected=preference)
-    plan = _plan(assembly, pairs, sizes, eval_pairs)
+    plan = plan_of(assembly, pairs, sizes, eval_pairs)
     score_step = make_score_step(assembly.graph, pairs=plan.shape.pairs, mesh=assembly.mesh)
     checkpoints = Checkpoints(config.output_dir, keep=config.checkpoint.keep, strict=config.checkpoint.strict)
     identity = identity_of(assembly, pairs, plan, tokenizer_digest)
@@ -127,7 +127,7 @@ def prepare(
         config=config,
         plan=plan,
         total_steps=total_steps,
-        work=_work(assembly, pairs, sizes[0], online=online),
+        work=work_of(assembly, pairs, sizes[0], online=online),
         pair_ids=pairs.ids,
         record=record,
         feed=feed,
@@ -180,7 +180,7 @@ def _held_out(assembly: Assembly, plan: Plan, eval_pairs: TokenizedPairs) -> tup
     return assembly.feed(eval_pairs, eval_plan, augmented=augmented, with_rejected=preference), eval_plan
 
 
-def _work(assembly: Assembly, pairs: TokenizedPairs, tokens: np.ndarray, *, online: bool) -> Work:
+def work_of(assembly: Assembly, pairs: TokenizedPairs, tokens: np.ndarray, *, online: bool) -> Work:
     """Flops of a pair: forward and backward, p's forward, and those of an online reference."""
     objective = objective_of(assembly.config)
     forward = partial(
@@ -234,7 +234,7 @@ def _score_reference(
                 scores.fill(score_step, base, done)
 
 
-def _plan(
+def plan_of(
     assembly: Assembly,
     pairs: TokenizedPairs,
     sizes: tuple[np.ndarray, np.ndarray],

@@ -1,0 +1,366 @@
+"""`sr-dpo compile`: the real programs of a configuration, compiled for TPUs that are not there.
+
+libtpu's compiler runs on any Linux machine. The train step and the scoring step are lowered from shapes alone, on the
+mesh of a described topology, and the compiler says what they need: no weights, no devices. Batch shapes come from the
+plan that a run would make, of the data itself or of typical lengths.
+
+Next: `aot_search.py`, which looks for what to change where a program does not fit; `aot_print.py`, which prints it.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import logging
+import math
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+
+from sr_dpo_jax import aot_hlo
+from sr_dpo_jax import mesh as meshes
+from sr_dpo_jax.aot_flops import traced_flops
+from sr_dpo_jax.assembly import Assembly, assemble_on, objective_of, pair_sizes, reference_copy
+from sr_dpo_jax.batch import Batch, Rows
+from sr_dpo_jax.config import Config
+from sr_dpo_jax.data.dataset import TokenizedPairs
+from sr_dpo_jax.data.pipeline import HostStep, StepSource
+from sr_dpo_jax.data.plan import Plan, Shape
+from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.flops import PEAK_BFLOAT16_FLOPS
+from sr_dpo_jax.inspection import HBM_GIB
+from sr_dpo_jax.model.attention import Visible
+from sr_dpo_jax.model.splash import splash_path
+from sr_dpo_jax.prepare import make_program, plan_of, work_of
+from sr_dpo_jax.train_step import make_score_step
+from sr_dpo_jax.weights.directory import ModelDirectory
+
+log = logging.getLogger(__name__)
+
+GIB = 2**30
+RUNTIME_SHARE = 0.05
+"""What the runtime is left of a chip's memory, for its own buffers and for fragments that nothing fits into."""
+WAIT_S = 5.0
+CHIPS = {
+    "TPU v4": ("v4", 1.05e9),
+    "TPU v5 lite": ("v5e", 1.5e9),
+    "TPU v5": ("v5p", 1.75e9),
+    "TPU v6 lite": ("v6e", 1.75e9),
+}
+"""jax's `device_kind`: the maker's name, as in `HBM_GIB`, and the clock in Hz that peak flops belong to."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One compiled program; bytes and cycles are those of one chip and, unless it says so, of one step."""
+
+    name: str
+    fits: bool
+    hbm_bytes: int
+    peak_bytes: int
+    """Arguments, temporaries, new outputs and code, and what else is in memory while the program runs."""
+    refusal: str | None
+    """What the compiler says where it finds no room; there are no further figures then."""
+    compile_s: float = 0.0
+    argument_bytes: int = 0
+    temporary_bytes: int = 0
+    output_bytes: int = 0
+    """Outputs that do not take an argument's place."""
+    code_bytes: int = 0
+    resident_bytes: int = 0
+    """Optimizer state and online reference beside the scoring step, where it evaluates while training."""
+    traced_flops: float = 0.0
+    """Matmuls of the program before it is split, all chips together, with what it recomputes and pads."""
+    estimated_cycles: float = 0.0
+    """The compiler's estimate, kernels and communication not included."""
+    kernel_cycles: float = 0.0
+    """Attention kernels at the peak of the matrix unit, without the blocks that they skip."""
+    collectives: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    """Kind: how often it runs, and the bytes that it gives or takes."""
+    unknown_loops: int = 0
+    unknown_kernels: int = 0
+    repeated_operations: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A configuration compiled for a topology."""
+
+    chips: int
+    hosts: int
+    device_kind: str
+    mesh: dict[str, int]
+    parameters: int
+    attention: str
+    shape: Shape
+    augmented_length: int | None
+    """Tokens of a row with p."""
+    padding: float
+    """Share of a step's tokens that are none, on average."""
+    blocks_visited: float
+    """Share of the attention kernels' blocks in which something is seen; 1 on the dense path."""
+    model_flops_a_pair: float
+    """As MFU counts them, mean over the pairs."""
+    programs: tuple[Program, ...]
+    step_s: float | None
+    """That the cycles imply at the chip's clock, for the train step; communication not included."""
+    mfu: float | None
+
+    @property
+    def fits(self) -> bool:
+        return all(program.fits for program in self.programs)
+
+
+@contextlib.contextmanager
+def only_one() -> Iterator[None]:
+    """Waits until no other process of this machine compiles so: libtpu serves one process at a time."""
+    path = Path(tempfile.gettempdir()) / "sr_dpo_jax_compile.lock"
+    # Opened as it is where another user has made it: a lock needs no right to write.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.warning("another sr-dpo compile runs on this machine (%s); waiting for it", path)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def devices_of(topology: str, slices: int) -> Sequence[jax.Device]:
+    """The chips of a topology such as `v5p:4x4x4`, all slices together.
+
+    Raises:
+      UsageError: there is no such topology, or no libtpu.
+    """
+    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if topology.startswith("v4:"):
+        options["chip_config_name"] = "megacore"  # one device a chip, as on pods; the default shows its two cores
+    waiting = False
+    while True:
+        try:
+            return topologies.get_topology_desc(topology_name=topology, platform="tpu", **options).devices
+        except (jax.errors.JaxRuntimeError, RuntimeError, NotImplementedError, ValueError, ImportError) as error:
+            text = str(error)
+            if "already in use" not in text and "lockfile" not in text:
+                if "libtpu" in text.lower() and "INVALID_ARGUMENT" not in text:
+                    raise UsageError(f"libtpu cannot be loaded ({text}); pip install 'jax[tpu]'") from error
+                raise UsageError(
+                    f"--topology {topology}: {text}; give one as jax names them: v5e:4x4, v6e:2x4, v4:2x2x2, v5p:2x2x2"
+                ) from error
+        if not waiting:
+            log.warning("another process on this machine uses libtpu; waiting for it")
+            waiting = True
+        time.sleep(WAIT_S)
+
+
+def compile_for(
+    devices: Sequence[jax.Device],
+    config: Config,
+    directory: ModelDirectory,
+    pairs: TokenizedPairs,
+    eval_pairs: TokenizedPairs | None,
+) -> Compiled:
+    """Compiles the programs of a configuration for these devices; a program that does not fit is a result.
+
+    Args:
+      devices: from `devices_of`.
+      config: what to run.
+      directory: config.json is enough.
+      pairs, eval_pairs: only their lengths count.
+
+    Raises:
+      UsageError: the configuration cannot run so: the mesh does not divide, a pair is longer than a row, ...
+    """
+    mesh = meshes.make_mesh(**config.mesh.model_dump(), devices=devices)
+    assembly, objective = assemble_on(mesh, config, directory), objective_of(config)
+    preference = objective.name != "sft"
+    sizes = pair_sizes(pairs, with_rejected=preference)
+    plan = plan_of(assembly, pairs, sizes, eval_pairs)
+    work = work_of(assembly, pairs, sizes[0], online=preference and config.reference.mode == "online")
+    evaluates_p = eval_pairs is not None and preference and config.refinement.prompt is not None
+    step = _first_step(assembly, pairs, plan, augmented=objective.refined or evaluates_p, with_rejected=preference)
+    visited = _blocks_visited(assembly, step)
+    programs = [_train_program(assembly, plan, step, visited)]
+    if (preference and config.reference.mode == "cached") or config.data.eval_path is not None:
+        programs.append(_score_program(assembly, plan, step, visited))
+    model_flops = float(work.flops.mean())
+    step_s = mfu = None
+    if programs[0].refusal is None and work.peak_flops is not None:
+        cycles = programs[0].estimated_cycles + programs[0].kernel_cycles
+        step_s = cycles / CHIPS[devices[0].device_kind][1]
+        mfu = model_flops * plan.shape.pairs / (step_s * work.peak_flops)
+    return Compiled(
+        chips=len(devices),
+        hosts=len({(getattr(device, "slice_index", 0), device.process_index) for device in devices}),
+        device_kind=devices[0].device_kind,
+        mesh=dict(mesh.shape),
+        parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(assembly.param_shapes)),
+        attention="dense" if config.model.attention == "dense" else "splash",
+        shape=plan.shape,
+        augmented_length=None if step.augmented is None else step.augmented["tokens"].shape[-1],
+        padding=1 - float(sizes[0][plan.pair].sum()) / (len(plan) * plan.shape.rows * plan.shape.row_length),
+        blocks_visited=visited,
+        model_flops_a_pair=model_flops,
+        programs=tuple(programs),
+        step_s=step_s,
+        mfu=mfu,
+    )
+
+
+def _first_step(
+    assembly: Assembly, pairs: TokenizedPairs, plan: Plan, *, augmented: bool, with_rejected: bool
+) -> HostStep:
+    """All rows of the plan's first step, as the processes of a run build them together."""
+    source = StepSource(
+        pairs,
+        plan,
+        micro_batches=assembly.micro_batches,
+        local_rows=np.arange(plan.shape.rows // assembly.micro_batches),
+        with_rejected=with_rejected,
+        augmented=augmented,
+        row_multiple=assembly.config.batch.row_multiple,
+    )
+    return source[0]
+
+
+def _blocks_visited(assembly: Assembly, step: HostStep) -> float:
+    """Mean over the rows and layers of a step, of the blocks that the kernel's own tables let run."""
+    if assembly.config.model.attention == "dense":
+        return 1.0
+    prepare = splash_path(assembly.mesh, row_axes=(), head_axes=(), interpret=False).prepare
+    architecture, shares = assembly.directory.architecture, []
+    for rows, prefix_tokens in ((step.plain, 0), (step.augmented, step.prefix_tokens)):
+        if rows is None:
+            continue
+        start, end, positions = (
+            jnp.asarray(rows[name].reshape(-1, rows[name].shape[-1])) for name in ("key_start", "key_end", "positions")
+        )
+        for number, kind in enumerate(architecture.kinds):
+            window = kind.window if kind.window is not None and kind.window < start.shape[-1] else None
+            runs = prepare(Visible(start, end, positions, prefix_tokens, window)).runs
+            shares.append((float(runs.mean()), architecture.kind_of_layer.count(number)))
+    return sum(share * layers for share, layers in shares) / sum(layers for _, layers in shares)
+
+
+def _abstract_batch(assembly: Assembly, step: HostStep, *, augmented: bool, scores: bool) -> Batch:
+    def rows(arrays: dict[str, np.ndarray], prefix_tokens: int) -> Rows:
+        axes = ("steps", "rows", None)
+        shapes = {
+            name: jax.ShapeDtypeStruct(
+                array.shape, array.dtype, sharding=meshes.sharding(assembly.mesh, axes, array.shape, f"batch.{name}")
+            )
+            for name, array in arrays.items()
+        }
+        return Rows(**shapes, prefix_tokens=prefix_tokens)
+
+    everywhere = meshes.replicated(assembly.mesh)
+    of_pairs = jax.ShapeDtypeStruct((len(step.pair), 2), jnp.float32, sharding=everywhere) if scores else None
+    return Batch(
+        rows(step.plain, 0),
+        rows(step.augmented, step.prefix_tokens) if augmented else None,
+        of_pairs,
+        of_pairs if augmented else None,
+    )
+
+
+def _train_program(assembly: Assembly, plan: Plan, step: HostStep, visited: float) -> Program:
+    objective, config = objective_of(assembly.config), assembly.config
+    online = objective.name != "sft" and config.reference.mode == "online"
+    program = make_program(
+        assembly, pairs=plan.shape.pairs, total_steps=min(len(plan), config.train.max_steps or len(plan))
+    )
+    scores = objective.name != "sft" and not online
+    batch = _abstract_batch(assembly, step, augmented=objective.refined, scores=scores)
+    reference = _abstract_reference(assembly, program.state.params) if online else None
+    return _compile("train step", assembly, program.step, (program.state, reference, batch), 0, visited)
+
+
+def _score_program(assembly: Assembly, plan: Plan, step: HostStep, visited: float) -> Program:
+    """The scoring step with the rows that need it most: with p where the reference or an evaluation has it."""
+    program = make_program(assembly, pairs=plan.shape.pairs, total_steps=1)
+    batch = _abstract_batch(assembly, step, augmented=step.augmented is not None, scores=False)
+    resident = 0
+    if assembly.config.data.eval_path is not None:
+        resident = _bytes_a_chip(program.state.optimizer_state)
+        if assembly.config.reference.mode == "online":
+            resident += _bytes_a_chip(_abstract_reference(assembly, program.state.params))
+    score_step = make_score_step(assembly.graph, pairs=plan.shape.pairs, mesh=assembly.mesh)
+    return _compile("scoring step", assembly, score_step, (program.state.params, batch), resident, visited)
+
+
+def _abstract_reference(assembly: Assembly, params: Any) -> Any:
+    dtype = jnp.dtype(assembly.config.model.dtype)
+    shapes = jax.eval_shape(lambda given: reference_copy(given, dtype), params)
+    return jax.tree.map(
+        lambda shape, param: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=param.sharding), shapes, params
+    )
+
+
+def _bytes_a_chip(shapes: Any) -> int:
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)
+    )
+
+
+def _compile(
+    name: str, assembly: Assembly, step: Any, arguments: tuple[Any, ...], resident: int, visited: float
+) -> Program:
+    kind = assembly.mesh.devices.flat[0].device_kind
+    if kind not in CHIPS:
+        raise UsageError(f"nothing is known of {kind}; known: {', '.join(CHIPS)}")
+    hbm = HBM_GIB[CHIPS[kind][0]] * GIB
+    needed = _bytes_a_chip(arguments) + resident
+    if needed > hbm:
+        return Program(name, False, hbm, needed, "the arguments alone need more than a chip has")
+    traced = step.trace(*arguments)
+    flops, started = traced_flops(traced.jaxpr.jaxpr), time.monotonic()
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        peak = _bytes_wanted(str(error))
+        if peak is None:
+            raise UsageError(f"the TPU compiler refuses the {name}: {str(error).partition(chr(10))[0]}") from error
+        return Program(name, False, hbm, max(peak, needed), str(error).partition("\n")[0], time.monotonic() - started)
+    memory, compile_s = compiled.memory_analysis(), time.monotonic() - started
+    output = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    code = memory.generated_code_size_in_bytes
+    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + output + code + resident
+    tally = aot_hlo.read(compiled.as_text())
+    return Program(
+        name=name,
+        fits=peak <= (1 - RUNTIME_SHARE) * hbm,
+        hbm_bytes=hbm,
+        peak_bytes=peak,
+        refusal=None,
+        compile_s=compile_s,
+        argument_bytes=memory.argument_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        output_bytes=output,
+        code_bytes=code,
+        resident_bytes=resident,
+        traced_flops=flops.matmuls + visited * flops.kernels,
+        estimated_cycles=tally.cycles,
+        kernel_cycles=visited * tally.kernel_flops * CHIPS[kind][1] / PEAK_BFLOAT16_FLOPS[kind],
+        collectives={kind: (count, tally.payload_bytes[kind]) for kind, count in sorted(tally.counts.items())},
+        unknown_loops=tally.unknown_loops,
+        unknown_kernels=sum(tally.unknown_kernels.values()),
+        repeated_operations=tally.repeated_operations,
+    )
+
+
+def _bytes_wanted(message: str) -> int | None:
+    """How much memory a chip would need, as the compiler's refusal says; None where it refuses for another reason."""
+    if not re.search(r"out of memory (on|in memory space) hbm", message, re.IGNORECASE):
+        return None
+    wanted = re.search(r"(?:Used|temporaries \()\s*([\d.]+)([KMGT])", message)
+    return 0 if wanted is None else int(float(wanted.group(1)) * 1024 ** (1 + "KMGT".index(wanted.group(2))))
