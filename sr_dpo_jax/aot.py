@@ -188,9 +188,9 @@ def compile_for(
     plan = plan_of(assembly, pairs, sizes, eval_pairs)
     work = work_of(assembly, pairs, sizes[0], online=preference and config.reference.mode == "online")
     evaluates_p = eval_pairs is not None and preference and config.refinement.prompt is not None
-    step = _first_step(assembly, pairs, plan, augmented=objective.refined or evaluates_p, with_rejected=preference)
-    visited = _blocks_visited(assembly, step)
-    programs = [_train_program(assembly, plan, step, visited)]
+    step = first_step(assembly, pairs, plan, augmented=objective.refined or evaluates_p, with_rejected=preference)
+    visited = blocks_visited(assembly, step)
+    programs = [train_program(assembly, plan, step, visited)]
     if (preference and config.reference.mode == "cached") or config.data.eval_path is not None:
         programs.append(_score_program(assembly, plan, step, visited))
     model_flops = float(work.flops.mean())
@@ -217,7 +217,7 @@ def compile_for(
     )
 
 
-def _first_step(
+def first_step(
     assembly: Assembly, pairs: TokenizedPairs, plan: Plan, *, augmented: bool, with_rejected: bool
 ) -> HostStep:
     """All rows of the plan's first step, as the processes of a run build them together."""
@@ -233,7 +233,7 @@ def _first_step(
     return source[0]
 
 
-def _blocks_visited(assembly: Assembly, step: HostStep) -> float:
+def blocks_visited(assembly: Assembly, step: HostStep) -> float:
     """Mean over the rows and layers of a step, of the blocks that the kernel's own tables let run."""
     if assembly.config.model.attention == "dense":
         return 1.0
@@ -273,7 +273,7 @@ def _abstract_batch(assembly: Assembly, step: HostStep, *, augmented: bool, scor
     )
 
 
-def _train_program(assembly: Assembly, plan: Plan, step: HostStep, visited: float) -> Program:
+def train_program(assembly: Assembly, plan: Plan, step: HostStep, visited: float) -> Program:
     objective, config = objective_of(assembly.config), assembly.config
     online = objective.name != "sft" and config.reference.mode == "online"
     program = make_program(
@@ -327,10 +327,10 @@ def _compile(
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        peak = _bytes_wanted(str(error))
+        peak = bytes_wanted(str(error), needed)
         if peak is None:
             raise UsageError(f"the TPU compiler refuses the {name}: {str(error).partition(chr(10))[0]}") from error
-        return Program(name, False, hbm, max(peak, needed), str(error).partition("\n")[0], time.monotonic() - started)
+        return Program(name, False, hbm, peak, str(error).partition("\n")[0], time.monotonic() - started)
     memory, compile_s = compiled.memory_analysis(), time.monotonic() - started
     output = memory.output_size_in_bytes - memory.alias_size_in_bytes
     code = memory.generated_code_size_in_bytes
@@ -358,9 +358,12 @@ def _compile(
     )
 
 
-def _bytes_wanted(message: str) -> int | None:
+def bytes_wanted(message: str, argument_bytes: int) -> int | None:
     """How much memory a chip would need, as the compiler's refusal says; None where it refuses for another reason."""
     if not re.search(r"out of memory (on|in memory space) hbm", message, re.IGNORECASE):
         return None
-    wanted = re.search(r"(?:Used|temporaries \()\s*([\d.]+)([KMGT])", message)
-    return 0 if wanted is None else int(float(wanted.group(1)) * 1024 ** (1 + "KMGT".index(wanted.group(2))))
+    wanted = re.search(r"(Used|temporaries \()\s*([\d.]+)([KMGT])", message)
+    if wanted is None:
+        return argument_bytes
+    size = int(float(wanted.group(2)) * 1024 ** (1 + "KMGT".index(wanted.group(3))))
+    return size if wanted.group(1) == "Used" else size + argument_bytes

@@ -19,7 +19,7 @@ EXIT_FAILED, EXIT_USAGE = 1, 2
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Formatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
@@ -56,9 +56,10 @@ def _end(code: int) -> int:
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="sr-dpo", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+def parser() -> argparse.ArgumentParser:
+    """Every command with its options."""
+    made = argparse.ArgumentParser(prog="sr-dpo", description=__doc__)
+    commands = made.add_subparsers(dest="command", required=True)
 
     def command(name: str, run: object, summary: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=summary, description=summary)
@@ -107,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     compiler.add_argument("--json", type=Path, metavar="FILE", help="writes the same there")
     demo = command("demo", _demo, "SFT, DPO and Sr-DPO of a small model on a small world, in minutes")
     demo.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="DIR")
-    return parser
+    return made
 
 
 # Each command imports what it needs when it runs: `--help` and configuration errors need no jax.
@@ -180,6 +181,8 @@ def _compile(options: argparse.Namespace) -> int:
         raise UsageError(f"--slices {options.slices}: give the number of slices, 1 or more")
     # Before jax is imported: libtpu is to look for no TPU, and jax is not to start one.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu"}
+    # Or libtpu complains that this machine is no TPU worker; the values play no part in what it compiles.
+    os.environ |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-16"}
     from sr_dpo_jax.aot_print import print_report, write_json
     from sr_dpo_jax.aot_search import compile_command
 

@@ -1,0 +1,222 @@
+"""`sr-dpo compile` with the TPU compiler itself: needs libtpu (the `tpu` extra), no TPU. Marked `aot`.
+
+The compiler makes its least effort (--quick), so that the suite takes minutes: the memory that it then finds is close
+to that of a run, mostly above it. Configurations that differ in nothing but the constants of their loss are compiled
+once.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import known_models
+import pytest
+from test_configs import NAMES, commands, load, options
+from transformers import AutoConfig
+
+from sr_dpo_jax.aot import only_one
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+MODEL_OF = {
+    "pythia": "pythia-2.8b",
+    "zephyr": "mistral-7b",
+    "llama3_8b": "llama-3.1-8b",
+    "llama3_70b": "llama-3.1-70b",
+    "qwen3": "qwen3-8b",
+}
+SHARED = {"ipo": "dpo", "sr_ipo": "sr_dpo"}
+"""Objectives whose programs are those of another, but for a few operations on one number a pair."""
+COMMANDS = [(name, number) for name in NAMES for number in range(len(commands(name, "compile")))]
+
+pytestmark = pytest.mark.aot
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    code: int
+    output: str
+    report: dict[str, Any]
+
+
+def start(arguments: list[str], **environment: str) -> "subprocess.Popen[str]":
+    """`sr-dpo ARGUMENTS` with a user's environment: libtpu serves one process at a time, so never in this one."""
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), **environment}
+    env.pop("XLA_FLAGS", None)
+    return subprocess.Popen(
+        [sys.executable, "-m", "sr_dpo_jax.cli", *arguments],
+        env=env,
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def run(arguments: list[str], json_path: Path) -> Result:
+    process = start([*arguments, "--quick", "--json", str(json_path)])
+    output = process.communicate()[0]
+    report = json.loads(json_path.read_text(encoding="utf-8")) if json_path.is_file() else {}
+    return Result(process.returncode, output, report)
+
+
+@pytest.fixture(scope="session")
+def model_root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    for name in known_models.MODELS:
+        known_models.model_directory(root, name)
+    return root
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory, model_root):
+    """`(configuration, number of its command) -> Result`, each distinct program compiled once."""
+    root, kept = tmp_path_factory.mktemp("compiled"), {}
+
+    def compile_once(name: str, number: int) -> Result:
+        objective = load(name).objective.name
+        name = f"{name.removesuffix(objective)}{SHARED.get(objective, objective)}"
+        if (name, number) not in kept:
+            arguments = commands(name, "compile")[number]
+            (model,) = [model for start, model in MODEL_OF.items() if name.startswith(start)]
+            arguments[2:2] = [f"model.path={model_root / model}"]
+            kept[name, number] = run(arguments, root / f"{name}_{number}.json")
+        return kept[name, number]
+
+    return compile_once
+
+
+@pytest.mark.parametrize(("name", "number"), COMMANDS)
+def test_every_configuration_fits_its_topology(compiled, name, number):
+    result = compiled(name, number)
+    assert result.code == 0, result.output
+    report = result.report["compiled"]
+    given = options(commands(name, "compile")[number])
+    config = load(name, tuple(given.overrides))
+    (parameters,) = [known_models.MODELS[model][2] for start, model in MODEL_OF.items() if name.startswith(start)]
+    assert report["parameters"] == parameters
+    assert report["hosts"] == config.distributed.processes
+    assert report["chips"] == 4 * report["hosts"]
+    assert result.report["fits"] and result.report["remedy"] is None
+    train, score = report["programs"]
+    state = (4 + 4) * parameters / report["chips"] * report["mesh"]["replica"]  # float32 parameters and RMSprop's
+    assert state <= train["argument_bytes"] < 1.05 * state
+    assert state / 2 <= score["argument_bytes"] < train["argument_bytes"]
+    for program in (train, score):
+        assert program["peak_bytes"] <= 0.95 * program["hbm_bytes"]
+        assert program["unknown_loops"] == program["unknown_kernels"] == 0
+        assert "all-to-all" not in program["collectives"]
+
+
+@pytest.mark.parametrize("name", ["pythia_2.8b_hh", "zephyr_7b_ultrafeedback"])
+def test_the_refinement_costs_one_forward(compiled, name):
+    """Of the program as traced, before the compiler: DPO takes three forwards and the logits once more."""
+    dpo, sr_dpo = (compiled(f"{name}_{objective}", 0).report["compiled"] for objective in ("dpo", "sr_dpo"))
+    extra = sr_dpo["programs"][0]["traced_flops"] / dpo["programs"][0]["traced_flops"]
+    assert 1.25 < extra < 1.45
+    assert sr_dpo["model_flops_a_pair"] / dpo["model_flops_a_pair"] == pytest.approx(4 / 3, rel=0.03)
+
+
+def tiny_config(tmp_path: Path, family: str, **fields: Any) -> list[str]:
+    """A configuration of a small model, as arguments."""
+    common = {
+        "vocab_size": 2048,
+        "hidden_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "intermediate_size": 512,
+    }
+    AutoConfig.for_model(family, **(common | fields)).save_pretrained(tmp_path / "model")
+    config = {
+        "output_dir": str(tmp_path / "run"),
+        "model": {"path": str(tmp_path / "model"), "attention": "splash"},
+        "data": {"path": "unread"},
+        "objective": {"name": "sr_dpo", "lam": 0.5},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
+    return ["compile", str(path)]
+
+
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_splash_attention_compiles(tmp_path, topology):
+    result = run([*tiny_config(tmp_path, "llama"), "--topology", topology], tmp_path / "report.json")
+    assert result.code == 0, result.output
+    report = result.report["compiled"]
+    assert (report["chips"], report["attention"]) == (4, "splash")
+    assert report["programs"][0]["kernel_cycles"] > 0
+    assert 0 < report["blocks_visited"] < 1
+
+
+def test_splash_attention_with_windows_and_caps_compiles(tmp_path):
+    fields = {"sliding_window": 300, "query_pre_attn_scalar": 64}
+    result = run([*tiny_config(tmp_path, "gemma2", **fields), "--topology", "v5e:2x2"], tmp_path / "report.json")
+    assert result.code == 0, result.output
+    assert result.report["compiled"]["programs"][0]["unknown_kernels"] == 0
+
+
+def test_what_does_not_fit_comes_with_a_change_that_does(tmp_path, model_root):
+    arguments = tiny_config(tmp_path, "llama")
+    arguments += [f"model.path={model_root / 'llama-3.2-1b'}", "batch.pairs_per_step=128"]
+    result = run([*arguments, "--topology", "v5e:2x2"], tmp_path / "report.json")
+    assert result.code == 2, result.output
+    assert not result.report["fits"]
+    train = result.report["compiled"]["programs"][0]
+    assert train["peak_bytes"] > 0.95 * train["hbm_bytes"]
+    assert [attempt["fits"] for attempt in result.report["attempts"]] == [False] * (
+        len(result.report["attempts"]) - 1
+    ) + [True]
+    remedy = [f"{key}={value}" for key, value in result.report["remedy"].items()]
+    assert f"This does: {' '.join(remedy)}" in " ".join(result.output.split())
+    again = run([*arguments, *remedy, "--topology", "v5e:2x2"], tmp_path / "again.json")
+    assert again.code == 0, again.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--topology", "v5e:3x5"], "--topology v5e:3x5"),
+        (["--topology", "v9:2x2"], "--topology v9:2x2"),
+        (["mesh.fsdp=3", "--topology", "v5e:2x2"], "does not make up 4 devices"),
+        (["mesh.tensor=4", "mesh.fsdp=1", "--topology", "v5e:2x2"], "kv_heads"),
+        (["--topology", "v5e:2x2", "--slices", "2"], "mesh.replica to a multiple of 2"),
+        (["batch.row_length=512", "--topology", "v5e:2x2"], "batch.row_length"),
+    ],
+)
+def test_faults_are_said_without_a_traceback(tmp_path, arguments, said):
+    process = start([*tiny_config(tmp_path, "llama"), *arguments])
+    output = process.communicate()[0]
+    assert process.returncode == 2, output
+    assert said in output
+    assert "Traceback" not in output
+
+
+def test_a_second_command_waits_for_the_first(tmp_path):
+    """The first is this process, which holds the lock; the second says that it waits, and goes on once it is free."""
+    environment = {"TMPDIR": str(tmp_path)}
+    lines: list[str] = []
+    waits = threading.Event()
+
+    def listen(process: "subprocess.Popen[str]") -> None:
+        for line in process.stdout:
+            lines.append(line)
+            if "waiting for it" in line:
+                waits.set()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+        with only_one():
+            process = start([*tiny_config(tmp_path, "llama"), "--topology", "v5e:3x5"], **environment)
+            listener = threading.Thread(target=listen, args=(process,))
+            listener.start()
+            assert waits.wait(timeout=120), lines
+            assert process.poll() is None
+    listener.join(timeout=600)
+    assert process.wait() == 2
+    assert "--topology v5e:3x5" in "".join(lines)
