@@ -19,6 +19,7 @@ from sr_dpo_jax.aot_flops import SPLASH_MATMULS, splash_flops
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 BITS = re.compile(r"^[a-z]+?(\d+)")
 ARRAY = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
+# In the instruction's name or, where the compiler has renamed it, in its metadata.
 KERNEL = re.compile(rf"splash_\w*?({'|'.join(SPLASH_MATMULS)})_")
 
 
@@ -148,7 +149,7 @@ class _Module:
         return max(sizes)
 
     def _add_kernel(self, total: Tally, computation: str, kernel: Instruction) -> None:
-        kind, here = KERNEL.search(kernel.name), self.computations[computation]
+        kind, here = KERNEL.search(kernel.text), self.computations[computation]
         shapes = [ARRAY.findall(here[name].shape) for name in kernel.operands if name in here]
         floats = [arrays[0][1] for arrays in shapes if len(arrays) == 1 and "f" in arrays[0][0]]
         wide = [dims for dims in (tuple(map(int, dims.split(","))) for dims in floats if dims) if len(dims) >= 3]

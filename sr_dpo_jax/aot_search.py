@@ -23,7 +23,7 @@ from sr_dpo_jax.data import tokens
 from sr_dpo_jax.data.dataset import TokenizedPairs
 from sr_dpo_jax.data.fit import require_fit
 from sr_dpo_jax.data.rows import BadRow, Message, Pair
-from sr_dpo_jax.data.typical import LENGTHS, PAIRS, typical_pairs
+from sr_dpo_jax.data.typical import LENGTHS, typical_pairs
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.weights import directory as weights
 
@@ -184,7 +184,7 @@ def _typical(config: Config, directory: weights.ModelDirectory) -> tuple[Tokeniz
         head_tokens, p_tokens, said = _prefix(config, directory)
     pairs = typical_pairs(
         config.data.format,
-        pairs=max(PAIRS, 64 * config.batch.pairs_per_step),
+        least_pairs=64 * config.batch.pairs_per_step,
         head_tokens=head_tokens,
         augmentation_tokens=p_tokens,
         max_length=config.data.max_length,

@@ -105,6 +105,13 @@ def test_loops_are_multiplied_out():
     assert tally.repeated_operations == 1
 
 
+def test_a_renamed_kernel_is_known_by_its_metadata():
+    text = LOOPS.replace("%splash_mha_fwd_residuals.1", "%closed_call.1").replace(
+        "attend", "a/splash_mha_fwd_residuals/b"
+    )
+    assert read(text).kernel_flops == read(LOOPS).kernel_flops
+
+
 def test_a_known_trip_count_is_taken():
     text = LOOPS.replace("body=%outer_body", 'body=%outer_body, backend_config={"known_trip_count":{"n":"11"}}')
     assert read(text).cycles == 11 * (4 * 10 + 3) + 7

@@ -10,36 +10,43 @@ import numpy as np
 
 from sr_dpo_jax.data.dataset import Report, TokenizedPairs
 
-PAIRS = 2**14
-
 
 @dataclasses.dataclass(frozen=True)
 class Typical:
     """Mean tokens, and the standard deviation of the logarithm."""
 
+    pairs: int
+    """In the training split."""
     prompt: tuple[float, float]
     chosen: tuple[float, float]
     rejected: tuple[float, float]
 
 
-HH = Typical(prompt=(113, 0.88), chosen=(39, 0.9), rejected=(49, 0.9))
+HH = Typical(pairs=160_800, prompt=(113, 0.88), chosen=(39, 0.9), rejected=(49, 0.9))
 """95 of 100 prompts are shorter than 326 tokens."""
-ULTRAFEEDBACK = Typical(prompt=(180, 0.9), chosen=(300, 0.7), rejected=(300, 0.7))
+ULTRAFEEDBACK = Typical(pairs=61_135, prompt=(180, 0.9), chosen=(300, 0.7), rejected=(300, 0.7))
 LENGTHS = {"hh_rlhf": HH, "ultrafeedback": ULTRAFEEDBACK, "preference": ULTRAFEEDBACK}
 
 
 def typical_pairs(
-    format: str, *, pairs: int, head_tokens: int, augmentation_tokens: int, max_length: int, max_prompt_length: int
+    format: str,
+    *,
+    least_pairs: int,
+    head_tokens: int,
+    augmentation_tokens: int,
+    max_length: int,
+    max_prompt_length: int,
 ) -> TokenizedPairs:
     """Pairs of tokens 0 with typical lengths, always the same ones.
 
     Args:
       format: a key of `LENGTHS`.
-      pairs: N.
+      least_pairs: N, where that is more than the data set has.
       head_tokens, augmentation_tokens: of the template head and of p.
       max_length, max_prompt_length: as for `tokens.truncate`.
     """
     rng, typical = np.random.default_rng(0), LENGTHS[format]
+    pairs = max(typical.pairs, least_pairs)
     prompt, chosen, rejected = (_draw(rng, *getattr(typical, name), pairs) for name in ("prompt", "chosen", "rejected"))
     prompt += head_tokens
     longer = np.maximum(chosen, rejected)

@@ -77,7 +77,7 @@ def pairs_of(config: Config, directory: ModelDirectory, root: Path) -> Tokenized
         print(f"{HH_FILE} is not there: typical lengths")
         return typical_pairs(
             "hh_rlhf",
-            pairs=2**14,
+            least_pairs=0,
             head_tokens=0,
             augmentation_tokens=50,
             max_length=MAX_LENGTH,
