@@ -44,7 +44,7 @@ def write_json(path: Path, report: Report) -> None:
 def print_report(report: Report) -> None:
     """Writes to standard output; plain text where that is no terminal."""
     console = rich.console.Console(highlight=False)
-    console.width = min(console.width, COLUMNS)
+    console.width = min(console.width, COLUMNS) if console.is_terminal else COLUMNS
 
     def section(title: str, table: rich.table.Table) -> None:
         console.print(rich.text.Text(title, style="bold"))

@@ -71,6 +71,12 @@ def test_datasets_stays_in_data():
     assert {file for file in importers_of("datasets") if not file.startswith("data/")} == set()
 
 
+def test_described_devices_stay_in_aot():
+    """Everything else runs on devices that are there."""
+    found = {file for file in FILES if "jax.experimental.topologies" in imports_of(tree_of(file))}
+    assert found == {"aot.py"}
+
+
 def test_config_is_read_before_any_device_is_touched():
     """config.py, and all that it imports of this package, import no jax; so does the command line until it runs."""
     seen, queue = set(), ["config.py"]

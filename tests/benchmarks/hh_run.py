@@ -27,9 +27,9 @@ LEARNING_RATE = 1e-4
 """The paper's 5e-7 is for a trained model; weights drawn at random need larger steps to move within 35 updates."""
 
 
-def make_model(directory: Path, *, hidden: int, layers: int, vocabulary_tokens: int = 8192) -> Path:
-    """A tokenizer trained on the HH file, and the config.json of a Pythia-shaped model."""
-    with gzip.open(HH_FILE) as file:
+def make_tokenizer(directory: Path, data: Path, vocabulary_tokens: int = 8192) -> Path:
+    """A byte-level BPE trained on a file of HH transcripts."""
+    with gzip.open(data) as file:
         rows = [json.loads(line) for line in file]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -42,6 +42,12 @@ def make_model(directory: Path, *, hidden: int, layers: int, vocabulary_tokens: 
     )
     tokenizer.train_from_iterator((row[side] for row in rows for side in ("chosen", "rejected")), trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(directory)
+    return directory
+
+
+def make_model(directory: Path, *, hidden: int, layers: int, vocabulary_tokens: int = 8192) -> Path:
+    """A tokenizer trained on the HH file, and the config.json of a Pythia-shaped model."""
+    make_tokenizer(directory, HH_FILE, vocabulary_tokens)
     GPTNeoXConfig(
         vocab_size=vocabulary_tokens,
         hidden_size=hidden,

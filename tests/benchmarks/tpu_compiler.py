@@ -17,7 +17,8 @@ without the file, typical lengths (see sr_dpo_jax/data/typical.py).
 
 Command, from the repository root (needs the `tpu` extra, no TPU). Expect half an hour on two cores:
 
-    python tests/benchmarks/tpu_compiler.py [--remat none,full] [--attention splash,dense] [--json FILE]
+    python tests/benchmarks/tpu_compiler.py [--data FILE.jsonl.gz] [--remat none,full] [--attention splash,dense]
+        [--json FILE]
 
 How to read the output: `Mcycles` are the compiler's estimates for one chip and step, loops multiplied out, with the
 attention kernels at the peak of the matrix unit and without communication; `GiB` is the peak of one chip, which has 16.
@@ -40,7 +41,7 @@ os.environ |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p
 import jax  # noqa: E402
 import known_models  # noqa: E402
 import numpy as np  # noqa: E402
-from hh_run import make_model  # noqa: E402
+from hh_run import make_tokenizer  # noqa: E402
 from runs import HH_FILE  # noqa: E402
 
 from sr_dpo_jax import config as configuration  # noqa: E402
@@ -60,11 +61,13 @@ MAX_LENGTH, PAIRS = 512, 64
 STEPS = ("padded", "dpo", "sr_dpo")
 
 
-def config_of(directory: ModelDirectory, root: Path, step: str, attention: str, remat: str) -> Config:
+def config_of(
+    directory: ModelDirectory, data: Path, root: Path, *, step: str, attention: str = "dense", remat: str = "none"
+) -> Config:
     raw = {
         "output_dir": str(root / "run"),
         "model": {"path": str(directory.path), "init": "random", "attention": attention, "remat": remat},
-        "data": {"path": str(HH_FILE), "max_bad_rows": 9, "max_length": MAX_LENGTH},
+        "data": {"path": str(data), "max_bad_rows": 9, "max_length": MAX_LENGTH},
         "objective": {"name": "sr_dpo", "lam": 0.5} if step == "sr_dpo" else {"name": "dpo"},
         "reference": {"mode": "online" if step == "padded" else "cached"},
         "batch": {"pairs_per_step": PAIRS},
@@ -73,8 +76,9 @@ def config_of(directory: ModelDirectory, root: Path, step: str, attention: str, 
 
 
 def pairs_of(config: Config, directory: ModelDirectory, root: Path) -> TokenizedPairs:
-    if not HH_FILE.is_file():
-        print(f"{HH_FILE} is not there: typical lengths")
+    data = Path(config.data.path[0].path)
+    if not data.is_file():
+        print(f"{data} is not there: typical lengths")
         return typical_pairs(
             "hh_rlhf",
             least_pairs=0,
@@ -83,7 +87,7 @@ def pairs_of(config: Config, directory: ModelDirectory, root: Path) -> Tokenized
             max_length=MAX_LENGTH,
             max_prompt_length=config.data.max_prompt_length,
         )
-    tokenizer = load_tokenizer(str(make_model(root / "tokenizer", hidden=64, layers=1)))
+    tokenizer = load_tokenizer(str(make_tokenizer(root / "tokenizer", data)))
     prompt = config.refinement.prompt
     return read_data(config, config.data.path, "train", tokenizer, directory.architecture, augmentation_prompt=prompt)
 
@@ -131,6 +135,7 @@ def ratio(name: str, upper: float | None, lower: float | None) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=HH_FILE, help="HH-RLHF transcripts, .jsonl.gz")
     parser.add_argument("--topology", default="v5e:2x4")
     parser.add_argument("--remat", default="none,full")
     parser.add_argument("--attention", default="splash,dense")
@@ -141,13 +146,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as work, only_one():
         root = Path(work)
         directory = open_directory(str(known_models.model_directory(root, "llama-3.2-1b")))
-        pairs = pairs_of(config_of(directory, root, "sr_dpo", "dense", "none"), directory, root)
+        pairs = pairs_of(config_of(directory, options.data, root, step="sr_dpo"), directory, root)
         devices = list(devices_of(options.topology, 1))
         print(f"{'step, attention, remat':24} rows × tokens   Mcycles in kernels      GiB compile s")
         for remat in options.remat.split(","):
             for attention in options.attention.split(","):
                 for step in STEPS:
-                    config = config_of(directory, root, step, attention, remat)
+                    config = config_of(directory, options.data, root, step=step, attention=attention, remat=remat)
                     program, shape = compile_step(devices, config, directory, pairs, step)
                     found[f"{step} {attention} {remat}"] = program
                     print(line(f"{step}, {attention}, {remat}", program, shape), flush=True)
