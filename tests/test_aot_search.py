@@ -113,6 +113,16 @@ def test_p_is_counted_where_there_is_a_tokenizer(tmp_path):
     assert len(pairs.augmentation) == 0
 
 
+def test_real_data_gives_its_own_lengths(tmp_path):
+    model, data = runs.model_directory(tmp_path / "model"), runs.preference_file(tmp_path / "pairs.jsonl", 20)
+    held_out = runs.preference_file(tmp_path / "held_out.jsonl", 5, seed=1)
+    config = runs.make_config(tmp_path, model, data, data={"eval_path": str(held_out)})
+    pairs, eval_pairs, said = aot_search._read(config, open_directory(str(model)))
+    assert (len(pairs), len(eval_pairs)) == (20, 5)
+    assert pairs.prompt_tokens.min() > 0 and pairs.tokens.any()
+    assert said == f"data.path, 20 pairs; p has {len(pairs.augmentation)} tokens"
+
+
 def test_what_fits_is_said(capsys, tmp_path):
     report = report_of(compiled_of(FITS))
     aot_print.print_report(report)
