@@ -103,8 +103,9 @@ def test_every_configuration_fits_its_topology(compiled, name, number):
     assert report["chips"] == 4 * report["hosts"]
     assert result.report["fits"] and result.report["remedy"] is None
     train, score = report["programs"]
-    state = (4 + 4) * parameters / report["chips"] * report["mesh"]["replica"]  # float32 parameters and RMSprop's
-    assert state <= train["argument_bytes"] < 1.05 * state
+    # Parameters and RMSprop's state in float32; shards that are no multiple of 128 are filled up.
+    state = (4 + 4) * parameters / report["chips"] * report["mesh"]["replica"]
+    assert state <= train["argument_bytes"] < 1.25 * state
     assert state / 2 <= score["argument_bytes"] < train["argument_bytes"]
     for program in (train, score):
         assert program["peak_bytes"] <= 0.95 * program["hbm_bytes"]
