@@ -111,7 +111,8 @@ class Compiled:
     """As MFU counts them, mean over the pairs."""
     programs: tuple[Program, ...]
     step_s: float | None
-    """That the cycles imply at the chip's clock, for the train step; communication not included."""
+    """That the cycles imply at the chip's clock, for the train step; communication not included. None where the
+    compiler was not asked for its best."""
     mfu: float | None
 
     @property

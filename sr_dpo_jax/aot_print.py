@@ -19,8 +19,8 @@ NOTES = (
     "stand in them at the peak of the matrix unit. So the step time is a lower bound, and its MFU an upper one."
 )
 QUICK_NOTE = (
-    "--quick: the compiler made its least effort. Memory is close to that of a run, mostly above it; cycles are far "
-    "too many and are left out."
+    "--quick: the compiler made its least effort. Memory is close to that of a run; cycles are far too many and are left "
+    "out."
 )
 
 
@@ -136,7 +136,7 @@ def _work(report: Report) -> rich.table.Table:
     flops = compiled.model_flops_a_pair
     row("model flops a step", f"{flops * compiled.shape.pairs:.3g}")
     row("model flops a pair", f"{flops:.3g}")
-    if compiled.step_s is not None and not report.quick:
+    if compiled.step_s is not None:
         row("step time at the chip's clock", f"{compiled.step_s:.3f} s")
         row("MFU that it implies", f"{compiled.mfu:.0%}")
     return table

@@ -94,6 +94,8 @@ def compile_command(config: Config, *, topology: str, slices: int, read: bool, q
     with only_one():
         devices = devices_of(topology, slices)
         compiled = compile_for(devices, config, directory, pairs, eval_pairs)
+        if quick:
+            compiled = dataclasses.replace(compiled, step_s=None, mfu=None)
         attempts: list[Attempt] = []
         if not compiled.fits:
             log.warning("does not fit; looking for a change that does")
