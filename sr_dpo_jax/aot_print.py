@@ -19,8 +19,8 @@ NOTES = (
     "stand in them at the peak of the matrix unit. So the step time is a lower bound, and its MFU an upper one."
 )
 QUICK_NOTE = (
-    "--quick: the compiler made its least effort. Memory is close to that of a run; cycles are far too many and are left "
-    "out."
+    "--quick: the compiler made its least effort. Memory is close to that of a run; cycles are far too many and are "
+    "left out."
 )
 
 
