@@ -156,7 +156,7 @@ def traced_step(attention, objective, remat="none"):
     if attention == "splash":
         path = splash_path(mesh, row_axes=("replica", "fsdp"), head_axes=("tensor",), interpret=True)
     model = tiny.build(tiny.NEOX, mesh, attention=path, remat=remat)
-    optimizer = optax.sgd(1.0)
+    optimizer = optax.sgd(lambda _: 1.0)
     step = make_train_step(
         model.graph,
         optimizer,

@@ -161,7 +161,8 @@ class Model:
         attention = tiled_path(mesh, row_axes=(), head_axes=()) if in_tiles else DENSE
         self.mesh, model = mesh, tiny.build(architecture, mesh, dtype=jnp.float64, attention=attention)
         self.logit_cap = architecture.logit_cap
-        self.graph, optimizer = model.graph, optax.trace(decay=0.0)  # its state is the gradient itself
+        # The first one's state is the gradient itself; the step asks the second how many updates there were.
+        self.graph, optimizer = model.graph, optax.chain(optax.trace(decay=0.0), optax.scale_by_schedule(lambda _: 1.0))
         self.state = model.state(optimizer, seed=1)
         self.train_step = make_train_step(
             model.graph,
@@ -179,7 +180,7 @@ class Model:
         batch = Batch(example.plain(), example.augmented(), example.reference[..., 0], example.reference[..., 1])
         batch = dataclasses.replace(batch, **changed)
         after, metrics = self.train_step(jax.tree.map(jnp.copy, self.state), None, batch)
-        return metrics, after.optimizer_state.trace
+        return metrics, after.optimizer_state[0].trace
 
     def _packed_prefix(self, params: Any, rows: Rows, weight: jax.Array) -> tuple[jax.Array, Any]:
         """Augmented rows in the place of plain ones, where gradients do flow through them; sums and gradient."""

@@ -63,7 +63,7 @@ def repeated(remat, length):
 def counted(name, remat="none"):
     """XLA's flops of the lowered train step, with every loop unrolled because XLA counts a loop's body once."""
     model = build(architecture(), make_mesh(), remat=remat)
-    optimizer = optax.sgd(1.0)
+    optimizer = optax.sgd(lambda _: 1.0)
     step = make_train_step(
         model.graph,
         optimizer,
