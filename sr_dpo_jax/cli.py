@@ -87,6 +87,14 @@ def parser() -> argparse.ArgumentParser:
     generate = with_config(command("generate", _generate, "responses to a file of prompts"))
     generate.add_argument("--prompts", required=True, type=Path, metavar="FILE.jsonl")
     generate.add_argument("--output", required=True, type=Path, metavar="FILE.jsonl")
+    judge = command("judge", _judge, "compares two files of answers with a judge behind an OpenAI-compatible endpoint")
+    judge.add_argument("first", type=Path, metavar="A.jsonl", help="answers, as sr-dpo generate or MT-Bench has them")
+    judge.add_argument("second", type=Path, metavar="B.jsonl", help="those to compare with")
+    judge.add_argument("--questions", required=True, type=Path, metavar="FILE.jsonl", help="as MT- or Vicuna-Bench")
+    judge.add_argument("--output", required=True, type=Path, metavar="FILE.json")
+    judge.add_argument("--judge-config", type=Path, metavar="FILE.yaml", help="prompts and more, in place of our own")
+    judge.add_argument("--model", metavar="NAME", help="the judge's name at the endpoint")
+    judge.add_argument("--base-url", metavar="URL", help="of the endpoint; the key comes from the environment")
     export = command("export", _export, "writes a checkpoint as a Hugging Face directory")
     export.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     export.add_argument("out_dir", type=Path, metavar="OUT_DIR")
@@ -143,6 +151,21 @@ def _generate(options: argparse.Namespace) -> int:
     from sr_dpo_jax.generate import generate_command
 
     print(f"{generate_command(config, options.prompts, options.output)} responses in {options.output}")
+    return 0
+
+
+def _judge(options: argparse.Namespace) -> int:
+    from sr_dpo_jax.judge.command import judge_command
+
+    judge_command(
+        options.first,
+        options.second,
+        questions_file=options.questions,
+        output=options.output,
+        config=options.judge_config,
+        model=options.model,
+        base_url=options.base_url,
+    )
     return 0
 
 
