@@ -1,8 +1,10 @@
 """`sr-dpo generate`: responses to a file of prompts, many at a time, with finished slots refilled at once.
 
-    prompts    JSON lines with `prompt` (text, or a list of messages) or `messages`; an `id`, else the 0-based number
+    prompts    JSON lines with `prompt` (text, or a list of messages), `messages`, or `turns`: texts of the user, each
+               of which is answered before the next; an `id`, else the 0-based number
     output     the same lines in the same order, each with `response`, `response_tokens` and `finish_reason`:
-               `end` (an end-of-sequence token), `stop` (a stop string) or `length`
+               `end` (an end-of-sequence token), `stop` (a stop string) or `length`. For `turns`, lists of the latter
+               two, and in place of `response` what MT-Bench has: `choices`, of which the first has the list `turns`
 
 While it runs, finished lines are in OUTPUT.partial; the same command goes on from there.
 """
@@ -24,7 +26,7 @@ from sr_dpo_jax.assembly import Assembly, assemble, read_model
 from sr_dpo_jax.config import Config
 from sr_dpo_jax.data.fit import end_tokens
 from sr_dpo_jax.data.prompts import PromptLine, read_prompts
-from sr_dpo_jax.data.rows import BadRow
+from sr_dpo_jax.data.rows import BadRow, Message
 from sr_dpo_jax.data.tokens import PairEncoder
 from sr_dpo_jax.decode import Sampling, State, make_programs, make_state
 from sr_dpo_jax.errors import UsageError
@@ -33,6 +35,8 @@ from sr_dpo_jax.metrics import Progress
 
 log = logging.getLogger(__name__)
 
+Finished = dict[tuple[int, int], dict[str, Any]]
+"""Responses that are done, by place in the file of prompts and turn."""
 TOKENS_A_CALL = 16
 """Between two looks at what has finished: a slot idles for half of this, and the host is asked a sixteenth as often."""
 PROMPT_MULTIPLE = 64
@@ -44,6 +48,8 @@ class Prompt:
 
     index: int
     """Its place in the file."""
+    turn: int
+    """0 for the first one of a conversation."""
     ids: list[int]
     seed: int
 
@@ -155,60 +161,84 @@ def generate_command(config: Config, prompts_file: Path, output: Path) -> int:
     directory, tokenizer = read_model(config)
     lines = read_prompts(str(prompts_file))
     encoder = PairEncoder(tokenizer, augmentation_prompt=None)
-    encoded = encoder.prompt_ids([line.prompt for line in lines])
-    bad = [result for result in encoded if isinstance(result, BadRow)]
-    if bad:
-        reasons = "\n  ".join(f"prompt {result.line}: {result.reason}" for result in bad[:20])
-        raise UsageError(f"{prompts_file}: {len(bad)} prompts cannot be used:\n  {reasons}")
     vocabulary_tokens = directory.architecture.vocabulary_tokens
-    beyond = [line.id for line, ids in zip(lines, encoded, strict=True) if max(ids) >= vocabulary_tokens]
-    if beyond:
-        raise UsageError(
-            f"{prompts_file}: {len(beyond)} prompts, the first of id {beyond[0]!r}, hold an added token for which the "
-            f"model has no row among its {vocabulary_tokens}; remove it from the prompts or the chat template"
-        )
-    section = config.generation
-    sampling = Sampling(section.temperature, section.top_k, section.top_p, end_tokens(tokenizer, directory.path))
+    _encode(encoder, lines, vocabulary_tokens, turn=0, finished={}, where=prompts_file)  # before any device is touched
     assembly = assemble(config, directory)
     params, step = latest_params(assembly, None)
     settings = _settings(config, assembly, lines, step)
     finished = _read_partial(output, settings)
-    prompts = [
-        Prompt(index, ids, seed=(config.seed * 1_000_003 + index) % 2**32)
-        for index, ids in enumerate(encoded)
-        if index not in finished
-    ]
-    if prompts:
-        generator = Generator(
-            assembly,
-            params,
-            tokenizer,
-            sampling,
-            slots=section.slots,
-            longest_prompt_tokens=max(map(len, encoded)),
-            max_new_tokens=section.max_new_tokens,
-            stop=section.stop,
-        )
-        _run(generator, prompts, output, settings, finished)
-    if jax.process_index() == 0:
+    leader, total = jax.process_index() == 0, sum(1 + len(line.later_turns) for line in lines)
+    with Progress("generate", total=total, active=leader) as progress, _Partial(output, settings, leader) as partial:
+        for turn in range(1 + max(len(line.later_turns) for line in lines)):
+            encoded = _encode(encoder, lines, vocabulary_tokens, turn=turn, finished=finished, where=prompts_file)
+            prompts = [
+                Prompt(index, turn, ids, seed=(config.seed * 1_000_003 + turn * 7_000_003 + index) % 2**32)
+                for index, ids in encoded.items()
+                if (index, turn) not in finished
+            ]
+            if prompts:
+                longest = max(map(len, encoded.values()))
+                for prompt, response in _generator(assembly, params, tokenizer, longest).respond(prompts):
+                    partial.append(_take(finished, prompt, response))
+                    progress.update(len(finished))
+    if leader:
         _write_all(output, lines, finished)
     return len(lines)
 
 
-def _run(
-    generator: Generator, prompts: list[Prompt], output: Path, settings: str, finished: dict[int, dict[str, Any]]
-) -> None:
-    leader = jax.process_index() == 0
-    done, total = len(finished), len(finished) + len(prompts)
-    with Progress("generate", total=total, active=leader) as progress, _Partial(output, settings, leader) as partial:
-        for number, (prompt, response) in enumerate(generator.respond(prompts), done + 1):
-            finished[prompt.index] = {
-                "response": response.text,
-                "response_tokens": len(response.ids),
-                "finish_reason": response.finish_reason,
-            }
-            partial.append({"index": prompt.index, **finished[prompt.index]})
-            progress.update(number)
+def _generator(assembly: Assembly, params: Any, tokenizer: PreTrainedTokenizerBase, longest: int) -> Generator:
+    section = assembly.config.generation
+    ends = end_tokens(tokenizer, assembly.directory.path)
+    return Generator(
+        assembly,
+        params,
+        tokenizer,
+        Sampling(section.temperature, section.top_k, section.top_p, ends),
+        slots=section.slots,
+        longest_prompt_tokens=longest,
+        max_new_tokens=section.max_new_tokens,
+        stop=section.stop,
+    )
+
+
+def _encode(
+    encoder: PairEncoder,
+    lines: Sequence[PromptLine],
+    vocabulary_tokens: int,
+    *,
+    turn: int,
+    finished: Finished,
+    where: Path,
+) -> dict[int, list[int]]:
+    """Ids of the prompts that wait for this turn's response, by place in the file; earlier responses are in them."""
+    having = [index for index, line in enumerate(lines) if turn <= len(line.later_turns)]
+    prompts: list[str | tuple[Message, ...]] = []
+    for index in having:
+        prompt = lines[index].prompt
+        for earlier, text in enumerate(lines[index].later_turns[:turn]):
+            response = finished[index, earlier]["response"]
+            prompt = (*prompt, Message("assistant", response), Message("user", text))
+        prompts.append(prompt)
+    encoded = dict(zip(having, encoder.prompt_ids(prompts), strict=True))
+    bad = {index: result.reason for index, result in encoded.items() if isinstance(result, BadRow)}
+    for index, ids in encoded.items():
+        if index not in bad and max(ids) >= vocabulary_tokens:
+            bad[index] = f"holds the added token of id {max(ids)}, but the model knows {vocabulary_tokens} ids"
+    if bad:
+        at = f", turn {turn + 1}" if turn else ""
+        reasons = "\n  ".join(f"prompt {index + 1}{at}: {reason}" for index, reason in sorted(bad.items())[:20])
+        raise UsageError(f"{where}: {len(bad)} prompts cannot be used:\n  {reasons}")
+    return encoded
+
+
+def _take(finished: Finished, prompt: Prompt, response: Response) -> dict[str, Any]:
+    """Keeps a response; returns its line of the partial file."""
+    finished[prompt.index, prompt.turn] = kept = {
+        "response": response.text,
+        "response_tokens": len(response.ids),
+        "finish_reason": response.finish_reason,
+    }
+    return {"index": prompt.index, "turn": prompt.turn, **kept}
 
 
 def _settings(config: Config, assembly: Assembly, lines: Sequence[PromptLine], step: int) -> str:
@@ -246,8 +276,8 @@ class _Partial:
             self._file.flush()
 
 
-def _read_partial(output: Path, settings: str) -> dict[int, dict[str, Any]]:
-    """Responses that an interrupted run of the same settings left, by place in the file of prompts."""
+def _read_partial(output: Path, settings: str) -> Finished:
+    """Responses that an interrupted run of the same settings left."""
     path = _partial_path(output)
     if not path.exists():
         return {}
@@ -261,13 +291,18 @@ def _read_partial(output: Path, settings: str) -> dict[int, dict[str, Any]]:
         )
     path.write_text("".join(lines), encoding="utf-8")
     log.info("%s: going on after %d responses", path, len(records) - 1)
-    return {record.pop("index"): record for record in records[1:]}
+    return {(record.pop("index"), record.pop("turn")): record for record in records[1:]}
 
 
-def _write_all(output: Path, lines: Sequence[PromptLine], finished: dict[int, dict[str, Any]]) -> None:
+def _write_all(output: Path, lines: Sequence[PromptLine], finished: Finished) -> None:
     whole = output.with_name(output.name + ".whole")
     with whole.open("w", encoding="utf-8") as file:
         for index, line in enumerate(lines):
-            file.write(json.dumps({"id": line.id, **line.row, **finished[index]}, ensure_ascii=False) + "\n")
+            of_line = finished[index, 0]
+            if line.key == "turns":
+                turns = [finished[index, turn] for turn in range(1 + len(line.later_turns))]
+                of_line = {name: [answer[name] for answer in turns] for name in of_line}
+                of_line["choices"] = [{"index": 0, "turns": of_line.pop("response")}]
+            file.write(json.dumps({"id": line.id, **line.row, **of_line}, ensure_ascii=False) + "\n")
     whole.replace(output)
     _partial_path(output).unlink(missing_ok=True)

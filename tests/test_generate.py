@@ -1,6 +1,7 @@
 """Generation: slots do not matter, sampling draws from the right distribution, and a killed command goes on."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 import tiny
 import yaml
 from runs import model_directory, raw_config
+from toy_tokenizers import ZEPHYR
 
 from sr_dpo_jax.cli import main
 from sr_dpo_jax.decode import Sampling, draw, make_programs, make_state
@@ -102,6 +104,48 @@ def test_stop_strings_end_a_response_before_them(model, tmp_path):
         assert cut["finish_reason"] == ("stop" if stop in full["response"] else full["finish_reason"])
 
 
+def test_turns_are_answered_one_after_another(model, tmp_path, monkeypatch):
+    """The second answer is that to the whole conversation so far; a killed command goes on between turns too."""
+    from sr_dpo_jax import generate
+
+    chat = tmp_path / "chat"
+    shutil.copytree(model, chat)
+    (chat / "chat_template.jinja").write_text(ZEPHYR, encoding="utf-8")
+    questions = [["sort the words", "and again"], ["a cat", "blue", "why"], ["the sky"]]
+    asked = [{"question_id": 81 + n, "category": "x", "turns": turns} for n, turns in enumerate(questions)]
+    prompts = tmp_path / "questions.jsonl"
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in asked), encoding="utf-8")
+    arguments = command(tmp_path, chat, prompts, tmp_path / "answers.jsonl", slots=8, max_new_tokens=12)
+    respond = generate.Generator.respond
+
+    def killed_in_turn_two(self, wanted):
+        for prompt, response in respond(self, wanted):
+            yield prompt, response
+            if prompt.turn == 1:
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(generate.Generator, "respond", killed_in_turn_two)
+        main(arguments)
+    assert main(arguments) == 0
+    answers = responses(tmp_path / "answers.jsonl")
+    assert [line["id"] for line in answers] == ["81", "82", "83"]
+    assert [len(line["choices"][0]["turns"]) for line in answers] == [2, 3, 1]
+    assert all(line["turns"] == turns for line, turns in zip(answers, questions, strict=True))
+    assert [len(line["finish_reason"]) for line in answers] == [2, 3, 1]
+
+    whole = []
+    for line in answers:
+        said = [text for pair in zip(line["turns"], line["choices"][0]["turns"], strict=True) for text in pair]
+        roles = ["user", "assistant"] * len(said)
+        messages = [{"role": role, "content": text} for role, text in zip(roles, said[:-1], strict=False)]
+        whole.append({"messages": messages})
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in whole), encoding="utf-8")
+    assert main(command(tmp_path, chat, prompts, tmp_path / "last.jsonl", slots=8, max_new_tokens=12)) == 0
+    for line, last in zip(answers, responses(tmp_path / "last.jsonl"), strict=True):
+        assert line["choices"][0]["turns"][-1] == last["response"]
+
+
 def test_nothing_is_compiled_after_the_first_calls(model, tmp_path):
     tiny_model = tiny.build(tiny.GEMMA, tiny.make_mesh(1, 2, 2))
     params = tiny_model.params()
@@ -157,6 +201,8 @@ def test_tokens_are_drawn_from_the_right_distribution(temperature, top_k, top_p)
         ('{"text": "x"}', "line 1: missing key 'prompt'"),
         ('{"prompt": ""}', "line 1: prompt: empty text"),
         ('{"prompt": [{"role": "assistant", "content": "x"}]}', "line 1: prompt: must end with a user"),
+        ('{"turns": ["a", ""]}', "line 1: turns: empty text"),
+        ('{"turns": "a"}', "line 1: turns: expected a list"),
         ("{", "line 1: bad JSON"),
         ("", "holds no prompt"),
     ],

@@ -15,6 +15,8 @@ from sr_dpo_jax.data.rows import (
 from sr_dpo_jax.errors import UsageError
 
 LISTED = 20
+KEYS = ("prompt", "messages", "turns")
+"""Where a line's prompt stands; the first one that a line has counts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +26,18 @@ class PromptLine:
     id: str
     """The line's own `id`, else its 0-based number."""
     prompt: str | tuple[Message, ...]
+    later_turns: tuple[str, ...]
+    """What the user says next, after each response; empty unless the line has `turns`."""
     row: dict[str, Any]
     """The whole line as it was, to be written out again beside its response."""
 
+    @property
+    def key(self) -> str:
+        return next(key for key in KEYS if key in self.row)
+
 
 def read_prompts(path: str) -> list[PromptLine]:
-    """Reads a .jsonl or .jsonl.gz file, each line with `prompt` (text or messages) or `messages`.
+    """Reads a .jsonl or .jsonl.gz file, each line with `prompt` (text or messages), `messages` or `turns`.
 
     Raises:
       UsageError: the file cannot be read, holds no line, or lines cannot be used, with each line and reason.
@@ -53,10 +61,13 @@ def _line(row: Any, number: int) -> PromptLine:
         raise UnusableError(row.reason)
     if not isinstance(row, dict):
         raise UnusableError("not an object")
-    key = "prompt" if "prompt" in row else "messages"
-    if key not in row:
+    key = next((key for key in KEYS if key in row), None)
+    if key is None:
         raise UnusableError("missing key 'prompt' (text or messages)")
-    prompt = row[key]
+    prompt, later_turns = row[key], ()
+    if key == "turns":
+        prompt, *later_turns = _turns(prompt)
+        prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, str) and key == "prompt":
         prompt = checked_text(prompt, key)
         if not prompt:
@@ -67,4 +78,13 @@ def _line(row: Any, number: int) -> PromptLine:
             raise UnusableError(f"{key}: must end with a user or tool message")
         if all(message.role != "user" for message in prompt):
             raise UnusableError(f"{key}: holds no user message")
-    return PromptLine(checked_id(row, ("id", "question_id"), number), prompt, row)
+    return PromptLine(checked_id(row, ("id", "question_id"), number), prompt, tuple(later_turns), row)
+
+
+def _turns(value: Any) -> list[str]:
+    if not isinstance(value, list) or not value:
+        raise UnusableError("turns: expected a list of texts")
+    turns = [checked_text(text, f"turns[{number}]") for number, text in enumerate(value)]
+    if not all(turns):
+        raise UnusableError("turns: empty text")
+    return turns
