@@ -23,7 +23,7 @@ from sr_dpo_jax.config import Config, Source
 from sr_dpo_jax.data import dataset, tokens
 from sr_dpo_jax.data.dataset import TokenizedPairs
 from sr_dpo_jax.data.fit import require_embedded, require_fit
-from sr_dpo_jax.data.pipeline import Feed, StepSource, local_rows
+from sr_dpo_jax.data.pipeline import Feed, Pairs, StepSource, local_rows
 from sr_dpo_jax.data.plan import Plan
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.model.architecture import Architecture
@@ -104,7 +104,7 @@ class Assembly:
 
     def feed(
         self,
-        pairs: TokenizedPairs,
+        pairs: Pairs,
         plan: Plan,
         *,
         augmented: bool,

@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -87,14 +87,7 @@ def parser() -> argparse.ArgumentParser:
     generate = with_config(command("generate", _generate, "responses to a file of prompts"))
     generate.add_argument("--prompts", required=True, type=Path, metavar="FILE.jsonl")
     generate.add_argument("--output", required=True, type=Path, metavar="FILE.jsonl")
-    judge = command("judge", _judge, "compares two files of answers with a judge behind an OpenAI-compatible endpoint")
-    judge.add_argument("first", type=Path, metavar="A.jsonl", help="answers, as sr-dpo generate or MT-Bench has them")
-    judge.add_argument("second", type=Path, metavar="B.jsonl", help="those to compare with")
-    judge.add_argument("--questions", required=True, type=Path, metavar="FILE.jsonl", help="as MT- or Vicuna-Bench")
-    judge.add_argument("--output", required=True, type=Path, metavar="FILE.json")
-    judge.add_argument("--judge-config", type=Path, metavar="FILE.yaml", help="prompts and more, in place of our own")
-    judge.add_argument("--model", metavar="NAME", help="the judge's name at the endpoint")
-    judge.add_argument("--base-url", metavar="URL", help="of the endpoint; the key comes from the environment")
+    _add_benchmarks(command)
     export = command("export", _export, "writes a checkpoint as a Hugging Face directory")
     export.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     export.add_argument("out_dir", type=Path, metavar="OUT_DIR")
@@ -117,6 +110,29 @@ def parser() -> argparse.ArgumentParser:
     demo = command("demo", _demo, "SFT, DPO and Sr-DPO of a small model on a small world, in minutes")
     demo.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="DIR")
     return made
+
+
+def _add_benchmarks(command: Callable[..., argparse.ArgumentParser]) -> None:
+    judge = command("judge", _judge, "compares two files of answers with a judge behind an OpenAI-compatible endpoint")
+    judge.add_argument("first", type=Path, metavar="A.jsonl", help="answers, as sr-dpo generate or MT-Bench has them")
+    judge.add_argument("second", type=Path, metavar="B.jsonl", help="those to compare with")
+    judge.add_argument("--questions", required=True, type=Path, metavar="FILE.jsonl", help="as MT- or Vicuna-Bench")
+    judge.add_argument("--output", required=True, type=Path, metavar="FILE.json")
+    judge.add_argument("--judge-config", type=Path, metavar="FILE.yaml", help="prompts and more, in place of our own")
+    judge.add_argument("--model", metavar="NAME", help="the judge's name at the endpoint")
+    judge.add_argument("--base-url", metavar="URL", help="of the endpoint; the key comes from the environment")
+    lm_eval = command("lm-eval", _lm_eval, "tasks of lm-evaluation-harness, the model on the mesh")
+    lm_eval.add_argument(
+        "model", metavar="RUN_OR_MODEL", help="output_dir of a run, or a Hugging Face directory or name"
+    )
+    lm_eval.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as model.dtype=float32")
+    which = lm_eval.add_mutually_exclusive_group(required=True)
+    which.add_argument("--tasks", metavar="T1,T2", help="names of tasks or groups")
+    which.add_argument("--paper", action="store_true", help="the paper's six, with its few-shot counts and metrics")
+    lm_eval.add_argument("--include-path", type=Path, metavar="DIR", help="task files of your own; may hold code")
+    lm_eval.add_argument("--num-fewshot", type=int, metavar="N", help="default: what each task says")
+    lm_eval.add_argument("--limit", type=int, metavar="N", help="first N examples of each task, for a trial")
+    lm_eval.add_argument("--output", type=Path, metavar="FILE.json")
 
 
 # Each command imports what it needs when it runs: `--help` and configuration errors need no jax.
@@ -165,6 +181,21 @@ def _judge(options: argparse.Namespace) -> int:
         config=options.judge_config,
         model=options.model,
         base_url=options.base_url,
+    )
+    return 0
+
+
+def _lm_eval(options: argparse.Namespace) -> int:
+    from sr_dpo_jax.leaderboard import lm_eval_command
+
+    lm_eval_command(
+        options.model,
+        options.overrides,
+        tasks=None if options.paper else options.tasks.split(","),
+        include_path=options.include_path,
+        num_fewshot=options.num_fewshot,
+        limit=options.limit,
+        output=options.output,
     )
     return 0
 

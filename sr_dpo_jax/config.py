@@ -264,6 +264,14 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return from_dict(raw, where=str(path))
 
 
+def for_model(path: str, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a command that takes a model and no data; errors as those of `load`."""
+    raw = {"output_dir": path, "model": {"path": path}, "data": {"path": "none"}, "objective": {"name": "sft"}}
+    for override in overrides:
+        _apply(raw, override)
+    return from_dict(raw, where=path)
+
+
 def from_dict(raw: dict[str, Any], *, where: str) -> Config:
     """Checks a nested mapping; `where` names its origin in error messages."""
     secrets = list(_secrets(raw, ()))

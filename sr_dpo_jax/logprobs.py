@@ -51,6 +51,26 @@ def response_logprobs(
     return sums[:-1].reshape(pairs, SIDES), tokens[:-1].reshape(pairs, SIDES)
 
 
+def continuation_logprobs(
+    hidden: Array, vocabulary_matrix: Array, rows: Rows, *, pairs: int, cap: float | None, constrain: Constrain
+) -> tuple[Array, Array]:
+    """The same of the chosen side alone, and whether greedy decoding would have written it; has no gradient.
+
+    Arguments as of `response_logprobs`.
+
+    Returns:
+      Log-probabilities `[B]` float32 in nats, and how many tokens were not the likeliest, `[B]` int32: 0 where the
+      whole of the response is greedy. A token that ties with another one counts as likeliest.
+    """
+    scored = jnp.take_along_axis(hidden, rows.source[..., None], axis=1)
+    scored = constrain(scored, ("rows", "scored", None))
+    largest, normaliser, at_target = _scan(scored, vocabulary_matrix, rows.target, cap, constrain)
+    slots, slot = SIDES * pairs + 1, rows.slot.reshape(-1)
+    sums = jax.ops.segment_sum((at_target - normaliser).reshape(-1), slot, slots)
+    misses = jax.ops.segment_sum((at_target < largest).astype(jnp.int32).reshape(-1), slot, slots)
+    return sums[:-1:SIDES], misses[:-1:SIDES]
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def token_logprobs(
     hidden: Array, vocabulary_matrix: Array, target: Array, cap: float | None, constrain: Constrain
@@ -73,6 +93,14 @@ def token_logprobs(
 def _forward(
     hidden: Array, matrix: Array, target: Array, cap: float | None, constrain: Constrain
 ) -> tuple[Array, tuple[Array, ...]]:
+    _, normaliser, at_target = _scan(hidden, matrix, target, cap, constrain)
+    return at_target - normaliser, (hidden, matrix, target, normaliser)
+
+
+def _scan(
+    hidden: Array, matrix: Array, target: Array, cap: float | None, constrain: Constrain
+) -> tuple[Array, Array, Array]:
+    """Of each scored position, over the whole vocabulary: the largest logit, log Σ exp, and the target's logit."""
     dtype = at_least_float32(hidden.dtype)
 
     def block(carry: tuple[Array, Array, Array], part: tuple[Array, Array]) -> tuple[tuple[Array, Array, Array], None]:
@@ -86,8 +114,7 @@ def _forward(
     zeros = jnp.zeros(target.shape, dtype)
     start = (jnp.full(target.shape, -jnp.inf, dtype), zeros, zeros)
     (largest, total, at_target), _ = jax.lax.scan(block, start, _blocks(matrix))
-    normaliser = largest + jnp.log(total)
-    return at_target - normaliser, (hidden, matrix, target, normaliser)
+    return largest, largest + jnp.log(total), at_target
 
 
 def _backward(

@@ -1,4 +1,4 @@
-"""The compiled functions: initialise, train on one step, score one step. The package's three jits are here.
+"""The compiled functions: initialise, train on one step, score one step. All jits but generation's are here.
 
 A step's rows come in A micro-batches. Each gives the sum of the losses of the pairs that stand in it and that sum's
 gradient; sums are added and divided by the number of pairs once, last, so accumulation changes nothing but memory.
@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from sr_dpo_jax import losses
 from sr_dpo_jax.batch import CHOSEN, REJECTED, Batch
-from sr_dpo_jax.logprobs import response_logprobs
+from sr_dpo_jax.logprobs import continuation_logprobs, response_logprobs
 from sr_dpo_jax.mesh import constrain, replicated
 from sr_dpo_jax.optim import Schedule, updates_done
 
@@ -141,6 +141,31 @@ def make_score_step(graph: nnx.GraphDef, *, pairs: int, mesh: Mesh) -> Callable[
     def step(params: Params, batch: Batch) -> Scores:
         parts = jax.lax.map(lambda micro: score(graph, params, micro, pairs, mesh), _micro_batches(batch))
         return jax.tree.map(lambda part: part.sum(axis=0), parts)
+
+    return jax.jit(step, out_shardings=replicated(mesh), compiler_options=SAME_ROUNDING)
+
+
+def make_continuation_step(
+    graph: nnx.GraphDef, *, pairs: int, mesh: Mesh
+) -> Callable[[Params, Batch], tuple[Array, Array]]:
+    """`(params, batch of chosen sides) -> (log-probabilities, tokens that were not the likeliest)`, each `[B]`, whole
+    on every device: for benchmarks, which ask whether a continuation is the greedy one."""
+
+    def part(params: Params, micro: Batch) -> tuple[Array, Array]:
+        model = nnx.merge(graph, params)
+        hidden, _ = model(micro.plain, None)
+        return continuation_logprobs(
+            hidden,
+            model.vocabulary_matrix,
+            micro.plain,
+            pairs=pairs,
+            cap=model.architecture.logit_cap,
+            constrain=constrain(mesh),
+        )
+
+    def step(params: Params, batch: Batch) -> tuple[Array, Array]:
+        parts = jax.lax.map(lambda micro: part(params, micro), _micro_batches(batch))
+        return jax.tree.map(lambda sums: sums.sum(axis=0), parts)
 
     return jax.jit(step, out_shardings=replicated(mesh), compiler_options=SAME_ROUNDING)
 

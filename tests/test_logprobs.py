@@ -11,7 +11,7 @@ from tiny import pack, random_pairs
 
 from sr_dpo_jax import logprobs
 from sr_dpo_jax.batch import CHOSEN, REJECTED, Rows
-from sr_dpo_jax.logprobs import response_logprobs, token_logprobs
+from sr_dpo_jax.logprobs import continuation_logprobs, response_logprobs, token_logprobs
 
 BLOCK = 8
 
@@ -215,3 +215,24 @@ def test_memory_does_not_hold_the_logits(monkeypatch):
     at_small, at_large = temporary_bytes(small), temporary_bytes(large)
     assert at_large - at_small < 0.1 * 4 * positions * (large - small)
     assert at_small < 3.5 * 4 * positions * 512  # a few blocks, all told
+
+
+@pytest.mark.parametrize("cap", [None, 1.5])
+@pytest.mark.parametrize("vocabulary", SIZES)
+def test_continuations_and_whether_they_are_greedy(float64, vocabulary, cap):
+    """Sums as the responses' own; a token that is not the likeliest is counted, in whichever block the likeliest is."""
+    rng = np.random.default_rng(vocabulary)
+    pairs = [(*(rng.integers(0, vocabulary, n).astype(np.int32) for n in (3, length)), None) for length in (4, 1, 5, 3)]
+    rows = pack(pairs, [0, 1, 1, 0], micro_batches=1, rows=2, row_length=16, scored=9)
+    rows = jax.tree.map(lambda array: array[0].copy(), rows)
+    hidden, matrix = rng.normal(size=(2, 16, 5)), rng.normal(size=(vocabulary, 5))
+    logits = np.take_along_axis(hidden, rows.source[..., None], axis=1) @ matrix.T
+    likeliest = logits.argmax(axis=-1)
+    second = np.argsort(logits, axis=-1)[..., -2]
+    rows.target[:] = np.where(rows.slot == 2 * 1, second, np.where(rows.slot == 2 * 3, rows.target, likeliest))
+    arguments = jnp.asarray(hidden), jnp.asarray(matrix), jax.tree.map(jnp.asarray, rows)
+    sums, misses = jax.jit(lambda *given: continuation_logprobs(*given, pairs=4, cap=cap, constrain=free))(*arguments)
+    expected, _ = response_logprobs(*arguments, pairs=4, cap=cap, constrain=free)
+    np.testing.assert_allclose(sums, expected[:, CHOSEN], rtol=1e-12)
+    of_last = (rows.slot == 6) & (rows.target != likeliest)
+    assert misses.tolist() == [0, 1, 0, of_last.sum()]

@@ -8,6 +8,7 @@ Next: `batch.py`, the layout of a row.
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Protocol
 
 import grain
 import jax
@@ -15,7 +16,6 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from sr_dpo_jax.batch import SIDES, Batch, Placed, Rows, build_row
-from sr_dpo_jax.data.dataset import TokenizedPairs
 from sr_dpo_jax.data.plan import Plan
 
 THREADS = 2
@@ -34,6 +34,15 @@ class HostStep:
     prefix_tokens: int
 
 
+class Pairs(Protocol):
+    """What a step is built from, as far as it is `TokenizedPairs`."""
+
+    head: np.ndarray
+    augmentation: np.ndarray
+
+    def pair(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
+
+
 class StepSource:
     """Random access to the steps of a plan, for grain.
 
@@ -49,7 +58,7 @@ class StepSource:
 
     def __init__(
         self,
-        pairs: TokenizedPairs,
+        pairs: Pairs,
         plan: Plan,
         *,
         micro_batches: int,
