@@ -109,7 +109,7 @@ def lm_eval_command(
         "model": model,
         "step": step,
         "dtype": config.model.dtype,
-        "revision": directory.commit,
+        "revision": directory.revision,
         "limit": limit,
         "lm_eval": lm_eval.__version__,
         **{name: found[name] for name in ("results", "n-shot", "n-samples", "versions", "higher_is_better")},
