@@ -58,6 +58,7 @@ def tasks(tmp_path_factory):
         {**choice, "metric_list": means[:2], "num_fewshot": 2},
         {**write, "metric_list": means[2:], "num_fewshot": 1},
         {**rolling, "doc_to_target": "{{text}}"},
+        {**write, "task": "toy_code", "metric_list": means[2:], "unsafe_code": True},
     ):
         (root / f"{task['task']}.yaml").write_text(yaml.safe_dump({**common, **task}), encoding="utf-8")
     return root
@@ -252,6 +253,7 @@ def test_the_papers_tasks_exist_with_their_metrics():
     [
         (["--tasks", "toy_chioce"], "did you mean toy_choice"),
         (["--tasks", "toy_choice,"], "an empty name"),
+        (["--tasks", "toy_code"], "task toy_code: runs code that the model writes"),
         (["--tasks", "toy_choice", "--num-fewshot", "-1"], "must be at least 0"),
         (["--tasks", "toy_choice", "--limit", "0"], "must be at least 1"),
         (["--paper", "--num-fewshot", "3"], "--paper has its own counts"),
