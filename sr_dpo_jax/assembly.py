@@ -155,8 +155,9 @@ def read_data(
     architecture: Architecture,
     *,
     augmentation_prompt: str | None,
+    first_pairs: int | None = None,
 ) -> TokenizedPairs:
-    """Reads, checks and tokenises `sources`, with p where it is used; touches no device.
+    """Reads, checks and tokenises `sources`, with p where it is used, and keeps `first_pairs`; touches no device.
 
     Raises:
       UsageError: unusable rows, sequences longer than those for which the model's rotary embedding is known, or ids
@@ -186,6 +187,8 @@ def read_data(
         report.identical_pairs,
         report.duplicate_pairs,
     )
+    if first_pairs is not None:
+        pairs = dataset.first(pairs, first_pairs)
     _check_lengths(architecture, pairs)
     require_embedded(pairs, vocabulary_tokens=architecture.vocabulary_tokens)
     return pairs

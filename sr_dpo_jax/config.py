@@ -83,6 +83,8 @@ class Data(Section):
     """One path, or a list of paths and of {path, weight, revision}. Without weights each pair comes once an epoch."""
     eval_path: Sources | None = None
     """Held-out pairs for `sr-dpo eval` and for evaluation while training; weights do not apply."""
+    eval_pairs: Positive | None = None
+    """Evaluates on so many pairs, the first of `eval_path`; null takes all."""
     format: Literal["hh_rlhf", "ultrafeedback", "preference"] = "hh_rlhf"
     split: str = "train"
     """Split of a hub data set; files have none."""
@@ -391,6 +393,8 @@ def _cross_checks(config: Config) -> list[str]:
             f"  data.max_prompt_length={config.data.max_prompt_length} leaves no room for a response in "
             f"data.max_length={config.data.max_length}; lower the first or raise the second"
         )
+    if config.data.eval_pairs is not None and config.data.eval_path is None:
+        found.append(f"  data.eval_pairs={config.data.eval_pairs}: set data.eval_path, or remove it")
     if config.train.eval_every_steps and config.data.eval_path is None:
         found.append(f"  train.eval_every_steps={config.train.eval_every_steps}: set data.eval_path, or remove it")
     if (config.distributed.process_id is None) != (config.distributed.coordinator_address is None):

@@ -18,6 +18,7 @@ from sr_dpo_jax.assembly import Assembly, assemble, objective_of, pair_sizes, re
 from sr_dpo_jax.batch import CHOSEN, REJECTED
 from sr_dpo_jax.checkpoint import Checkpoints
 from sr_dpo_jax.config import Config
+from sr_dpo_jax.correlation import rating_metrics
 from sr_dpo_jax.data.dataset import TokenizedPairs
 from sr_dpo_jax.data.pipeline import Feed
 from sr_dpo_jax.data.plan import Plan, scoring_plan, scoring_shape
@@ -105,7 +106,8 @@ def evaluate(objective: Objective, policy: Scores, reference: np.ndarray | None)
 def evaluate_command(config: Config) -> dict[str, float]:
     """`sr-dpo eval`: metrics on data.eval_path, of the latest checkpoint of output_dir or else of model.path.
 
-    The reference is model.path in both cases. Writes them to output_dir/eval.json too.
+    The reference is model.path in both cases. Where pairs are rated, they hold the correlation of margins with ratings.
+    Writes them to output_dir/eval.json too, and the pairs, one JSON line each, to output_dir/eval_pairs.jsonl.
     """
     if config.data.eval_path is None:
         raise UsageError("data.eval_path is not set: it names the pairs that `sr-dpo eval` measures")
@@ -113,7 +115,13 @@ def evaluate_command(config: Config) -> dict[str, float]:
     preference = config.objective.name != "sft"
     p = config.refinement.prompt if preference else None
     pairs = read_data(
-        config, config.data.eval_path, config.data.eval_split, tokenizer, directory.architecture, augmentation_prompt=p
+        config,
+        config.data.eval_path,
+        config.data.eval_split,
+        tokenizer,
+        directory.architecture,
+        augmentation_prompt=p,
+        first_pairs=config.data.eval_pairs,
     )
     assembly, objective = assemble(config, directory), objective_of(config)
     feed, plan = _one_pass(assembly, pairs, with_rejected=preference)
@@ -127,12 +135,26 @@ def evaluate_command(config: Config) -> dict[str, float]:
                 scores.fill(score_step, base, progress.update)
         reference = scores.scores
     params, step = latest_params(assembly, base)
-    metrics = HeldOut(objective, score_step, feed, len(pairs.ids), reference).metrics(params)
+    policy = score_pairs(score_step, params, feed, len(pairs.ids))
+    metrics = {"step": step, **evaluate(objective, policy, reference)}
     if jax.process_index() == 0:
-        path = Path(config.output_dir) / "eval.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"step": step, **metrics}, indent=2) + "\n", encoding="utf-8")
-    return {"step": step, **metrics}
+        root = Path(config.output_dir)
+        root.mkdir(parents=True, exist_ok=True)
+        if preference:
+            margins = _margins(policy, reference)
+            metrics |= rating_metrics(margins, pairs.chosen_score - pairs.rejected_score, seed=config.seed)
+            write_scores(root / "eval_pairs.jsonl", pairs, policy, reference)
+        (root / "eval.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    return metrics
+
+
+def _margins(policy: Scores, reference: np.ndarray) -> dict[str, np.ndarray]:
+    """m and, where p is used, m̂ of each pair, `[N]`, nats."""
+    kinds = {"margin": policy.plain}
+    if policy.augmented is not None:
+        kinds["augmented_margin"] = policy.augmented
+    log_ratios = {name: scores - reference[..., kind] for kind, (name, scores) in enumerate(kinds.items())}
+    return {name: ratio[:, CHOSEN] - ratio[:, REJECTED] for name, ratio in log_ratios.items()}
 
 
 def score_command(config: Config, output: Path) -> int:
@@ -187,29 +209,38 @@ def latest_params(assembly: Assembly, base: Params | None) -> tuple[Params, int]
     return base if base is not None else assembly.base_params(), 0
 
 
-def write_scores(path: Path, pairs: TokenizedPairs, scores: Scores) -> None:
-    """One JSON line a pair, in the order of the data: id, token counts, log-probabilities in nats, scores if rated."""
+def write_scores(path: Path, pairs: TokenizedPairs, scores: Scores, reference: np.ndarray | None = None) -> None:
+    """One JSON line a pair, in the order of the data: id, token counts, log-probabilities in nats, scores if rated.
+
+    With the reference's scores `[N, 2 sides, 2 (plain, augmented)]` also those and the margins.
+    """
     for array in (scores.plain, scores.augmented):
         if array is not None and not np.isfinite(array).all():
             bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
             raise RuntimeError(f"{len(bad)} pairs have no finite log-probability, first id {pairs.ids[bad[0]]}")
+    counts = {name: getattr(pairs, name) for name in ("prompt_tokens", "chosen_tokens", "rejected_tokens")}
+    columns = _logp_columns("", scores.plain, scores.augmented)
+    if reference is not None:
+        columns |= _logp_columns(
+            "reference_", reference[..., 0], None if scores.augmented is None else reference[..., 1]
+        )
+        columns |= _margins(scores, reference)
+    ratings = {"chosen_score": pairs.chosen_score, "rejected_score": pairs.rejected_score}
+    if reference is not None:
+        ratings["rating_difference"] = pairs.chosen_score - pairs.rejected_score
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:
-        for index in range(len(scores.plain)):
-            line: dict[str, Any] = {
-                "id": pairs.ids[index],
-                "prompt_tokens": int(pairs.prompt_tokens[index]),
-                "chosen_tokens": int(pairs.chosen_tokens[index]),
-                "rejected_tokens": int(pairs.rejected_tokens[index]),
-                "logp_chosen": float(scores.plain[index, CHOSEN]),
-                "logp_rejected": float(scores.plain[index, REJECTED]),
-            }
-            if scores.augmented is not None:
-                line["logp_chosen_augmented"] = float(scores.augmented[index, CHOSEN])
-                line["logp_rejected_augmented"] = float(scores.augmented[index, REJECTED])
-            for name in ("chosen_score", "rejected_score"):
-                rating = getattr(pairs, name)[index]
-                if not np.isnan(rating):
-                    line[name] = float(rating)
+        for index, identity in enumerate(pairs.ids):
+            line: dict[str, Any] = {"id": identity} | {name: int(values[index]) for name, values in counts.items()}
+            line |= {name: float(values[index]) for name, values in columns.items()}
+            line |= {name: float(values[index]) for name, values in ratings.items() if not np.isnan(values[index])}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     partial.replace(path)
+
+
+def _logp_columns(prefix: str, plain: np.ndarray, augmented: np.ndarray | None) -> dict[str, np.ndarray]:
+    columns = {f"{prefix}logp_chosen": plain[:, CHOSEN], f"{prefix}logp_rejected": plain[:, REJECTED]}
+    if augmented is not None:
+        columns[f"{prefix}logp_chosen_augmented"] = augmented[:, CHOSEN]
+        columns[f"{prefix}logp_rejected_augmented"] = augmented[:, REJECTED]
+    return columns

@@ -43,7 +43,13 @@ def train(config: Config, *, allowed_changes: Sequence[str] = ()) -> int:
             if config.data.eval_path is not None:
                 split = config.data.eval_split
                 eval_pairs = read_data(
-                    config, config.data.eval_path, split, tokenizer, directory.architecture, augmentation_prompt=p
+                    config,
+                    config.data.eval_path,
+                    split,
+                    tokenizer,
+                    directory.architecture,
+                    augmentation_prompt=p,
+                    first_pairs=config.data.eval_pairs,
                 )
             assembly = assemble(config, directory)
             stop.joined()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import toy_tokenizers as toy
 
-from sr_dpo_jax.data.dataset import Source, TokenizedPairs, prepare
+from sr_dpo_jax.data.dataset import Source, TokenizedPairs, first, prepare
 from sr_dpo_jax.data.tokens import load_tokenizer
 from sr_dpo_jax.errors import UsageError
 
@@ -311,6 +311,17 @@ class TestCache:
             }
         assert len(digests) == 1
         assert list((tmp_path / "cache").iterdir()) == [cache_file(tmp_path)]
+
+
+def test_the_first_pairs_are_those_of_a_file_that_ends_there(tmp_path, words):
+    rows = [{"prompt": f"q {n}:", "chosen": " a" * (n + 1), "rejected": " b", "score_chosen": n, "score_rejected": 2} for n in range(5)]
+    whole = run(tmp_path, words, write(tmp_path / "whole.jsonl", rows))
+    short = run(tmp_path, words, write(tmp_path / "short.jsonl", rows[:3]))
+    kept = first(whole, 3)
+    for name in ("tokens", "offsets", "head", "augmentation", "chosen_score", "rejected_score", "source"):
+        np.testing.assert_array_equal(getattr(kept, name), getattr(short, name))
+    assert (kept.ids, kept.digest, len(kept)) == (short.ids, short.digest, 3) and kept.digest != whole.digest
+    assert first(whole, 5) is whole and first(whole, 99) is whole
 
 
 def test_a_directory_data_set(tmp_path, words, monkeypatch):

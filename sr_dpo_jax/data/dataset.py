@@ -166,6 +166,21 @@ def prepare(
     return pairs
 
 
+def first(pairs: TokenizedPairs, count: int) -> TokenizedPairs:
+    """The first `count` pairs, or all where there are fewer; `report` and `content_digest` stay those of the whole."""
+    if count >= len(pairs):
+        return pairs
+    offsets = pairs.offsets[:count]
+    kept = {
+        "tokens": pairs.tokens[: offsets[-1, 3]],
+        "offsets": offsets,
+        "head": pairs.head,
+        "augmentation": pairs.augmentation,
+    }
+    per_pair = {name: getattr(pairs, name)[:count] for name in ("ids", "chosen_score", "rejected_score", "source")}
+    return dataclasses.replace(pairs, **kept, **per_pair, digest=_digest_of_arrays(kept))
+
+
 @dataclass(frozen=True)
 class _Stored:
     """What one cache file holds. Paths are no part of it: the same content may have another name next time."""
