@@ -107,6 +107,10 @@ def parser() -> argparse.ArgumentParser:
     compiler.add_argument("--read-data", action="store_true", help="plans from the data instead of typical lengths")
     compiler.add_argument("--quick", action="store_true", help="least effort: memory alone, in a fifth of the time")
     compiler.add_argument("--json", type=Path, metavar="FILE", help="writes the same there")
+    report = command("report", _report, "one HTML page that compares runs: curves, held-out pairs, tables to copy")
+    report.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
+    report.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE.html")
+    report.add_argument("--with-texts", action="store_true", help="shows the texts of sample pairs too")
     demo = command("demo", _demo, "SFT, DPO and Sr-DPO of a small model on a small world, in minutes")
     demo.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="DIR")
     return made
@@ -247,6 +251,14 @@ def _compile(options: argparse.Namespace) -> int:
     if options.json is not None:
         write_json(options.json, report)
     return 0 if report.compiled.fits else EXIT_USAGE
+
+
+def _report(options: argparse.Namespace) -> int:
+    from sr_dpo_jax.report.page import report
+
+    count = report(options.run_dirs, options.output, with_texts=options.with_texts)
+    print(f"{count} run(s) compared in {options.output}")
+    return 0
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -314,7 +314,10 @@ class TestCache:
 
 
 def test_the_first_pairs_are_those_of_a_file_that_ends_there(tmp_path, words):
-    rows = [{"prompt": f"q {n}:", "chosen": " a" * (n + 1), "rejected": " b", "score_chosen": n, "score_rejected": 2} for n in range(5)]
+    rows = [
+        {"prompt": f"q {n}:", "chosen": " a" * (n + 1), "rejected": " b", "score_chosen": n, "score_rejected": 2}
+        for n in range(5)
+    ]
     whole = run(tmp_path, words, write(tmp_path / "whole.jsonl", rows))
     short = run(tmp_path, words, write(tmp_path / "short.jsonl", rows[:3]))
     kept = first(whole, 3)

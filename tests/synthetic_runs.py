@@ -1,0 +1,115 @@
+"""Run directories drawn from a seed, without training: what the report reads, in the shapes that real runs give it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from sr_dpo_jax import config as configuration
+
+LAM = {"sr_dpo": 0.3, "sr_ipo": 0.5}
+
+
+def loss_of(objective: str, margin: np.ndarray, delta: np.ndarray, beta: float) -> np.ndarray:
+    shift = LAM.get(objective, 0.0) * delta
+    if objective.endswith("dpo"):
+        return np.logaddexp(0, -(beta * margin - shift))
+    return (margin - shift - 1 / (2 * beta)) ** 2
+
+
+def make_run(
+    root: Path, name: str, objective: str, *, steps: int = 300, seed: int = 0, rated: bool = True, skill: float = 1.0
+) -> Path:
+    """A preference run of `steps` steps with two evaluations, `sr-dpo eval` done at its end."""
+    rng, path, beta = np.random.default_rng(seed), root / name, 0.1
+    path.mkdir(parents=True)
+    raw = {
+        "output_dir": str(path),
+        "model": {"path": "EleutherAI/pythia-410m"},
+        "data": {"path": "train.jsonl", "eval_path": str(root / "held_out.jsonl"), "format": "preference"},
+        "objective": {"name": objective, "beta": beta, "lam": LAM.get(objective)},
+    }
+    (path / "config.yaml").write_text(configuration.from_dict(raw, where="test").to_yaml(), encoding="utf-8")
+    lines = []
+    for step in range(1, steps + 1):
+        mean = skill * 9 * (1 - np.exp(-step / (steps / 3)))
+        values = means(objective, *draw(rng, mean, 64), beta)
+        speed = 5200 * (0.81 if objective in LAM else 1.0) * rng.normal(1, 0.02)
+        padding = {"padding_fraction": 0.016 + 0.004 * rng.random(), "step_time_s": 21000 / speed}
+        lines.append({"step": step, "epoch": step / steps, **values, "grad_norm": 3.0, "learning_rate": 5e-7})
+        lines[-1] |= {"pairs_per_second": speed / 330, "tokens_per_second": speed, **padding}
+        if step in (steps // 2, steps):
+            margin, augmented = draw(np.random.default_rng(7), 0.9 * mean, 300)
+            found = {f"eval/{key}": value for key, value in means(objective, margin, augmented, beta).items()}
+            lines.append({"step": step, **found, "eval/pairs": 300})
+    write_lines(path / "metrics.jsonl", lines)
+    write_evaluation(path, {**lines[-1]}, margin, augmented, rated=rated)
+    return path
+
+
+def make_sft_run(root: Path, name: str, *, steps: int = 300) -> Path:
+    path = root / name
+    path.mkdir(parents=True)
+    raw = {
+        "output_dir": str(path),
+        "model": {"path": "gpt2"},
+        "data": {"path": "a.jsonl"},
+        "objective": {"name": "sft"},
+    }
+    (path / "config.yaml").write_text(configuration.from_dict(raw, where="test").to_yaml(), encoding="utf-8")
+    loss = 120 * np.exp(-np.arange(steps) / (steps / 2)) + 40 + np.random.default_rng(3).normal(0, 4, steps)
+    speed = {"pairs_per_second": 30.0, "tokens_per_second": 6100.0, "padding_fraction": 0.012, "step_time_s": 2.1}
+    lines = [{"step": n, "loss": value, "logps/chosen": -value, **speed} for n, value in enumerate(loss, 1)]
+    write_lines(path / "metrics.jsonl", [*lines, {"step": steps, "eval/loss": 66.0, "eval/pairs": 300}])
+    return path
+
+
+def draw(rng: np.random.Generator, mean: float, pairs: int) -> tuple[np.ndarray, np.ndarray]:
+    margin = rng.normal(mean, 4 + 0.6 * mean, pairs)
+    return margin, 1.15 * margin + rng.normal(0.1 * mean, 2 + 0.2 * mean, pairs)
+
+
+def means(objective: str, margin: np.ndarray, augmented: np.ndarray, beta: float) -> dict[str, float]:
+    delta = beta * augmented
+    found = {
+        "loss": loss_of(objective, margin, delta, beta).mean(),
+        "rewards/margins": beta * margin.mean(),
+        "rewards/accuracies": (margin > 0).mean(),
+        "margin": margin.mean(),
+        "augmented/margin": augmented.mean(),
+        "augmented/accuracies": (augmented > 0).mean(),
+    }
+    if objective in LAM:
+        found["refinement"] = delta.mean()
+    return {key: float(value) for key, value in found.items()}
+
+
+def write_lines(path: Path, lines: list[dict]) -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def write_evaluation(
+    path: Path, found: dict[str, float], margin: np.ndarray, augmented: np.ndarray, *, rated: bool
+) -> None:
+    """eval.json and eval_pairs.jsonl, ratings in halves as UltraFeedback has them."""
+    from sr_dpo_jax.correlation import rating_metrics
+
+    rng = np.random.default_rng(11)
+    difference = np.clip(np.round(2 * (margin / 8 + rng.normal(1.5, 1, len(margin)))) / 2, 0, 8)
+    tokens = rng.integers(5, 300, (len(margin), 2))
+    pairs = [
+        {
+            "id": f"prompt-{number:04d}",
+            "prompt_tokens": 40,
+            "chosen_tokens": int(tokens[number, 0]),
+            "rejected_tokens": int(tokens[number, 1]),
+            "margin": float(margin[number]),
+            "augmented_margin": float(augmented[number]),
+            **({"rating_difference": float(difference[number])} if rated else {}),
+        }
+        for number in range(len(margin))
+    ]
+    write_lines(path / "eval_pairs.jsonl", pairs)
+    if rated:
+        found = found | rating_metrics({"margin": margin, "augmented_margin": augmented}, difference, seed=0)
+    (path / "eval.json").write_text(json.dumps(found), encoding="utf-8")
