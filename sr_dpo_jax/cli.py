@@ -13,6 +13,7 @@ from types import TracebackType
 from sr_dpo_jax import config as configuration
 from sr_dpo_jax.errors import RunError, UsageError
 from sr_dpo_jax.redaction import Formatter, redact
+from sr_dpo_jax.tune import METRICS
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
 
@@ -107,6 +108,11 @@ def parser() -> argparse.ArgumentParser:
     compiler.add_argument("--read-data", action="store_true", help="plans from the data instead of typical lengths")
     compiler.add_argument("--quick", action="store_true", help="least effort: memory alone, in a fifth of the time")
     compiler.add_argument("--json", type=Path, metavar="FILE", help="writes the same there")
+    tune = with_config(
+        command("tune", _tune, "a run for each of several values, as in objective.lam=0.1,0.3,0.5,1, and the choice")
+    )
+    tune.add_argument("--metric", choices=METRICS, default=METRICS[0], help="of held-out pairs; default: the first")
+    tune.add_argument("--eval-pairs", type=int, metavar="N", help="decides on the first N pairs of data.eval_path")
     report = command("report", _report, "one HTML page that compares runs: curves, held-out pairs, tables to copy")
     report.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
     report.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE.html")
@@ -251,6 +257,12 @@ def _compile(options: argparse.Namespace) -> int:
     if options.json is not None:
         write_json(options.json, report)
     return 0 if report.compiled.fits else EXIT_USAGE
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from sr_dpo_jax.tune import tune
+
+    return tune(options.config, options.overrides, metric=options.metric, eval_pairs=options.eval_pairs)
 
 
 def _report(options: argparse.Namespace) -> int:

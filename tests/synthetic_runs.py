@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from sr_dpo_jax import config as configuration
+from sr_dpo_jax.correlation import rating_metrics
 
 LAM = {"sr_dpo": 0.3, "sr_ipo": 0.5}
 
@@ -92,8 +93,6 @@ def write_evaluation(
     path: Path, found: dict[str, float], margin: np.ndarray, augmented: np.ndarray, *, rated: bool
 ) -> None:
     """eval.json and eval_pairs.jsonl, ratings in halves as UltraFeedback has them."""
-    from sr_dpo_jax.correlation import rating_metrics
-
     rng = np.random.default_rng(11)
     difference = np.clip(np.round(2 * (margin / 8 + rng.normal(1.5, 1, len(margin)))) / 2, 0, 8)
     tokens = rng.integers(5, 300, (len(margin), 2))

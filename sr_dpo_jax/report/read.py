@@ -117,7 +117,9 @@ def _read_run(path: Path, label: str) -> Run:
     skipped = path / "skipped.jsonl"
     if skipped.is_file():
         count = len(skipped.read_text(encoding="utf-8", errors="replace").splitlines())
-        problems += [f"{count} steps were skipped because loss or gradient was not finite: skipped.jsonl"] * (count > 0)
+        problems += [f"{count} step(s) were skipped because loss or gradient was not finite: skipped.jsonl"] * (
+            count > 0
+        )
     evaluation, pairs = _read_evaluation(path, config, problems)
     run = Run(label, path, config, steps, evaluations, evaluation, pairs, problems)
     if evaluation and evaluation["step"] != run.last_step:
@@ -228,7 +230,7 @@ def _last_of_each(lines: Sequence[dict[str, Any]], problems: list[str]) -> list[
         newest[key] = line
     if again:
         problems.append(
-            f"metrics.jsonl: {len(again)} steps from {min(again)} to {max(again)} stand there more than once; the "
+            f"metrics.jsonl: {len(again)} step(s) from {min(again)} to {max(again)} stand there more than once; the "
             "later lines are shown"
         )
     return [newest[key] for key in sorted(newest)]
@@ -237,7 +239,7 @@ def _last_of_each(lines: Sequence[dict[str, Any]], problems: list[str]) -> list[
 def _name_not_finite(steps: Sequence[Line], problems: list[str]) -> None:
     bad = [int(line["step"]) for line in steps if not math.isfinite(_number(line["loss"]))]
     if bad:
-        problems.append(f"the loss of {len(bad)} steps, the first of them {bad[0]}, is not finite; curves have gaps")
+        problems.append(f"the loss of {len(bad)} step(s), the first of them {bad[0]}, is not finite; curves have gaps")
 
 
 def texts_of(run: Run, ids: Sequence[str]) -> dict[str, tuple[str, str, str]]:

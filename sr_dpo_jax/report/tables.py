@@ -1,6 +1,7 @@
 """The report's tables as lists of texts: final metrics (also as Markdown and LaTeX), config diff, sample pairs."""
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -153,7 +154,7 @@ def config_difference(runs: Sequence[Run]) -> Table:
 
 def _value(value: Any) -> str:
     """As YAML would write it."""
-    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if not isinstance(value, str) else value
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def sample_pairs(runs: Sequence[Run]) -> tuple[list[str], Table]:
