@@ -1,4 +1,4 @@
-"""`sr-dpo demo`: a small world, a model from random weights, SFT, then DPO and Sr-DPO from it, and a table.
+"""`sr-dpo demo`: a small world, a model from random weights, SFT, then DPO and Sr-DPO from it, a table and a report.
 
 Everything goes through the same code as `sr-dpo train`, on files that stay in the output directory: data, configs and
 runs. Running it again resumes what was cut short.
@@ -22,8 +22,10 @@ from transformers import GPTNeoXConfig, PreTrainedTokenizerFast
 
 from sr_dpo_jax import config as configuration
 from sr_dpo_jax.config import PAPER_PROMPT
+from sr_dpo_jax.evaluate import evaluate_command
 from sr_dpo_jax.export import export
 from sr_dpo_jax.loop import EXIT_DONE, train
+from sr_dpo_jax.report.page import report
 
 TRAIN_PAIRS, HELD_OUT_PAIRS = 2500, 300
 SFT_WRONG = 0.4
@@ -79,12 +81,18 @@ def demo(output_dir: Path) -> int:
             return code
         if name == "sft" and not aligned.exists():
             export(output_dir / "sft", aligned)
+    for name in ("dpo", "sr_dpo"):
+        console.rule(f"{name}: sr-dpo eval {output_dir / f'{name}.yaml'}")
+        evaluate_command(configuration.load(stages[name]))
+    page = output_dir / "report.html"
+    report([output_dir / name for name in stages], page, with_texts=True)
     results = {name: _last_evaluation(output_dir / name / "metrics.jsonl") for name in stages}
     console.print(_table(results))
     console.print(
         f"Means over {HELD_OUT_PAIRS} held-out pairs. Loss of sft: nats a response. Runs, data and configs are in "
         f"{output_dir}; curves: tensorboard --logdir {output_dir}"
     )
+    console.print(f"The runs side by side, with held-out pairs and their texts: open {page}")
     return EXIT_DONE
 
 
