@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 import re
 import shutil
 
@@ -53,7 +54,7 @@ def test_the_page_holds_every_figure_and_nothing_from_elsewhere(world, tmp_path)
     for picture in PICTURES:
         assert re.search(rf'id="{picture.name}".*?<img src="data:image/svg', page, re.DOTALL), picture.name
         assert html.escape(picture.caption, quote=True)[:40] in page.replace("&#39;", "&#x27;")
-    assert "<script" not in page and "Not shown" not in page and 'id="problems"' not in page
+    assert "<script" not in page and "not shown" not in page and 'id="problems"' not in page
     sources = re.findall(r'(?:src|href)="([^"]{0,20})|url\(([^)]{0,20})', page)
     assert sources and all(source.startswith("data:image/") for source, _ in sources)
     assert page == page_of([world / name for name in names], tmp_path), "the same runs, the same bytes"
@@ -114,19 +115,19 @@ def test_the_headline_says_what_chance_may_explain(world):
     best = max(right, key=lambda label: right[label].mean())
     other = next(label for label in right if label != best)
     assert first.startswith(f"{best} prefers the chosen response in {100 * right[best].mean():.1f} % of 300")
-    assert second.startswith(f"{other}: {100 * (right[best].mean() - right[other].mean()):.1f} points less; 95 %")
-    rng, low = np.random.default_rng(0), []
-    for _ in range(2000):
-        picked = rng.integers(0, 300, 300)
-        low.append(right[best][picked].mean() - right[other][picked].mean())
-    assert ("chance may explain it" in second) == (np.quantile(low, 0.025) <= 0)
+    won, lost = ((right[a] & ~right[b]).sum() for a, b in ((best, other), (other, best)))
+    assert won > lost
+    tail = sum(math.comb(won + lost, k) for k in range(won, won + lost + 1)) / 2.0 ** (won + lost)
+    assert second.startswith(f"{other}: {100 * (won - lost) / 300:.1f} points less; of the {won + lost} pairs")
+    assert f"loses {won}, p = {min(1, 2 * tail):.3f}" in second
+    assert ("chance may explain it" in second) == (2 * tail > 0.05)
 
 
 def test_a_running_mean_is_the_mean_of_what_is_there():
     values = np.array([1.0, np.nan, 3, np.inf, 8, 2])
-    finite = [[v for v in values[max(0, n - 2) : n + 1] if np.isfinite(v)] for n in range(6)]
+    finite = [[v for v in values[max(0, n - 1) : n + 2] if np.isfinite(v)] for n in range(6)]
     np.testing.assert_allclose(figures.running_mean(values, 3), [np.mean(part) for part in finite])
-    assert np.isnan(figures.running_mean(np.array([np.nan, 1]), 1)[0])
+    assert np.isnan(figures.running_mean(np.array([np.nan, 1]), 1)[0]) and figures.running_mean(values, 1)[4] == 8
 
 
 def test_what_is_damaged_or_missing_is_named_and_the_rest_is_shown(world, tmp_path, caplog):
@@ -193,7 +194,11 @@ def test_a_run_that_was_never_evaluated_leaves_gaps_that_are_named(world, tmp_pa
     empty.mkdir()
     shutil.copy(world / "dpo" / "config.yaml", empty)
     page = page_of([empty], tmp_path)
-    assert "metrics.jsonl is missing" in page and page.count("Not shown") == len(PICTURES) + 1
+    assert (
+        "metrics.jsonl is missing" in page
+        and page.count("is not shown") == len(PICTURES)
+        and "No pairs are shown" in page
+    )
 
 
 @pytest.mark.parametrize(("make", "reason"), [(True, "is no run directory"), (False, "no such directory")])
@@ -241,7 +246,7 @@ def test_real_runs(tmp_path):
     directories = [tmp_path / name for name in ("dpo", "ipo", "sr_dpo")]
     page = page_of(directories, tmp_path)
     assert 'id="problems"' not in page
-    assert page.count("Not shown") == 2, "the data has no ratings"
+    assert page.count("is not shown") == 2, "the data has no ratings"
     runs = read_runs(directories)
     for run in runs:
         assert len(run.pairs) == 13 and run.last_step == 3

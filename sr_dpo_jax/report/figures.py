@@ -40,6 +40,7 @@ WIDTH, HEIGHT = 5.6, 3.5
 """Inches, of a figure that takes one of two columns."""
 SHOWN_POINTS = 1500
 LABEL_LENGTH = 30
+MARGIN_OF = {"rewards/accuracies": "margin", "augmented/accuracies": "augmented/margin"}
 FAMILIES = {
     "DPO, Sr-DPO": ("dpo", "sr_dpo"),
     "IPO, Sr-IPO": ("ipo", "sr_ipo"),
@@ -170,7 +171,7 @@ def distributions(runs: Sequence[Run]) -> Figure | None:
             )
         axes.axvline(0, color="#666666", linewidth=1)
         axes.set(ylabel="share of pairs", ylim=(0, None))
-        axes.annotate(title, (0.01, 0.97), xycoords="axes fraction", va="top", color="#444444")
+        axes.set_title(title, loc="left", fontsize=9.5, pad=4, color="#444444")
     panels[-1].set_xlabel("margin (nats)")
     return figure
 
@@ -223,6 +224,7 @@ def length(runs: Sequence[Run]) -> Figure | None:
             _binned(axes, run.column("chosen_tokens") - run.column("rejected_tokens"), run.column("margin"), index)
     axes.axhline(0, color="#666666", linewidth=1)
     axes.axvline(0, color="#666666", linewidth=1)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
     axes.set(xlabel="length of chosen − length of rejected (tokens)", ylabel="margin m (nats)")
     return figure
 
@@ -245,7 +247,7 @@ def cost(runs: Sequence[Run]) -> Figure | None:
 
 def window(points: int) -> int:
     """Steps of the running mean that is drawn over so many points."""
-    return max(1, points // 25)
+    return max(1, points // 12)
 
 
 def share_interval(share_of: float, pairs: float) -> tuple[float, float]:
@@ -256,12 +258,12 @@ def share_interval(share_of: float, pairs: float) -> tuple[float, float]:
 
 
 def running_mean(values: np.ndarray, steps: int) -> np.ndarray:
-    """Mean of each value and up to `steps` − 1 before it; values that are not finite count as absent."""
-    finite = np.isfinite(values)
+    """Mean over about `steps` values around each, fewer at both ends; values that are not finite count as absent."""
+    finite, around = np.isfinite(values), steps // 2
     total = np.cumsum(np.concatenate([[0.0], np.where(finite, values, 0.0)]))
     count = np.cumsum(np.concatenate([[0], finite]))
-    first = np.maximum(np.arange(len(values)) + 1 - steps, 0)
-    last = np.arange(len(values)) + 1
+    place = np.arange(len(values))
+    first, last = np.maximum(place - around, 0), np.minimum(place + around + 1, len(values))
     counts = count[last] - count[first]
     return np.where(counts > 0, (total[last] - total[first]) / np.maximum(counts, 1), np.nan)
 
@@ -318,7 +320,9 @@ def _curves(
         if run is None:
             continue
         style = look(index)
-        steps, values = series(run.steps, name)
+        # An untrained policy prefers neither: its m is 0, and the share of m > 0 says nothing.
+        moved = [line for line in run.steps if line.get(MARGIN_OF.get(name)) != 0]
+        steps, values = series(moved, name)
         if raw and window(len(steps)) > 1:
             axes.plot(steps, values, color=style["color"], alpha=0.22, linewidth=0.7)
         axes.plot(

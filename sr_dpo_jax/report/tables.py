@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import scipy.stats
 
 from sr_dpo_jax.report.figures import share_interval
 from sr_dpo_jax.report.read import REFINED, Run, series
 
 NONE = "–"
-Z = 1.96
-"""Half the width of a 95 % interval, in standard errors."""
+SIGNIFICANT = 0.05
 SAMPLES_OF_EACH_KIND = 4
 LATEX = {
     "\\": r"\textbackslash{}",
@@ -127,18 +127,20 @@ def headline(runs: Sequence[Run]) -> list[str]:
 
 
 def _comparison(best: Run, other: Run, difference: float) -> str:
-    """With a 95 % interval of the paired difference, where both were scored on the same pairs."""
+    """With McNemar's exact test where both were scored on the same pairs: only those that they order unlike count."""
     text = f"{other.label}: {number(100 * difference, 1)} points less"
     ids = [[pair.get("id") for pair in run.pairs] for run in (best, other)]
     if not ids[0] or ids[0] != ids[1]:
-        return f"{text} (not on the same single pairs, so no interval)."
-    right = [(run.column("margin") > 0).astype(float) for run in (best, other)]
-    if abs((right[0] - right[1]).mean() - difference) > 1e-6:
-        return f"{text} (eval_pairs.jsonl is of another step, so no interval)."
-    half = Z * (right[0] - right[1]).std() / np.sqrt(len(right[0]))
-    low, high = 100 * (difference - half), 100 * (difference + half)
-    verdict = "more than chance would give" if low > 0 else "chance may explain it"
-    return f"{text}; 95 % interval {number(low, 1)} to {number(high, 1)}: {verdict}."
+        return f"{text} (not known pair by pair on the same pairs, so not tested)."
+    right = [run.column("margin") > 0 for run in (best, other)]
+    if abs(right[0].mean() - right[1].mean() - difference) > 1e-6:
+        return f"{text} (eval_pairs.jsonl is of another step, so not tested)."
+    won, lost = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
+    if won + lost == 0:
+        return f"{other.label}: the same, on every pair."
+    chance = float(scipy.stats.binomtest(won, won + lost).pvalue)
+    verdict = "chance may explain it" if chance > SIGNIFICANT else "more than chance would give"
+    return f"{text}; of the {won + lost} pairs that they order unlike it loses {won}, p = {number(chance)}: {verdict}."
 
 
 def config_difference(runs: Sequence[Run]) -> Table:
