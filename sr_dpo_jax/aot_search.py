@@ -87,7 +87,7 @@ def compile_command(config: Config, *, topology: str, slices: int, read: bool, q
     jax.config.update("jax_enable_compilation_cache", False)  # or compile seconds would be those of a look-up
     if quick:
         jax.config.update("jax_exec_time_optimization_effort", LEAST_EFFORT)
-    directory = weights.open_directory(config.model.path, revision=config.model.revision)
+    directory = weights.open_directory(config.model.path, revision=config.model.revision, weights=False)
     # Weights are neither read nor looked for.
     config = config.model_copy(update={"model": config.model.model_copy(update={"init": "random"})})
     pairs, eval_pairs, lengths = _read(config, directory) if read else _typical(config, directory)

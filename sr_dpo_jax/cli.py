@@ -89,6 +89,25 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--prompts", required=True, type=Path, metavar="FILE.jsonl")
     generate.add_argument("--output", required=True, type=Path, metavar="FILE.jsonl")
     _add_benchmarks(command)
+    _add_models(command, with_config)
+    tune = with_config(
+        command("tune", _tune, "a run for each of several values, as in objective.lam=0.1,0.3,0.5,1, and the choice")
+    )
+    tune.add_argument("--metric", choices=METRICS, default=METRICS[0], help="of held-out pairs; default: the first")
+    tune.add_argument("--eval-pairs", type=int, metavar="N", help="decides on the first N pairs of data.eval_path")
+    report = command("report", _report, "one HTML page that compares runs: curves, held-out pairs, tables to copy")
+    report.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
+    report.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE.html")
+    report.add_argument("--with-texts", action="store_true", help="shows the texts of sample pairs too")
+    demo = command("demo", _demo, "SFT, DPO and Sr-DPO of a small model on a small world, in minutes")
+    demo.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="DIR")
+    return made
+
+
+def _add_models(
+    command: Callable[..., argparse.ArgumentParser],
+    with_config: Callable[[argparse.ArgumentParser], argparse.ArgumentParser],
+) -> None:
     export = command("export", _export, "writes a checkpoint as a Hugging Face directory")
     export.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     export.add_argument("out_dir", type=Path, metavar="OUT_DIR")
@@ -108,18 +127,6 @@ def parser() -> argparse.ArgumentParser:
     compiler.add_argument("--read-data", action="store_true", help="plans from the data instead of typical lengths")
     compiler.add_argument("--quick", action="store_true", help="least effort: memory alone, in a fifth of the time")
     compiler.add_argument("--json", type=Path, metavar="FILE", help="writes the same there")
-    tune = with_config(
-        command("tune", _tune, "a run for each of several values, as in objective.lam=0.1,0.3,0.5,1, and the choice")
-    )
-    tune.add_argument("--metric", choices=METRICS, default=METRICS[0], help="of held-out pairs; default: the first")
-    tune.add_argument("--eval-pairs", type=int, metavar="N", help="decides on the first N pairs of data.eval_path")
-    report = command("report", _report, "one HTML page that compares runs: curves, held-out pairs, tables to copy")
-    report.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
-    report.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE.html")
-    report.add_argument("--with-texts", action="store_true", help="shows the texts of sample pairs too")
-    demo = command("demo", _demo, "SFT, DPO and Sr-DPO of a small model on a small world, in minutes")
-    demo.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="DIR")
-    return made
 
 
 def _add_benchmarks(command: Callable[..., argparse.ArgumentParser]) -> None:

@@ -175,6 +175,7 @@ def test_frozen():
         ({"optimizer": {"learning_rate": "5e-7"}}, ["optimizer.learning_rate='5e-7'", "valid number"]),
         ({"objective": {"lam": -1}}, ["objective.lam=-1", "greater than or equal to 0"]),
         # between keys
+        ({"output_dir": "gs://bucket/run"}, ["output_dir=gs://bucket/run", "mount the bucket"]),
         ({"objective": {"lam": ...}}, ["objective.lam=null", "sr_dpo needs it", "0.1, 0.3, 0.5 and 1"]),
         ({"objective": {"name": "dpo"}}, ["objective.lam=0.3", "dpo does not use it", "remove it"]),
         ({"refinement": {"prompt": None}}, ["refinement.prompt is empty", "sr_dpo needs"]),
