@@ -144,9 +144,9 @@ def test_retry_after_is_waited_for(tmp_path):
 
 def test_time_outs_are_retried(tmp_path):
     world(tmp_path, questions=1, two_turns=0)
-    with serve(lambda request, n: slowly(0.0 if n else 1.0, by_content(request, n))) as endpoint:
-        assert judge(tmp_path, endpoint.url, timeout_s=0.3) == 0
-    assert result(tmp_path)["total"]["win"] == 1 and len(endpoint.requests) == 4
+    with serve(lambda request, n: slowly(0.0 if n else 2.5, by_content(request, n))) as endpoint:
+        assert judge(tmp_path, endpoint.url, timeout_s=1.0) == 0
+    assert result(tmp_path)["total"]["win"] == 1 and len(endpoint.requests) >= 4
 
 
 def test_malformed_verdicts_are_unusable_and_never_guessed(tmp_path, capsys):
@@ -188,7 +188,7 @@ def test_a_refusal_stops_at_once(tmp_path, capsys, status, told):
     world(tmp_path)
     with serve(lambda request, before: (status, {})) as endpoint:
         assert judge(tmp_path, endpoint.url, concurrency=2) == 2
-    assert told in capsys.readouterr().err and len(endpoint.requests) <= 3
+    assert told in capsys.readouterr().err and len(endpoint.requests) <= 2
     assert not (tmp_path / "out.json").exists()
 
 

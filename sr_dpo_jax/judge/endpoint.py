@@ -112,7 +112,7 @@ class Judge:
         progress(len(known) - len(missing))
         pool = concurrent.futures.ThreadPoolExecutor(self._settings.concurrency)
         try:
-            futures = {pool.submit(self._ask, key, messages): key for key, messages in missing.items()}
+            futures = {pool.submit(self._ask_unless_stopped, key, messages): key for key, messages in missing.items()}
             for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
                 known[futures[future]] = future.result()
                 progress(len(known) - len(missing) + done)
@@ -125,6 +125,16 @@ class Judge:
         reply = self._replies.get(key)
         choice = None if reply is None else parse(self._settings.verdict_pattern, reply)
         return None if choice is None else Verdict(choice)
+
+    def _ask_unless_stopped(self, key: str, messages: Messages) -> Verdict:
+        """The first failure stops all threads, before the one that collects their verdicts hears of it."""
+        if self._stopped.is_set():
+            return Verdict(None, "not asked")
+        try:
+            return self._ask(key, messages)
+        except BaseException:
+            self._stopped.set()
+            raise
 
     def _ask(self, key: str, messages: Messages) -> Verdict:
         wait_s = self._settings.malformed_wait_s
