@@ -9,7 +9,6 @@ Next: `data/rows.py`, where `data.path` becomes checked pairs.
 
 import difflib
 import json
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,7 +17,7 @@ import pydantic
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from sr_dpo_jax.config_checks import cross_checks
+from sr_dpo_jax.config_yaml import apply_override, parse
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.redaction import holds_secret, is_secret_name, redact
 
@@ -237,33 +236,19 @@ class Config(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-class _Loader(yaml.SafeLoader):
-    """Numbers as in YAML 1.2, and no dates: in YAML 1.1, which PyYAML follows, `5e-7` and `4E-4` are strings."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's own name; a copy, so that SafeLoader stays as it is)
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML file and applies `section.key=value` overrides, each value written as YAML.
 
     Raises UsageError with every problem in it, each as key path, value and remedy.
     """
     try:
-        raw = _parse(Path(path).read_text(encoding="utf-8"), where=str(path))
+        raw = parse(Path(path).read_text(encoding="utf-8"), where=str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot read the configuration ({error}); name an existing YAML file") from error
     if not isinstance(raw, dict):
         raise UsageError(f"{path}: holds {type(raw).__name__}, not a mapping of sections; the README shows one")
     for override in overrides:
-        _apply(raw, override)
+        apply_override(raw, override)
     return from_dict(raw, where=str(path))
 
 
@@ -271,7 +256,7 @@ def for_model(path: str, overrides: Sequence[str] = ()) -> Config:
     """The configuration of a command that takes a model and no data; errors as those of `load`."""
     raw = {"output_dir": path, "model": {"path": path}, "data": {"path": "none"}, "objective": {"name": "sft"}}
     for override in overrides:
-        _apply(raw, override)
+        apply_override(raw, override)
     return from_dict(raw, where=path)
 
 
@@ -288,35 +273,10 @@ def from_dict(raw: dict[str, Any], *, where: str) -> Config:
         raise UsageError("\n".join([f"{where}: {len(problems)} problem(s)", *problems])) from None
     except (TypeError, ValueError) as error:
         raise UsageError(f"{where}: a value is neither text, number, list nor mapping ({error})") from None
-    problems = cross_checks(config)
+    problems = _cross_checks(config)
     if problems:
         raise UsageError("\n".join([f"{where}: {len(problems)} problem(s)", *problems]))
     return config
-
-
-def _parse(text: str, *, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader with one more number format)
-    except yaml.MarkedYAMLError as error:  # its own text quotes the line, which may hold what nobody should see
-        mark = error.problem_mark or error.context_mark
-        place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UsageError(f"{where}: not valid YAML{place}: {error.problem or error.context}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # PyYAML lets the last two through from `!!int abc`
-        raise UsageError(f"{where}: not valid YAML: {error}") from error
-
-
-def _apply(raw: dict[str, Any], override: str) -> None:
-    key_path, equals, value = override.partition("=")
-    if not equals or not key_path:
-        shown = re.match(r"[\w.]*", override)[0]  # not all of it: what was meant as a value may be a secret
-        raise UsageError(f"override {shown!r} is not of the form section.key=value")
-    *sections, key = key_path.split(".")
-    node: Any = raw
-    for depth, section in enumerate(sections):
-        node = node.setdefault(section, {})
-        if not isinstance(node, dict):
-            raise UsageError(f"override {key_path}: {'.'.join(sections[: depth + 1])} is a value, not a section")
-    node[key] = _parse(value, where=f"override {key_path}")
 
 
 def _secrets(node: Any, key_path: tuple[str, ...]) -> Iterator[str]:
@@ -354,3 +314,69 @@ def _explain(item: Any) -> str:
         hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
         return f"  {key_path}: no such key; {hint}"
     return f"  {key_path}={item['input']!r}: {item['msg']}"
+
+
+def _addresses(config: Config) -> list[str]:
+    return [
+        f"  {key}={path}: is an address; files are written to directories alone: mount the bucket, as "
+        "tpu_scripts/README.md shows"
+        for key, path in (("output_dir", config.output_dir), ("cache_dir", config.cache_dir))
+        if path is not None and "://" in path
+    ]
+
+
+def _cross_checks(config: Config) -> list[str]:
+    """Problems between keys, each with its remedy; what needs the data or the devices is checked where they are."""
+    found = _addresses(config)
+    refined = config.objective.name in ("sr_dpo", "sr_ipo")
+    if refined and config.objective.lam is None:
+        found.append(
+            f"  objective.lam=null: {config.objective.name} needs it; the paper chooses from 0.1, 0.3, 0.5 and 1"
+        )
+    if not refined and config.objective.lam is not None:
+        found.append(
+            f"  objective.lam={config.objective.lam}: {config.objective.name} does not use it; "
+            "remove it or choose sr_dpo or sr_ipo"
+        )
+    if refined and not config.refinement.prompt:
+        found.append(f"  refinement.prompt is empty: {config.objective.name} needs the instruction p; remove the key")
+    if config.objective.label_smoothing and config.objective.name != "dpo":
+        found.append(
+            f"  objective.label_smoothing={config.objective.label_smoothing}: only dpo uses it; remove it or choose dpo"
+        )
+    if config.optimizer.weight_decay and config.optimizer.name != "adamw":
+        found.append(f"  optimizer.weight_decay={config.optimizer.weight_decay}: only adamw uses it; remove it")
+    if config.optimizer.name != "adamw" and (config.optimizer.b1, config.optimizer.b2) != (0.9, 0.999):
+        found.append("  optimizer.b1, optimizer.b2: only adamw uses them; remove them")
+    if config.optimizer.name != "adamw" and config.optimizer.first_moment_dtype is not None:
+        found.append(
+            f"  optimizer.first_moment_dtype={config.optimizer.first_moment_dtype}: only adamw keeps a first moment; "
+            "remove it"
+        )
+    if config.generation.temperature == 0 and (config.generation.top_k, config.generation.top_p) != (None, None):
+        found.append(
+            "  generation.top_k, generation.top_p: without effect at generation.temperature=0, the likeliest token; "
+            "remove them, or raise the temperature"
+        )
+    if config.data.max_prompt_length >= config.data.max_length:
+        found.append(
+            f"  data.max_prompt_length={config.data.max_prompt_length} leaves no room for a response in "
+            f"data.max_length={config.data.max_length}; lower the first or raise the second"
+        )
+    if config.data.eval_pairs is not None and config.data.eval_path is None:
+        found.append(f"  data.eval_pairs={config.data.eval_pairs}: set data.eval_path, or remove it")
+    if config.train.eval_every_steps and config.data.eval_path is None:
+        found.append(f"  train.eval_every_steps={config.train.eval_every_steps}: set data.eval_path, or remove it")
+    if (config.distributed.process_id is None) != (config.distributed.coordinator_address is None):
+        found.append("  distributed.process_id and distributed.coordinator_address go together; set both or neither")
+    elif config.distributed.process_id is not None and config.distributed.process_id >= config.distributed.processes:
+        found.append(
+            f"  distributed.process_id={config.distributed.process_id}: not below "
+            f"distributed.processes={config.distributed.processes}; set that to how many were started"
+        )
+    elif config.distributed.coordinator_address is not None and config.distributed.processes == 1:
+        found.append("  distributed.processes=1 has no coordinator; set how many processes were started")
+    sizes = config.mesh.model_dump()
+    if list(sizes.values()).count(-1) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        found.append(f"  mesh={sizes}: sizes are positive, and at most one of them is -1 (all devices left)")
+    return found
