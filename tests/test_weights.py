@@ -493,6 +493,7 @@ LONGROPE = YARN | {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.5]
         ({"rope_parameters": {**YARN, "factor": 0}}, ["rope_parameters", "'factor': 0", "finite"]),
         ({"rope_parameters": LONGROPE}, ["short_factor has 1 numbers", "4 frequencies"]),
         ({"hidden_act": "relu6"}, ["hidden_act", "relu6"]),
+        ({"num_hidden_layers": 10**20}, ["num_hidden_layers", "from 1 to 10,000"]),
         ({"num_attention_heads": 0}, ["config.json"]),
         ({"num_hidden_layers": -1}, ["config.json"]),
         ({"intermediate_size": 0}, ["config.json", "mlp=0"]),

@@ -95,6 +95,9 @@ class ModelDirectory:
     """The commit that a hub name was resolved to; None for a directory that the user named."""
 
 
+MOST_LAYERS = 10_000
+
+
 def open_directory(path: str, *, revision: str | None = None, weights: bool = True) -> ModelDirectory:
     """Finds a directory, or fetches the files of a hub name, and reads its architecture.
 
@@ -124,6 +127,11 @@ def open_directory(path: str, *, revision: str | None = None, weights: bool = Tr
     for field, reason in REFUSED_FIELDS.items():
         if raw.get(field) is not None:
             raise UsageError(f"{config_path}: {field} {reason}")
+    layers = raw.get("num_hidden_layers")
+    if isinstance(layers, int) and not 0 < layers <= MOST_LAYERS:  # here, since lists as long as this are made below
+        raise UsageError(
+            f"{config_path}: num_hidden_layers is not from 1 to {MOST_LAYERS:,}, as every model has it; restore the file"
+        )
     try:
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         architecture = architecture_of(config, where=str(config_path))
