@@ -130,7 +130,7 @@ def open_directory(path: str, *, revision: str | None = None, weights: bool = Tr
     layers = raw.get("num_hidden_layers")
     if isinstance(layers, int) and not 0 < layers <= MOST_LAYERS:  # here, since lists as long as this are made below
         raise UsageError(
-            f"{config_path}: num_hidden_layers is not from 1 to {MOST_LAYERS:,}, as every model has it; restore the file"
+            f"{config_path}: num_hidden_layers is not from 1 to {MOST_LAYERS:,}, as in every model; restore the file"
         )
     try:
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
