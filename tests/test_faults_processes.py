@@ -136,13 +136,14 @@ def test_p1_a_process_that_fails_ends_the_other(world, tmp_path):
 
 
 def test_p1_a_hanging_step_dumps_stacks_and_ends_both(world, tmp_path):
-    path = write_config(tmp_path, world, train={"hang_timeout_s": 6})
+    # Long enough for the first step on a busy machine, which counts as a hang no less than the one that is injected.
+    path = write_config(tmp_path, world, train={"hang_timeout_s": 20})
     mark = tmp_path / "mark"
     processes = run_processes(["train", path], faults=({}, {"hang_at": 5, "mark": str(mark)}))
     wait_for(mark.exists, processes)
     since = time.monotonic()
-    codes = ends(processes, 60)
-    assert time.monotonic() - since < 30
+    codes = ends(processes, 90)
+    assert time.monotonic() - since < 60
     assert all(code not in (0, EXIT_PREEMPTED) for code in codes)
     assert "Timeout" in processes[1].said and "slow_add" in processes[1].said, "the stack says where it hung"
 
