@@ -162,6 +162,8 @@ class Distributed(Section):
     """host:port of process 0. Null lets jax detect a TPU pod, Slurm or MPI by itself."""
     process_id: NonNegative | None = None
     """This process's number; goes with `coordinator_address`."""
+    join_timeout_s: Positive = 300
+    """How long a process waits at the start for all others; a run whose processes do not all come ends then."""
     heartbeat_timeout_s: Annotated[int, Field(ge=5)] = 20
     """A process that has been silent for so long is dead, and all others end, to be started again together."""
 

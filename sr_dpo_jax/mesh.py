@@ -3,6 +3,7 @@
 The table is loud: an axis that is not in it, or a size that its mesh axes do not divide, raises and names the array.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sr_dpo_jax.errors import UsageError
+
+log = logging.getLogger(__name__)
 
 TABLE: Mapping[str, tuple[str, ...]] = {
     # data
@@ -31,28 +34,39 @@ TABLE: Mapping[str, tuple[str, ...]] = {
 
 
 def start_distributed(
-    *, processes: int, coordinator_address: str | None, process_id: int | None, heartbeat_timeout_s: int
+    *,
+    processes: int,
+    coordinator_address: str | None,
+    process_id: int | None,
+    join_timeout_s: int,
+    heartbeat_timeout_s: int,
 ) -> None:
     """Joins the run's processes; a run of one process needs nothing.
 
-    A process that has sent no heartbeat for `heartbeat_timeout_s` is taken for dead, and jax ends all others.
+    A process that has sent no heartbeat for `heartbeat_timeout_s` is taken for dead, and jax ends all others. Before
+    all have joined, one that died cannot be told from one that is still to come: jax ends a process that has waited for
+    `join_timeout_s`, and raises nothing.
 
     Raises:
       UsageError: jax.distributed finds no cluster, or another number of processes than `distributed.processes`.
     """
     if processes > 1:
-        if coordinator_address is not None:
+        log.info(
+            "joining %d processes; all must have come within distributed.join_timeout_s=%d", processes, join_timeout_s
+        )
+        try:
             jax.distributed.initialize(
-                coordinator_address, processes, process_id, heartbeat_timeout_seconds=heartbeat_timeout_s
+                coordinator_address,
+                None if coordinator_address is None else processes,
+                process_id,
+                initialization_timeout=join_timeout_s,
+                heartbeat_timeout_seconds=heartbeat_timeout_s,
             )
-        else:
-            try:
-                jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_timeout_s)
-            except ValueError as error:
-                raise UsageError(
-                    f"distributed.processes={processes}: jax found no cluster to join ({error}); set "
-                    "distributed.coordinator_address and distributed.process_id"
-                ) from error
+        except ValueError as error:
+            raise UsageError(
+                f"distributed.processes={processes}: jax found no cluster to join ({error}); set "
+                "distributed.coordinator_address and distributed.process_id"
+            ) from error
     if jax.process_count() != processes:
         raise UsageError(
             f"distributed.processes={processes}, but jax.distributed sees {jax.process_count()}; set the number of "

@@ -33,7 +33,7 @@ from runs import (  # noqa: E402
     without_times,
 )
 
-EVERY, STEP_S, HEARTBEAT_S = 5, 0.05, 8
+EVERY, STEP_S, HEARTBEAT_S, JOIN_S = 5, 0.05, 8, 40
 END_S = 120.0
 """No round may take longer to end after its signal, nor the job to reach its end once it is left alone."""
 
@@ -41,7 +41,7 @@ END_S = 120.0
 def write_config(root: Path, model: Path, data: Path, steps: int) -> str:
     root.mkdir()
     raw = raw_config(root, model, data, train={"epochs": 10_000, "max_steps": steps}, checkpoint={"every_steps": EVERY})
-    raw["distributed"] = {"heartbeat_timeout_s": HEARTBEAT_S}
+    raw["distributed"] = {"heartbeat_timeout_s": HEARTBEAT_S, "join_timeout_s": JOIN_S}
     (root / "config.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
     return str(root / "config.yaml")
 
@@ -92,7 +92,7 @@ def one_round(path: str, pairs: Path, rng: random.Random, report: dict) -> bool:
         for process in processes:
             if process.poll() is None:
                 process.kill()
-                process.communicate()
+                print(process.communicate()[0], file=sys.stderr)
     if 2 in codes or (1 in codes and not disturbed):  # a survivor may end with 1: its save has failed with its peer
         raise SystemExit(f"a process failed by itself, {codes}:\n{processes[0].said}\n{processes[1].said}")
     said = "".join(process.said for process in processes)

@@ -135,6 +135,17 @@ def test_p1_a_process_that_fails_ends_the_other(world, tmp_path):
     assert codes[0] not in (0, EXIT_PREEMPTED) and time.monotonic() - since < 30
 
 
+def test_p1_a_peer_that_never_comes_ends_the_wait_for_it(world, tmp_path):
+    """The coordinator may have died before this process joined: nobody is there to say so."""
+    path = write_config(tmp_path, world)
+    alone = ["distributed.processes=2", "distributed.coordinator_address=127.0.0.1:1", "distributed.process_id=1"]
+    process = run_process(["train", path, *alone, "distributed.join_timeout_s=3"])
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode not in (0, EXIT_PREEMPTED)
+    assert "joining 2 processes; all must have come within distributed.join_timeout_s=3" in said
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_p1_a_hanging_step_dumps_stacks_and_ends_both(world, tmp_path):
     # Long enough for the first step on a busy machine, which counts as a hang no less than the one that is injected.
     path = write_config(tmp_path, world, train={"hang_timeout_s": 20})
