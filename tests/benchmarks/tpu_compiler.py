@@ -15,7 +15,7 @@ bfloat16 compute, float32 parameters, RMSprop, by the same model code.
 The lengths are those of the HH-RLHF file beside the checkout, with a byte-level BPE of 8,192 tokens trained on it;
 without the file, typical lengths (see sr_dpo_jax/data/typical.py).
 
-Command, from the repository root (needs the `tpu` extra, no TPU). Expect half an hour on two cores:
+Command, from the repository root (needs the `tpu` extra, no TPU). Expect 20 minutes on two idle cores:
 
     python tests/benchmarks/tpu_compiler.py [--data FILE.jsonl.gz] [--remat none,full] [--attention splash,dense]
         [--json FILE]
@@ -24,6 +24,14 @@ How to read the output: `Mcycles` are the compiler's estimates for one chip and 
 attention kernels at the peak of the matrix unit and without communication; `GiB` is the peak of one chip, which has 16.
 Where a program does not fit, GiB is what the compiler says that it would need, and there are no cycles. Ratios are
 taken between rows of the same attention and remat.
+
+With jax 0.10.2 and libtpu 0.0.42, HH pairs (Mcycles; GiB):
+
+    attention, remat    padded               DPO              Sr-DPO           Sr/DPO   Sr/padded: cycles, GiB
+    splash, full        1,680;  5.03         275; 2.47        313; 2.46        1.14     0.19, 0.49
+    splash, none        no room; 24.87       279; 7.22        313; 7.42        1.12     –, 0.30
+    dense, full         1,793;  5.96         466; 3.64        559; 3.58        1.20     0.31, 0.60
+    dense, none         no room; 36.39       no room; 16.95   no room; 16.95
 """
 
 import argparse
