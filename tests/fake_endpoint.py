@@ -1,4 +1,7 @@
-"""A server on loopback that speaks the chat-completions protocol, as well or as badly as a test asks."""
+"""A server on loopback that speaks the chat-completions protocol, as well or as badly as a test asks.
+
+By itself (`python tests/fake_endpoint.py`) it prints its address and prefers the longer of two answers.
+"""
 
 import json
 import re
@@ -115,3 +118,19 @@ def serve(answer: Callable[[dict[str, Any], int], Answer]) -> Iterator[Endpoint]
 def slowly(seconds: float, answer: Answer) -> Answer:
     time.sleep(seconds)
     return answer
+
+
+def main() -> None:
+    """Serves until it is killed, preferring the longer answer; the first line printed is the address."""
+
+    def longer(request: dict[str, Any], _before: int) -> str:
+        a, b = shown(request)
+        return f"Verdict: {'A' if len(a) > len(b) else 'B' if len(b) > len(a) else 'tie'}"
+
+    with serve(longer) as endpoint:
+        print(endpoint.url, flush=True)
+        threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main()
