@@ -35,6 +35,8 @@ GOOD, UNVERIFIED, DAMAGED = range(3)
 CONDEMNED = ".deleting"
 LEDGER = "last_verified"
 """Names the newest verified step: where there was one and none is left, starting from step 0 would hide the loss."""
+REPEATS = ("_SignalingThread.run() raised an exception", "Handler Commit operations or the Commit callback")
+"""What Orbax logs, each thread with a traceback of its own, and then raises from `wait_until_finished`."""
 MOST_STEPS = 1024
 """Of one directory, that processes tell each other of."""
 
@@ -55,6 +57,7 @@ class Checkpoints:
         self.directory = Path(output_dir).absolute() / "checkpoints"
         self._keep, self._read_only, self._strict = keep, read_only, strict
         self._leader = jax.process_index() == 0
+        logging.getLogger("absl").addFilter(_ONE_LINE)  # Orbax's logger; the same filter twice is one
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._background = ThreadPoolExecutor(1, "verify")
         self._pending: tuple[int, Future[None]] | None = None
@@ -313,6 +316,31 @@ class Checkpoints:
             shutil.rmtree(condemned)
 
 
+class _OneLine(logging.Filter):
+    """Of a save that fails, Orbax's threads log one traceback after the other: each error is said once, in a line.
+
+    It is raised again where `save_failed` reports it; all else that Orbax logs passes as it is.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if error is None or not any(text in str(record.msg) for text in REPEATS):
+            return True
+        line = _first_line(error)
+        if line in self._said:
+            return False
+        self._said.add(line)
+        record.msg, record.args, record.exc_info, record.exc_text = f"checkpoint: {line}", (), None, None
+        return True
+
+
+_ONE_LINE = _OneLine()
+
+
 @contextlib.contextmanager
 def _shape_errors(path: Path) -> Iterator[None]:
     try:
@@ -325,7 +353,8 @@ def _shape_errors(path: Path) -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).split("\n")[0][:300]
+    line = str(error).split("\n")[0]
+    return line if len(line) <= 300 else f"{line[:140]} ... {line[-140:]}"  # what the system said stands at the end
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def _add_models(
     inspect.add_argument("--revision", help="pin of a hub name")
     inspect.add_argument("--mesh", default="fsdp=8", metavar="replica=1,fsdp=8,tensor=1", help="default: fsdp=8")
     inspect.add_argument("--prompt", default=configuration.PAPER_PROMPT, help="the instruction p; default: the paper's")
-    inspect.add_argument("--digest", action="store_true", help="reads the weights whole, for their sha256")
+    inspect.add_argument("--digest", action="store_true", help="fetches and reads all weights, for their sha256")
     inspect.add_argument("--json", type=Path, metavar="FILE", help="writes the same there")
     compiler = with_config(command("compile", _compile, "whether the steps fit TPUs that are not there, and how fast"))
     compiler.add_argument("--topology", required=True, metavar="v5p:4x4x4", help="of one slice, as jax names it")

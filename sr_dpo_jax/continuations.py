@@ -82,7 +82,10 @@ class ContinuationScorer:
                 progress.update(done)
         collect(*pending)
         if np.isnan(logprobs).any():
-            raise RuntimeError(f"{np.isnan(logprobs).sum()} continuations have a log-probability of NaN; bad weights?")
+            raise UsageError(
+                f"{np.isnan(logprobs).sum()} of {len(requests)} continuations have a log-probability of NaN; set "
+                "model.dtype=float32, or choose other weights"
+            )
         return logprobs, greedy
 
     def _shape_for(self, tokens: np.ndarray, scored: np.ndarray) -> tuple[Shape, Callable[..., Any]]:

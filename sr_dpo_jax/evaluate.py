@@ -136,6 +136,7 @@ def evaluate_command(config: Config) -> dict[str, float]:
         reference = scores.scores
     params, step = latest_params(assembly, base)
     policy = score_pairs(score_step, params, feed, len(pairs.ids))
+    require_finite(pairs, policy, config)
     metrics = {"step": step, **evaluate(objective, policy, reference)}
     if jax.process_index() == 0:
         root = Path(config.output_dir)
@@ -177,6 +178,7 @@ def score_command(config: Config, output: Path) -> int:
             len(pairs.ids),
             progress=progress.update,
         )
+    require_finite(pairs, scores, config)
     if jax.process_index() == 0:
         write_scores(output, pairs, scores)
     return len(pairs.ids)
@@ -209,15 +211,28 @@ def latest_params(assembly: Assembly, base: Params | None) -> tuple[Params, int]
     return base if base is not None else assembly.base_params(), 0
 
 
+def require_finite(pairs: TokenizedPairs, scores: Scores, config: Config) -> None:
+    """Refuses scores that are no numbers.
+
+    Raises:
+      UsageError: names the first pair by file and line.
+    """
+    bad = ~np.isfinite(scores.plain).all(axis=1)
+    if scores.augmented is not None:
+        bad |= ~np.isfinite(scores.augmented).all(axis=1)
+    if bad.any():
+        raise UsageError(
+            f"{bad.sum()} of {len(bad)} pairs, first {pairs.place(np.flatnonzero(bad)[0])}, have no finite "
+            f"log-probability with the weights of model.path={config.model.path} in model.dtype={config.model.dtype}; "
+            "set model.dtype=float32, or choose other weights"
+        )
+
+
 def write_scores(path: Path, pairs: TokenizedPairs, scores: Scores, reference: np.ndarray | None = None) -> None:
     """One JSON line a pair, in the order of the data: id, token counts, log-probabilities in nats, scores if rated.
 
     With the reference's scores `[N, 2 sides, 2 (plain, augmented)]` also those and the margins.
     """
-    for array in (scores.plain, scores.augmented):
-        if array is not None and not np.isfinite(array).all():
-            bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
-            raise RuntimeError(f"{len(bad)} pairs have no finite log-probability, first id {pairs.ids[bad[0]]}")
     counts = {name: getattr(pairs, name) for name in ("prompt_tokens", "chosen_tokens", "rejected_tokens")}
     columns = _logp_columns("", scores.plain, scores.augmented)
     if reference is not None:

@@ -18,16 +18,9 @@ from sr_dpo_jax.assembly import abstract_params
 from sr_dpo_jax.checkpoint import Checkpoints
 from sr_dpo_jax.config import Config
 from sr_dpo_jax.errors import UsageError
-from sr_dpo_jax.weights.directory import (
-    CONFIG,
-    GENERATION_CONFIG,
-    TEMPLATES,
-    TOKENIZER_FILES,
-    ModelDirectory,
-    iterate_shapes,
-    open_directory,
-)
+from sr_dpo_jax.weights.directory import ModelDirectory, iterate_shapes, open_directory
 from sr_dpo_jax.weights.families import tensors_of
+from sr_dpo_jax.weights.files import CONFIG, GENERATION_CONFIG, TEMPLATES, TOKENIZER_FILES
 from sr_dpo_jax.weights.write import save_params
 
 SHARD_BYTES = 5_000_000_000

@@ -8,9 +8,10 @@ Next: `inspection_print.py`, which prints it.
 
 import dataclasses
 import math
+import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh
-from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 
 from sr_dpo_jax import mesh as meshes
@@ -32,12 +32,19 @@ from sr_dpo_jax.model.decoder import Decoder
 from sr_dpo_jax.optim import make_optimizer
 from sr_dpo_jax.train_step import state_shapes, state_shardings
 from sr_dpo_jax.weights import directory as weights
+from sr_dpo_jax.weights import hub
+from sr_dpo_jax.weights.files import INDEX, ONLY_SAFETENSORS, other_weights, read_headers, weight_files
+from sr_dpo_jax.weights.hub import Header
 
 PARTS = ("embedding", "attention", "mlp", "norms", "unembedding")
 OPTIMIZERS = ("rmsprop", "adamw")
 PARAM_DTYPES = ("float32", "bfloat16")
 HBM_GIB = {"v5e": 16, "v4": 32, "v6e": 32, "v5p": 95}
 """Memory of one chip, as its maker states it."""
+NOT_FETCHED = (
+    "the numbers of the weights, and whether their files are whole: of a hub name only the headers of the files are "
+    "fetched; --digest fetches all"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,10 +110,10 @@ class Inspection:
     architecture: dict[str, Any]
     parameters: dict[str, int]
     """How many there are in each part; those of no known part stand under their own names."""
-    has_weights: bool
-    """Whether there are files of weights that a run would read."""
+    has_weights: bool | None
+    """Whether there are files of weights that a run would read; None where that is not known."""
     weights: Files | None
-    """None where there are none, or where they do not fit."""
+    """None where there are none, where they do not fit, or where they were not looked at."""
     digest: str | None
     """sha256 of config.json and weight files, if asked for."""
     tokenizer: TokenizerFacts | None
@@ -115,6 +122,8 @@ class Inspection:
     mesh: dict[str, int]
     memory: dict[str, Memory]
     """By type of the parameters; empty where they do not divide over the mesh."""
+    not_looked_at: tuple[str, ...]
+    """What a run would look at besides."""
     problems: tuple[str, ...]
     """All that a run would refuse."""
 
@@ -127,17 +136,16 @@ def inspect_model(path: str, *, revision: str | None, mesh: Mapping[str, int], p
       revision: pin of a hub name.
       mesh: sizes of replica, fsdp and tensor.
       prompt: the instruction p.
-      digest: whether the weights are read whole for their sha256.
+      digest: whether the weights are read whole for their sha256, and fetched for that; else their headers are enough.
 
     Raises:
       UsageError: there is no such model, or its architecture is not supported. Whatever else is wrong is a problem of
         the result.
     """
-    directory = weights.open_directory(path, revision=revision)
+    directory = weights.open_directory(path, revision=revision, weights=digest)
     params = _params(directory)
     problems: list[str] = []
-    has_weights = any((directory.path / name).exists() for name in (weights.SINGLE, weights.INDEX))
-    files = _collecting(problems, _files, directory, params) if has_weights else None
+    has_weights, files, not_looked_at = _look_at_weights(path, directory, params, problems)
     tokenizer = _collecting(problems, load_tokenizer, str(directory.path))
     if tokenizer is not None:
         vocabulary_tokens = directory.architecture.vocabulary_tokens
@@ -155,6 +163,7 @@ def inspect_model(path: str, *, revision: str | None, mesh: Mapping[str, int], p
         placements=_placements(tokenizer, prompt) if tokenizer is not None else {},
         mesh=dict(mesh),
         memory=_memory(params, meshes.abstract_mesh(**mesh), problems),
+        not_looked_at=not_looked_at,
         problems=tuple(problems),
     )
 
@@ -213,19 +222,48 @@ def _parts(params: Any) -> dict[str, int]:
     return dict(counts)
 
 
-def _files(directory: weights.ModelDirectory, params: Any) -> Files:
-    """The headers, once `weights.check` has found nothing to say of them."""
+def _look_at_weights(
+    name: str, directory: weights.ModelDirectory, params: Any, problems: list[str]
+) -> tuple[bool | None, Files | None, tuple[str, ...]]:
+    """Whether there are weights, what their headers say, and what was not looked at; of a hub name no more is fetched.
+
+    Args:
+      name: the model as the user named it.
+      problems: what a run would refuse is added.
+    """
+    located = _collecting(problems, weight_files, directory.path)
+    if located is None:
+        return True, None, ()
+    paths, weight_map = located
+    remote = directory.revision is not None and not all(path.is_file() for path in paths)
+    try:
+        names = hub.file_names(name, commit=directory.revision) if remote else os.listdir(directory.path)
+        some = INDEX in names or any(file.endswith(".safetensors") for file in names)
+        if not some and (remote or not hub.unfinished(directory.path)):
+            for other in other_weights(names)[:1]:
+                problems.append(f"{name}: {other} is not read: {ONLY_SAFETENSORS}, or set model.init=random")
+            return False, None, ()
+        if not remote:
+            fit = _collecting(problems, weights.check, directory, params)
+            return True, _files(read_headers(paths).values()) if fit is not None else None, ()
+        headers = hub.headers(name, paths, commit=directory.revision)
+    except UsageError as error:
+        return None, None, (f"the weights: {error}",)
+    found = weights.faults(directory, params, headers, weight_map)
+    problems += [weights.listing(directory, found)] * bool(found)
+    return True, None if found else _files(headers.values()), (NOT_FETCHED,)
+
+
+def _files(headers: Collection[Header]) -> Files:
+    """What sound headers hold, one a file."""
     tensors: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
-    paths = sorted(set(weights.check(directory, params).values()))
-    for path in paths:
-        with safe_open(path, framework="numpy") as file:
-            for name in file.keys():  # noqa: SIM118 (not a mapping)
-                part = file.get_slice(name)
-                bits = re.search(r"\d+", part.get_dtype())  # F32, BF16, I64; BOOL takes a byte
-                tensors[part.get_dtype()] += 1
-                sizes[part.get_dtype()] += math.prod(part.get_shape()) * (int(bits.group()) if bits else 8) // 8
-    return Files(len(paths), dict(tensors), dict(sizes))
+    for header in headers:
+        for shape, dtype in header.values():
+            bits = re.search(r"\d+", dtype)  # F32, BF16, I64; BOOL takes a byte
+            tensors[dtype] += 1
+            sizes[dtype] += math.prod(shape) * (int(bits.group()) if bits else 8) // 8
+    return Files(len(headers), dict(tensors), dict(sizes))
 
 
 def _tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> TokenizerFacts:

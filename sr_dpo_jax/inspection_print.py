@@ -58,6 +58,8 @@ def print_inspection(found: Inspection) -> None:
             console.print()
     if found.memory:
         console.print(rich.text.Text(NOT_COUNTED))
+    for part in found.not_looked_at:
+        console.print(rich.text.Text(f"\nNot looked at: {part}"))
     if found.problems:
         console.print(rich.text.Text(f"\n{len(found.problems)} problem(s), for which a run would refuse:", "bold red"))
         for problem in found.problems:
@@ -81,8 +83,9 @@ def _parameters(found: Inspection) -> rich.table.Table:
 
 def _weights(found: Inspection) -> rich.table.Table:
     if found.weights is None:
-        none = "none in safetensors: a run needs model.init=random"
-        return _facts([("files", "see the problems below" if found.has_weights else none)])
+        said = {None: "not looked at, see below", True: "see the problems below"}
+        said[False] = "none in safetensors: a run needs model.init=random"
+        return _facts([("files", said[found.has_weights])])
     table = _table("type", ">tensors", ">size")
     for name, count in found.weights.tensors.items():
         _row(table, name, f"{count:,}", _size(found.weights.tensor_bytes[name]))

@@ -23,6 +23,7 @@ from safetensors.numpy import save_file
 from sr_dpo_jax.data.dataset import TokenizedPairs
 from sr_dpo_jax.data.pipeline import Feed
 from sr_dpo_jax.data.plan import Plan
+from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.mesh import largest
 from sr_dpo_jax.train_step import Params, Scores
 
@@ -135,6 +136,9 @@ class ReferenceScores:
           score_step: `(params, batch) -> Scores`.
           params: the reference's parameters.
           progress: called with the number of steps done.
+
+        Raises:
+          UsageError: the weights give a log-probability of NaN.
         """
         unfinished = (self._missing()[self._plan.pair] & (self._plan.pair >= 0)).any(axis=1)
         first = int(np.flatnonzero(unfinished)[0])
@@ -150,9 +154,9 @@ class ReferenceScores:
             _save(self.scores, self._files)
         if not self.complete:
             bad = np.flatnonzero(self._missing())
-            raise RuntimeError(
-                f"the reference gives {len(bad)} pairs a log-probability of NaN, first pair {bad[0]}: its weights, or "
-                "model.dtype, are at fault"
+            raise UsageError(
+                f"the reference, model.path, gives {len(bad)} of {len(self.scores)} pairs a log-probability of NaN, "
+                f"the first of them number {bad[0]}, counted from 0; set model.dtype=float32, or choose other weights"
             )
 
     def _take(self, pair: np.ndarray, result: Scores) -> None:

@@ -118,9 +118,9 @@ def test_an_added_token_beyond_the_embedding_is_refused_where_it_is_used(tmp_pat
     with pytest.raises(UsageError, match=r"refinement.prompt holds the added token of id 320"):
         read("Be <image>: ")
     rows = [json.loads(line) for line in data.read_text().splitlines()]
-    rows[5] |= {"id": "sixth", "rejected": rows[5]["rejected"] + "<image>"}
+    rows[5] |= {"rejected": rows[5]["rejected"] + "<image>"}
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(UsageError, match=r"id 'sixth' in source 0 of the data holds the added token of id 320"):
+    with pytest.raises(UsageError, match=r"pairs\.jsonl:6: holds the added token of id 320"):
         read("Be good: ")
 
 

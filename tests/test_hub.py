@@ -15,6 +15,7 @@ from runs import model_directory, preference_file, raw_config
 from sr_dpo_jax.cli import main
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.weights import directory as weights
+from sr_dpo_jax.weights import hub
 
 FIRST, SECOND = "0123456789abcdef" * 2 + "01234567", "f" * 40
 TOKEN = "hf_canary_0123456789"
@@ -116,7 +117,7 @@ def test_what_the_hub_answers_is_put_in_plain_words(monkeypatch):
         def refuse(*_, kind=kind, **__):
             raise kind(f"https://user:{TOKEN}@example.invalid", response=response)
 
-        monkeypatch.setattr(weights, "snapshot_download", refuse)
+        monkeypatch.setattr(hub, "snapshot_download", refuse)
         with pytest.raises(UsageError, match=words) as error:
             weights.open_directory("org/tiny", revision="v1")
         assert TOKEN not in str(error.value) and "example" not in str(error.value)
@@ -130,7 +131,7 @@ def test_only_files_that_are_needed_are_fetched(cache, monkeypatch):
         asked.append((options["revision"], options["allow_patterns"]))
         return huggingface_hub.snapshot_download(name, **options)
 
-    monkeypatch.setattr(weights, "snapshot_download", download)
+    monkeypatch.setattr(hub, "snapshot_download", download)
     directory = weights.open_directory("org/tiny")
     shards = sorted(file.name for file in directory.path.glob("*.safetensors"))
     assert [revision for revision, _ in asked] == [None, SECOND]

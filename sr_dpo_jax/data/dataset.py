@@ -31,7 +31,7 @@ from sr_dpo_jax.data.tokens import PairEncoder, PairTokens, tokenizer_digest, tr
 from sr_dpo_jax.errors import UsageError
 
 LOG = logging.getLogger(__name__)
-CODE_VERSION = 3
+CODE_VERSION = 4
 """Part of every cache key: raise it with any change that gives other tokens, other bad rows or another file layout."""
 LISTED_BAD_ROWS = 50
 ROWS_AT_ONCE = 1024
@@ -84,6 +84,10 @@ class TokenizedPairs:
     """float32 `[N]`, NaN where a row has none."""
     source: np.ndarray
     """int32 `[N]`: index of the source."""
+    line: np.ndarray
+    """int64 `[N]`: 1-based line, or row where there are no lines, in its file."""
+    files: tuple[str, ...]
+    """S paths or hub names as given."""
     source_weights: np.ndarray
     """float64 `[S]`."""
     digest: str
@@ -109,6 +113,10 @@ class TokenizedPairs:
     def rejected_tokens(self) -> np.ndarray:
         """int64 `[N]`: tokens of each rejected response, EOS included."""
         return self.offsets[:, 3] - self.offsets[:, 2]
+
+    def place(self, index: int) -> str:
+        """`file:line` of a pair, for messages."""
+        return f"{self.files[self.source[index]]}:{self.line[index]}"
 
     def pair(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The ids of prompt, chosen and rejected: int32 views of one pair."""
@@ -177,7 +185,9 @@ def first(pairs: TokenizedPairs, count: int) -> TokenizedPairs:
         "head": pairs.head,
         "augmentation": pairs.augmentation,
     }
-    per_pair = {name: getattr(pairs, name)[:count] for name in ("ids", "chosen_score", "rejected_score", "source")}
+    per_pair = {
+        name: getattr(pairs, name)[:count] for name in ("ids", "chosen_score", "rejected_score", "source", "line")
+    }
     return dataclasses.replace(pairs, **kept, **per_pair, digest=_digest_of_arrays(kept))
 
 
@@ -198,6 +208,7 @@ class _Collector:
 
     def __init__(self) -> None:
         self.tokens, self.lengths, self.source = array.array("i"), array.array("q"), array.array("i")
+        self.lines = array.array("q")
         self.scores = array.array("f")
         self.ids: list[str] = []
         self.bad_rows: list[tuple[int, int, str]] = []
@@ -226,6 +237,7 @@ class _Collector:
         self.tokens.extend(content[3:])
         self.lengths.extend(lengths)
         self.source.append(source)
+        self.lines.append(pair.line)
         self.scores.extend(np.nan if score is None else score for score in (pair.chosen_score, pair.rejected_score))
         self.ids.append(pair.id)
 
@@ -243,6 +255,7 @@ class _Collector:
             "chosen_score": np.ascontiguousarray(scores[:, 0]),
             "rejected_score": np.ascontiguousarray(scores[:, 1]),
             "source": np.frombuffer(self.source, np.int32),
+            "line": np.frombuffer(self.lines, np.int64),
         }
         names = ("truncated_prompts", "truncated_responses", "identical_pairs", "duplicate_pairs")
         counts = {"rows": rows, "pairs": len(ends), **{name: int(self.counts[name]) for name in names}}
@@ -301,6 +314,7 @@ def _assemble(stored: _Stored, sources: Sequence[Source], raw_digest: str) -> To
     return TokenizedPairs(
         **arrays,
         ids=ids,
+        files=tuple(source.path for source in sources),
         source_weights=np.array([source.weight for source in sources], np.float64),
         digest=_digest_of_arrays({name: arrays[name] for name in ("tokens", "offsets", "head", "augmentation")}),
         content_digest=raw_digest,

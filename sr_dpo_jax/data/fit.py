@@ -63,7 +63,7 @@ def require_embedded(pairs: TokenizedPairs, *, vocabulary_tokens: int) -> None:
     """Refuses data with ids for which the model has no row in its embedding.
 
     Raises:
-      UsageError: names the first pair that holds one, or says that p does.
+      UsageError: names the first row that holds one by file and line, or says that p does.
     """
     largest = int(pairs.augmentation.max(initial=0))
     if largest >= vocabulary_tokens:
@@ -75,9 +75,8 @@ def require_embedded(pairs: TokenizedPairs, *, vocabulary_tokens: int) -> None:
     if len(beyond):
         pair = int(np.searchsorted(pairs.offsets[:, 3], beyond[0], side="right"))
         raise UsageError(
-            f"the pair with id {pairs.ids[pair]!r} in source {pairs.source[pair]} of the data holds the added token of "
-            f"id {pairs.tokens[beyond[0]]}, but the model has no more than {vocabulary_tokens} ids; remove it from the "
-            "row or from the chat template"
+            f"{pairs.place(pair)}: holds the added token of id {pairs.tokens[beyond[0]]}, but the model has no more "
+            f"than {vocabulary_tokens} ids; remove it from the row or from the chat template"
         )
 
 

@@ -64,6 +64,8 @@ def typical_pairs(
         chosen_score=np.full(pairs, np.nan, np.float32),
         rejected_score=np.full(pairs, np.nan, np.float32),
         source=np.zeros(pairs, np.int32),
+        line=np.arange(1, pairs + 1),
+        files=("typical pairs",),
         source_weights=np.ones(1),
         digest="",
         content_digest="",

@@ -10,10 +10,8 @@ Next: `read.py`, which brings the weights to the devices.
 import contextlib
 import dataclasses
 import hashlib
-import json
-import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,34 +21,29 @@ import ml_dtypes  # noqa: F401 (teaches NumPy, and through it safetensors, what 
 import numpy as np
 import transformers
 from huggingface_hub import errors as hub_errors
-from huggingface_hub import snapshot_download
 from jax.experimental import multihost_utils
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.model.architecture import Architecture
-from sr_dpo_jax.weights.families import architecture_of, tensors_of
+from sr_dpo_jax.weights import hub
+from sr_dpo_jax.weights.families import architecture_of, require_known, tensors_of
+from sr_dpo_jax.weights.files import (
+    CONFIG,
+    GENERATION_CONFIG,
+    INDEX,
+    LISTED,
+    TEMPLATES,
+    TOKENIZER_FILES,
+    read_headers,
+    read_json,
+    refuse_escape,
+    refuse_other_tokenizers,
+    weight_files,
+)
+from sr_dpo_jax.weights.hub import Header
 from sr_dpo_jax.weights.layout import blocks_of, file_shape, flatten, names_of
 
-CONFIG = "config.json"
-GENERATION_CONFIG = "generation_config.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-"""All that transformers may read to make a tokenizer of the families here, its chat template included."""
-TEMPLATES = "additional_chat_templates"
-"""A folder of chat templates with names, `*.jinja`."""
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 IGNORED = re.compile(r"\.(rotary_emb\.inv_freq|attention\.(bias|masked_bias))$")
 """Buffers that old files carry and that are computed from the config."""
 HEADS = ("lm_head.weight", "embed_out.weight")
@@ -58,8 +51,6 @@ HEADS = ("lm_head.weight", "embed_out.weight")
 ROWS = 4096
 """So many are compared at a time."""
 FLOATS = ("F16", "BF16", "F32", "F64")
-LISTED = 40
-"""How many problems of a directory an error names."""
 BAD_CONFIG = (
     ValueError,
     OSError,
@@ -81,7 +72,6 @@ REFUSED_FIELDS = {
     "quantization_config": "says that the weights are quantised, which is not supported; use those in bfloat16",
 }
 """Fields of config.json that no run follows, and what to do."""
-COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +99,8 @@ def open_directory(path: str, *, revision: str | None = None, weights: bool = Tr
     Raises:
       UsageError: nothing is there, it needs code of its own, or its architecture is not supported.
     """
+    if not path.strip():
+        raise UsageError(f"model.path={path!r}: is blank; give a Hugging Face directory or hub name")
     directory, commit = Path(path), None
     if directory.is_dir():
         if revision is not None:
@@ -119,14 +111,16 @@ def open_directory(path: str, *, revision: str | None = None, weights: bool = Tr
         directory = _fetch(path, revision, weights)
         commit = directory.name
     for name in (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, TEMPLATES):
-        _refuse_escape(directory, name)
+        refuse_escape(directory, name)
+    refuse_other_tokenizers(directory)
     config_path = directory / CONFIG
     if not config_path.is_file():
         raise UsageError(f"{config_path}: missing; model.path must be a Hugging Face model directory")
-    raw = _read_json(config_path)
+    raw = read_json(config_path)
     for field, reason in REFUSED_FIELDS.items():
         if raw.get(field) is not None:
             raise UsageError(f"{config_path}: {field} {reason}")
+    require_known(raw.get("model_type"), where=str(config_path))
     layers = raw.get("num_hidden_layers")
     if isinstance(layers, int) and not 0 < layers <= MOST_LAYERS:  # here, since lists as long as this are made below
         raise UsageError(
@@ -171,15 +165,28 @@ def check(directory: ModelDirectory, abstract: Any) -> dict[str, Path]:
         where the index says, or tied but not alike; all are named at once.
     """
     files, weight_map = weight_files(directory.path)
+    found = read_headers(files)
+    problems = faults(directory, abstract, found, weight_map) + _untied(directory, found)
+    if problems:
+        raise UsageError(listing(directory, problems))
+    held = {name: path for path, header in found.items() for name in header}
+    return {name: held[name] for name in _expected(directory, abstract)}
+
+
+def faults(
+    directory: ModelDirectory,
+    abstract: Any,
+    headers: Mapping[Path, Header | str],
+    weight_map: Mapping[str, str] | None,
+) -> list[str]:
+    """All that headers say against the family's table and the index; arguments as `check` and `weight_files` give."""
     expected = _expected(directory, abstract)
     optional = set(HEADS) if directory.architecture.tied else set()
     held: dict[str, list[str]] = {}
     problems, unreadable = [], set()
-    for path in files:
-        try:
-            header = _header(path)
-        except UsageError as error:
-            problems.append(str(error))
+    for path, header in headers.items():
+        if isinstance(header, str):
+            problems.append(header)
             unreadable.add(path.name)
             continue
         for name, (shape, dtype) in header.items():
@@ -200,38 +207,14 @@ def check(directory: ModelDirectory, abstract: Any) -> dict[str, Path]:
             problems.append(f"{name}: missing" + (f" from {mapped}, where {INDEX} has it" if mapped else ""))
         elif holders and weight_map is not None and mapped != holders[0]:
             problems.append(f"{name}: held by {holders[0]}, but {INDEX} says {mapped or 'nothing of it'}")
-    problems += _untied(directory, {name: directory.path / held[name][0] for name in held})
-    if problems:
-        more = f"\n  and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
-        listed = "\n  ".join(problems[:LISTED]) + more
-        raise UsageError(f"{directory.path}: the weights are not what {CONFIG} asks for:\n  {listed}")
-    return {name: directory.path / held[name][0] for name in expected}
+    return problems
 
 
-def weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """The files that should hold the weights, and the index's `weight_map`; None where one file holds all.
-
-    Raises:
-      UsageError: the index is damaged, stands beside a single file, or names what is not a file of the directory.
-    """
-    index = directory / INDEX
-    for name in (INDEX, SINGLE):
-        _refuse_escape(directory, name)
-    if not index.exists():
-        return [directory / SINGLE], None
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UsageError(f"{index}: damaged index (no weight_map); fetch it again")
-    names = {name if isinstance(name, str) else repr(name) for name in weight_map.values()}
-    odd = sorted(name for name in names if not _is_file_name(name))
-    if odd:
-        listed = ", ".join(map(repr, odd[:LISTED]))
-        raise UsageError(f"{index}: weight_map names {listed}, no bare name of a safetensors file; nothing was read")
-    for name in names:
-        _refuse_escape(directory, name)
-    if SINGLE not in names and (directory / SINGLE).exists():
-        raise UsageError(f"{index}: stands beside {SINGLE}, and only one can be meant; delete the other")
-    return [directory / name for name in sorted(names)], weight_map
+def listing(directory: ModelDirectory, problems: Sequence[str]) -> str:
+    """The message that names all problems of the weights, but not thousands."""
+    more = [f"and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
+    title = f"{directory.path}: the weights are not what {CONFIG} asks for:"
+    return "\n  ".join([title, *problems[:LISTED], *more])
 
 
 def iterate_shapes(abstract: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -250,10 +233,11 @@ def _expected(directory: ModelDirectory, abstract: Any) -> dict[str, tuple[int, 
     }
 
 
-def _untied(directory: ModelDirectory, held: Mapping[str, Path]) -> list[str]:
+def _untied(directory: ModelDirectory, headers: Mapping[Path, Header | str]) -> list[str]:
     """A head that is not the embedding which it is tied to: transformers unties the two, and gives other logits."""
     if not directory.architecture.tied:
         return []
+    held = {name: path for path, header in headers.items() if not isinstance(header, str) for name in header}
     tensors = tensors_of(directory.architecture, directory.model_type)
     (table,) = [tensor.name for tensor in tensors if tensor.params == ("embedding",)]
     return [
@@ -276,80 +260,13 @@ def _alike(*tensors: tuple[Path, str]) -> bool:
         return all(np.array_equal(first[part], second[part]) for part in parts)
 
 
-def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and type of every tensor of a file."""
-    if not path.is_file():
-        raise UsageError(
-            f"{path}: missing; only safetensors weights are read (no .bin). To draw the weights from the seed instead, "
-            "set model.init=random"
-        )
-    try:
-        with safe_open(path, framework="numpy") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UsageError(f"{path}: damaged or unreadable safetensors file ({error}); fetch it again") from error
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # also of the encoding
-        raise UsageError(f"{path}: damaged, no valid JSON ({error}); fetch it again") from error
-    if not isinstance(value, dict):
-        raise UsageError(f"{path}: damaged, holds {type(value).__name__} instead of an object; fetch it again")
-    return value
-
-
-def _is_file_name(name: str) -> bool:
-    return name.isprintable() and not re.search(r"[/\\]", name) and name.endswith(".safetensors") and len(name) < 200
-
-
-def _refuse_escape(directory: Path, name: str) -> None:
-    """A link may stay within the directory; in a snapshot of the hub's cache it may also lead to the cache's blobs."""
-    home = Path(os.path.realpath(directory))
-    homes = [home]
-    if home.parent.name == "snapshots" and COMMIT.fullmatch(home.name):
-        homes.append(home.parent.parent / "blobs")
-    target = Path(os.path.realpath(directory / name))
-    if not any(target.is_relative_to(allowed) for allowed in homes):
-        raise UsageError(f"{directory / name}: is a link that leaves the directory, so it is not read; copy the file")
-
-
 def _fetch(name: str, revision: str | None, weights: bool) -> Path:
-    """The snapshot of a hub name in the hub's cache, fetched as far as it is not there: the weights last, and only
-    those that the index names."""
-    try:
-        side = [CONFIG, GENERATION_CONFIG, INDEX, *TOKENIZER_FILES, f"{TEMPLATES}/*.jinja"]
-        snapshot = Path(snapshot_download(name, revision=revision, allow_patterns=side))
-        if not COMMIT.fullmatch(snapshot.name):
-            raise UsageError(f"model.revision={revision}: resolves to {snapshot.name!r}, no commit; correct it")
-        if weights:
-            wanted = [file.name for file in weight_files(snapshot)[0]]
-            snapshot_download(name, revision=snapshot.name, allow_patterns=wanted)
-        return snapshot
-    except (hub_errors.HfHubHTTPError, hub_errors.HTTPError, hub_errors.HFValidationError, OSError) as error:
-        at = "" if revision is None else f" at model.revision={revision}"
-        raise UsageError(f"model.path={name}{at}: {_hub_reason(error)}") from error
-
-
-def _hub_reason(error: Exception) -> str:
-    """Why the hub gives nothing, and what to do; never the client's own words, which hold addresses and headers."""
-    match error:
-        case hub_errors.RevisionNotFoundError():
-            return "the hub has no such revision; correct model.revision"
-        case hub_errors.GatedRepoError():
-            return "its owner asks for consent; give it on the hub, and set HF_TOKEN"
-        case hub_errors.RepositoryNotFoundError():
-            return "neither a directory nor a name on the hub; correct it, or set HF_TOKEN if it is private"
-        case hub_errors.LocalEntryNotFoundError():
-            return (
-                "neither a directory nor in the local cache, and the hub cannot be reached; check name and revision, "
-                "the network and HF_HUB_OFFLINE"
-            )
-        case hub_errors.HFValidationError():
-            return "neither a directory nor of the form owner/name; correct it"
-    return f"cannot be fetched ({type(error).__name__}); check the network, the disk and HF_TOKEN"
+    """The snapshot of a hub name: the weights last, and only those that the index names."""
+    side = [CONFIG, GENERATION_CONFIG, INDEX, *TOKENIZER_FILES, f"{TEMPLATES}/*.jinja"]
+    snapshot = hub.fetch(name, revision=revision, files=side)
+    if weights:
+        hub.fetch(name, revision=snapshot.name, files=[file.name for file in weight_files(snapshot)[0]])
+    return snapshot
 
 
 def _file_digest(path: Path) -> bytes:

@@ -36,26 +36,28 @@ def architecture_of(config: Any, *, where: str) -> Architecture:
     Raises:
       UsageError: the family, or something that the config asks for, is not supported; names the field and its value.
     """
-    readers = {
-        "gpt_neox": _gpt_neox,
-        "llama": _llama,
-        "mistral": _mistral,
-        "qwen2": _qwen2,
-        "qwen3": _qwen3,
-        "gemma2": _gemma2,
-        "gemma3_text": _gemma3,
-        "phi3": _phi3,
-        "olmo2": _olmo2,
-    }
-    if config.model_type not in readers:
-        hint = "; its text-only form, gemma3_text, is" if config.model_type == "gemma3" else ""
-        raise UsageError(
-            f"{where}: model_type={config.model_type!r} is not supported{hint}; known: {', '.join(readers)}"
-        )
-    architecture = readers[config.model_type](config, where)
+    require_known(config.model_type, where=where)
+    architecture = READERS[config.model_type](config, where)
     if architecture.heads % architecture.kv_heads:
         _refuse(where, "num_key_value_heads", architecture.kv_heads, f"divisors of {architecture.heads} heads")
     return architecture
+
+
+def require_known(model_type: Any, *, where: str) -> None:
+    """Refuses a config without a family, or of one that has no table here.
+
+    Raises:
+      UsageError: names the value and the families that are known.
+    """
+    known = ", ".join(READERS)
+    if model_type is None:
+        raise UsageError(
+            f"{where}: has no model_type, which names the family; restore the model's own config.json, or add one of "
+            f"{known}"
+        )
+    if not isinstance(model_type, str) or model_type not in READERS:
+        hint = "; its text-only form, gemma3_text, is" if model_type == "gemma3" else ""
+        raise UsageError(f"{where}: model_type={model_type!r} is not supported{hint}; known: {known}")
 
 
 def tensors_of(architecture: Architecture, model_type: str) -> tuple[Tensor, ...]:
@@ -218,6 +220,20 @@ def _olmo2(config: Any, where: str) -> Architecture:
         norm_inputs=False,
         norm_outputs=True,
     )
+
+
+READERS = {
+    "gpt_neox": _gpt_neox,
+    "llama": _llama,
+    "mistral": _mistral,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "gemma2": _gemma2,
+    "gemma3_text": _gemma3,
+    "phi3": _phi3,
+    "olmo2": _olmo2,
+}
+"""By `model_type`."""
 
 
 def _activation(config: Any, where: str) -> str:

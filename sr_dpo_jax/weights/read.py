@@ -5,21 +5,32 @@ up to two shards of one stacked parameter; on CPU devices the host's buffer beco
 """
 
 import contextlib
+import logging
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 from safetensors import safe_open
 
+from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.weights.directory import ModelDirectory, check
 from sr_dpo_jax.weights.families import tensors_of
+from sr_dpo_jax.weights.files import read_headers
 from sr_dpo_jax.weights.layout import Block, Bounds, Params, blocks_of, flatten, names_of, unflatten
+
+log = logging.getLogger(__name__)
 
 ALIGNMENT_BYTES = 64
 """A CPU device adopts a buffer that starts on such a boundary, and copies any other."""
+ROWS = 4096
+"""So many of a slice are looked through at a time for numbers that are not finite."""
+TYPES = {"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32, "F64": np.float64}
+"""What safetensors calls the types that are read."""
 
 
 def load_params(directory: ModelDirectory, abstract: Any, shardings: Any, *, dtype: np.dtype) -> Params:
@@ -32,13 +43,14 @@ def load_params(directory: ModelDirectory, abstract: Any, shardings: Any, *, dty
       dtype: what the parameters are held in; every tensor is converted from its own type.
 
     Raises:
-      UsageError: as `check`.
+      UsageError: as `check`, or a tensor holds numbers that are not finite in `dtype`.
     """
     where = check(directory, abstract)
     flat_abstract, flat_shardings = flatten(abstract), flatten(shardings)
     loaded, pending = {}, []
     with contextlib.ExitStack() as opened:
         files = {path: opened.enter_context(safe_open(path, framework="numpy")) for path in set(where.values())}
+        _report_types(directory, where, dtype)
         for tensor in tensors_of(directory.architecture, directory.model_type):
             blocks = blocks_of(tensor, flat_abstract)
             names = names_of(tensor, directory.architecture.layers)
@@ -89,8 +101,33 @@ def _read_shard(
         for block in blocks:
             wanted = block.wanted(bounds)
             for param, part in block.parts(slices[block.region(wanted)], wanted).items():
-                buffers[param][... if layer is None else layer] = part
+                buffer = buffers[param][... if layer is None else layer]
+                with np.errstate(over="ignore"):  # a float64 that float32 cannot hold; found below
+                    buffer[...] = part
+                if not _all_finite(buffer):
+                    raise UsageError(
+                        f"{where[name]}: {name} holds numbers that are not finite in {np.dtype(dtype).name}; the file "
+                        "is damaged, or training broke it: fetch it again, or choose another model.path"
+                    )
     return buffers
+
+
+def _all_finite(array: np.ndarray) -> bool:
+    return all(np.isfinite(array[start : start + ROWS]).all() for start in range(0, len(array), ROWS))
+
+
+def _report_types(directory: ModelDirectory, where: Mapping[str, Path], dtype: np.dtype) -> None:
+    """Says in which types the tensors lie, and which of those `dtype` rounds."""
+    headers = read_headers(sorted(set(where.values()))).values()
+    types = Counter(kind for header in headers for name, (_, kind) in header.items() if name in where)
+    rounded = [kind for kind in sorted(types) if not np.can_cast(TYPES[kind], dtype)]
+    log.info(
+        "%s: tensors by type: %s; held in %s%s",
+        directory.path,
+        ", ".join(f"{number} {kind}" for kind, number in sorted(types.items())),
+        np.dtype(dtype).name,
+        f" (model.param_dtype), to which {', '.join(rounded)} is rounded" if rounded else "",
+    )
 
 
 def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:

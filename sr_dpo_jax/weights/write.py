@@ -10,8 +10,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from sr_dpo_jax.errors import UsageError
-from sr_dpo_jax.weights.directory import INDEX, SINGLE, ModelDirectory
+from sr_dpo_jax.weights.directory import ModelDirectory
 from sr_dpo_jax.weights.families import tensors_of
+from sr_dpo_jax.weights.files import INDEX, SINGLE
 from sr_dpo_jax.weights.layout import Block, blocks_of, file_shape, flatten, names_of
 
 

@@ -1,0 +1,150 @@
+"""The files of a model directory: which there are, what their headers say, and that none lies outside it.
+
+Next: `directory.py`, which compares them with what the architecture asks for.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.weights.hub import COMMIT, Header, unfinished
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""All that transformers may read to make a tokenizer of the families here, its chat template included."""
+TEMPLATES = "additional_chat_templates"
+"""A folder of chat templates with names, `*.jinja`."""
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+OTHER_WEIGHTS = re.compile(
+    r"^(pytorch_model|tf_model|flax_model|model|consolidated).*\.(bin|ptw?|pth|ckpt|h5|msgpack)$|\.gguf$"
+)
+"""Weights in formats that are never read."""
+ONLY_SAFETENSORS = (
+    "only safetensors weights are read (no .bin, which can hold code that runs when it is loaded); save the model "
+    "again with save_pretrained, which writes safetensors"
+)
+LISTED = 40
+"""How many problems of a directory an error names."""
+
+
+def weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """The files that should hold the weights, and the index's `weight_map`; None where one file holds all.
+
+    Raises:
+      UsageError: the index is damaged, stands beside a single file, or names what is not a file of the directory.
+    """
+    index = directory / INDEX
+    for name in (INDEX, SINGLE):
+        refuse_escape(directory, name)
+    if not index.exists():
+        return [directory / SINGLE], None
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UsageError(f"{index}: damaged index (no weight_map); fetch it again")
+    names = {name if isinstance(name, str) else repr(name) for name in weight_map.values()}
+    odd = sorted(name for name in names if not _is_file_name(name))
+    if odd:
+        listed = ", ".join(map(repr, odd[:LISTED]))
+        raise UsageError(f"{index}: weight_map names {listed}, no bare name of a safetensors file; nothing was read")
+    for name in names:
+        refuse_escape(directory, name)
+    if SINGLE not in names and (directory / SINGLE).exists():
+        raise UsageError(f"{index}: stands beside {SINGLE}, and only one can be meant; delete the other")
+    return [directory / name for name in sorted(names)], weight_map
+
+
+def other_weights(names: Iterable[str]) -> list[str]:
+    """Of these names of files those of weights that are never read."""
+    return sorted(name for name in names if OTHER_WEIGHTS.search(name))
+
+
+def read_headers(files: Iterable[Path]) -> dict[Path, Header | str]:
+    """The header of each file; for one that cannot be read, why."""
+    found: dict[Path, Header | str] = {}
+    for path in files:
+        try:
+            found[path] = _header(path)
+        except UsageError as error:
+            found[path] = str(error)
+    return found
+
+
+def _header(path: Path) -> Header:
+    if not path.is_file():
+        raise UsageError(f"{path}: missing; {_why_missing(path.parent)}")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UsageError(f"{path}: damaged or unreadable safetensors file ({error}); fetch it again") from error
+
+
+def _why_missing(directory: Path) -> str:
+    """What stands in the place of weights that are not there, and what to do."""
+    cut_short = unfinished(directory)
+    if cut_short:
+        return f"{cut_short[0]} is a download that was cut short; fetch the model again, to its end"
+    names = sorted(path.name for path in directory.iterdir())
+    others = other_weights(names)
+    if others:
+        return f"{others[0]} is not read: {ONLY_SAFETENSORS}"
+    if any(name.endswith(".safetensors") for name in names):
+        return "other files of the weights stand beside it, so they are not whole; fetch the model again, to its end"
+    return (
+        "only safetensors weights are read (no .bin). To draw the weights from the seed instead, set model.init=random"
+    )
+
+
+def read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # also of the encoding
+        raise UsageError(f"{path}: damaged, no valid JSON ({error}); fetch it again") from error
+    if not isinstance(value, dict):
+        raise UsageError(f"{path}: damaged, holds {type(value).__name__} instead of an object; fetch it again")
+    return value
+
+
+def _is_file_name(name: str) -> bool:
+    return name.isprintable() and not re.search(r"[/\\]", name) and name.endswith(".safetensors") and len(name) < 200
+
+
+def refuse_other_tokenizers(directory: Path) -> None:
+    """transformers reads a file that this list names in place of tokenizer.json, wherever it lies."""
+    path = directory / "tokenizer_config.json"
+    named = read_json(path).get("fast_tokenizer_files") if path.is_file() else None
+    for name in named if isinstance(named, list) else [] if named is None else [named]:
+        if not isinstance(name, str) or not name.isprintable() or re.search(r"[/\\]", name) or name in ("", ".", ".."):
+            raise UsageError(f"{path}: fast_tokenizer_files names {name!r}, no bare file name; nothing was read")
+        refuse_escape(directory, name)
+
+
+def refuse_escape(directory: Path, name: str) -> None:
+    """A link may stay within the directory; in a snapshot of the hub's cache it may also lead to the cache's blobs."""
+    home = Path(os.path.realpath(directory))
+    homes = [home]
+    if home.parent.name == "snapshots" and COMMIT.fullmatch(home.name):
+        homes.append(home.parent.parent / "blobs")
+    target = Path(os.path.realpath(directory / name))
+    if not any(target.is_relative_to(allowed) for allowed in homes):
+        raise UsageError(f"{directory / name}: is a link that leaves the directory, so it is not read; copy the file")
