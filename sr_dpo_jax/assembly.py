@@ -177,7 +177,8 @@ def read_data(
     )
     report = pairs.report
     log.info(
-        "%s: %d pairs of %d rows; skipped %d bad; truncated %d prompts and %d responses; %d pairs alike, %d duplicates",
+        "%s: %d pairs of %d rows; skipped %d bad; truncated %d prompts and %d responses; "
+        "%d pairs of two equal responses, %d that came before",
         ", ".join(source.path for source in sources),
         report.pairs,
         report.rows,

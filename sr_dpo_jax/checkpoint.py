@@ -12,6 +12,7 @@ are deleted after that and not before; what is damaged, cut short or foreign is 
 
 import contextlib
 import logging
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,8 +36,10 @@ GOOD, UNVERIFIED, DAMAGED = range(3)
 CONDEMNED = ".deleting"
 LEDGER = "last_verified"
 """Names the newest verified step: where there was one and none is left, starting from step 0 would hide the loss."""
-REPEATS = ("_SignalingThread.run() raised an exception", "Handler Commit operations or the Commit callback")
-"""What Orbax logs, each thread with a traceback of its own, and then raises from `wait_until_finished`."""
+REPEATS = re.compile(r"_SignalingThread\.run\(\) raised|Handler Commit operations or|never retrieved.*orbax", re.DOTALL)
+"""What Orbax's threads and tasks say, each with a traceback, before `wait_until_finished` raises the first of it."""
+VARYING = re.compile(r'"[^"]*"|\d+')
+"""Of an error of a write: names of arrays and files, sizes and numbers."""
 MOST_STEPS = 1024
 """Of one directory, that processes tell each other of."""
 
@@ -57,7 +60,8 @@ class Checkpoints:
         self.directory = Path(output_dir).absolute() / "checkpoints"
         self._keep, self._read_only, self._strict = keep, read_only, strict
         self._leader = jax.process_index() == 0
-        logging.getLogger("absl").addFilter(_ONE_LINE)  # Orbax's logger; the same filter twice is one
+        for logger in ("absl", "asyncio"):  # those that Orbax speaks through; the same filter twice is one
+            logging.getLogger(logger).addFilter(_ONE_LINE)
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._background = ThreadPoolExecutor(1, "verify")
         self._pending: tuple[int, Future[None]] | None = None
@@ -317,9 +321,9 @@ class Checkpoints:
 
 
 class _OneLine(logging.Filter):
-    """Of a save that fails, Orbax's threads log one traceback after the other: each error is said once, in a line.
+    """Where a save fails, Orbax logs a traceback for each array: each kind of error is said once, in a line.
 
-    It is raised again where `save_failed` reports it; all else that Orbax logs passes as it is.
+    The error of the save is reported by `save_failed`; all else that is logged passes as it is.
     """
 
     def __init__(self) -> None:
@@ -328,12 +332,13 @@ class _OneLine(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        if error is None or not any(text in str(record.msg) for text in REPEATS):
+        if error is None or not REPEATS.search(str(record.msg)):
             return True
         line = _first_line(error)
-        if line in self._said:
+        kind = VARYING.sub("", str(error).split("\n")[0])
+        if kind in self._said:
             return False
-        self._said.add(line)
+        self._said.add(kind)
         record.msg, record.args, record.exc_info, record.exc_text = f"checkpoint: {line}", (), None, None
         return True
 

@@ -16,6 +16,8 @@ from sr_dpo_jax.redaction import Formatter, redact
 from sr_dpo_jax.tune import METRICS
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
+LATE_WRITE = "Event loop is closed"
+"""What asyncio says, once for each array, to the library that writes checkpoints."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("sr_dpo_jax").setLevel(logging.INFO)
     sys.excepthook = _fail
     threading.excepthook = lambda thread: print(_traceback(thread.exc_value), file=sys.stderr)
+    sys.unraisablehook = _say_unraisable
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # it warns of the forks that grain and orbax never make
     try:
         return options.run(options)
@@ -41,6 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _fail(_kind: type[BaseException], error: BaseException, _trace: TracebackType | None) -> None:
     print(_traceback(error), file=sys.stderr)
     _end(EXIT_FAILED)
+
+
+def _say_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Redacted; nothing of writes of a checkpoint that end after another one has failed, and the save with it."""
+    if unraisable.object is None and str(unraisable.exc_value) == LATE_WRITE:
+        return
+    print(_traceback(unraisable.exc_value), file=sys.stderr)
 
 
 def _traceback(error: BaseException | None) -> str:

@@ -24,6 +24,8 @@ from sr_dpo_jax.errors import UsageError
 
 log = logging.getLogger(__name__)
 
+COUNTED = ("truncated_prompts", "truncated_responses", "identical_pairs", "duplicate_pairs")
+"""Of `dataset.Report`: what was changed, and what trains nothing or twice."""
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore")
 
 
@@ -122,6 +124,7 @@ def write_run_files(assembly: Assembly, pairs: TokenizedPairs, identity: Mapping
         "identity": identity,
         "pairs": len(pairs.ids),
         "bad_rows": len(pairs.report.bad_rows),
+        **{name: getattr(pairs.report, name) for name in COUNTED},
         "mesh": dict(assembly.mesh.shape),
         "processes": jax.process_count(),
     }

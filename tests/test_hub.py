@@ -11,9 +11,11 @@ import pytest
 import tiny
 import yaml
 from runs import model_directory, preference_file, raw_config
+from safetensors.numpy import load_file, save_file
 
 from sr_dpo_jax.cli import main
 from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.inspection import inspect_model, parse_mesh
 from sr_dpo_jax.weights import directory as weights
 from sr_dpo_jax.weights import hub
 
@@ -140,6 +142,115 @@ def test_only_files_that_are_needed_are_fetched(cache, monkeypatch):
     asked.clear()
     weights.open_directory("org/tiny", weights=False)
     assert len(asked) == 1
+
+
+class Hub:
+    """The hub as far as `inspect` asks it: names of files, and headers made of the bytes that a range gives."""
+
+    def __init__(self, monkeypatch, source: Path, *, cut: str | None = None):
+        self.source, self.cut, self.asked = source, cut, []
+        monkeypatch.setattr(hub, "list_repo_files", self.names)
+        monkeypatch.setattr(hub, "parse_safetensors_file_metadata", self.header)
+
+    def names(self, name, *, revision):
+        assert (name, revision) == ("org/tiny", SECOND)
+        return sorted(file.name for file in self.source.iterdir())
+
+    def header(self, name, file, *, revision):
+        assert (name, revision) == ("org/tiny", SECOND)
+        self.asked.append(file)
+        if not (self.source / file).exists():
+            response = types.SimpleNamespace(status_code=404, headers={}, request=None)
+            raise huggingface_hub.errors.RemoteEntryNotFoundError(TOKEN, response=response)
+        if file == self.cut:
+            raise huggingface_hub.errors.SafetensorsParsingError(TOKEN)
+        content = (self.source / file).read_bytes()
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        found = {
+            tensor: types.SimpleNamespace(shape=fields["shape"], dtype=fields["dtype"])
+            for tensor, fields in header.items()
+            if tensor != "__metadata__"
+        }
+        return types.SimpleNamespace(tensors=found)
+
+
+@pytest.fixture
+def without_weights(cache):
+    """The cache as after fetching all but the weights of the second commit."""
+    for link in (cache / "models--org--tiny" / "snapshots" / SECOND).glob("model-*.safetensors"):
+        link.resolve().unlink()
+        link.unlink()
+    return cache
+
+
+def inspected(name="org/tiny", digest=False):
+    return inspect_model(name, revision=None, mesh=parse_mesh("fsdp=8"), prompt="Be good.", digest=digest)
+
+
+def test_inspecting_fetches_headers_and_no_weights(cache, tmp_path, monkeypatch):
+    """What the headers say is what the files say; fetched weights are looked at as those of a directory."""
+    here = inspected()
+    assert here.not_looked_at == () and here.problems == ()
+    asked = []
+
+    def download(name, **options):
+        asked.append(options["allow_patterns"])
+        return huggingface_hub.snapshot_download(name, **options)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    for link in (cache / "models--org--tiny" / "snapshots" / SECOND).glob("model-*.safetensors"):
+        link.unlink()
+    there = Hub(monkeypatch, tmp_path / "model1")
+    found = inspected()
+    assert found.weights == here.weights and found.problems == () and found.has_weights is True
+    assert "only the headers of the files are fetched" in found.not_looked_at[0]
+    assert len(asked) == 1 and not [name for name in asked[0] if name.endswith(".safetensors")]
+    assert there.asked == sorted(file.name for file in (tmp_path / "model1").glob("model-*.safetensors"))
+
+
+def test_faults_that_headers_show(without_weights, tmp_path, monkeypatch, capsys):
+    source = tmp_path / "model1"
+    first, second, third = sorted(source.glob("model-*.safetensors"))[:3]
+    tensors = load_file(first)
+    name = sorted(tensors)[0]
+    save_file({**tensors, name: tensors[name].astype(np.int32)}, first)
+    second.unlink()
+    Hub(monkeypatch, source, cut=third.name)
+    assert main(["inspect", "org/tiny"]) == 2
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"{name}: type I32" in printed and f"{second.name}: missing on the hub" in printed
+    assert f"{third.name}: not a sound safetensors file" in printed and TOKEN not in printed
+
+
+def test_a_hub_that_is_not_reached_leaves_the_weights_unseen(without_weights, capsys):
+    """HF_HUB_OFFLINE is set in every test: the client itself refuses."""
+    assert main(["inspect", "org/tiny"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "not looked at, see below" in printed
+    assert "Not looked at: the weights: org/tiny: HF_HUB_OFFLINE is set" in printed and "model.init" not in printed
+
+
+def test_a_hub_name_without_safetensors(cache, tmp_path, monkeypatch, capsys):
+    """Weights in .bin alone are a problem, none at all are not."""
+    source = tmp_path / "model1"
+    for file in [*source.glob("model*"), *(cache / "models--org--tiny" / "snapshots" / SECOND).glob("model*")]:
+        file.unlink()
+    there = Hub(monkeypatch, source)
+    assert main(["inspect", "org/tiny"]) == 0
+    assert "none in safetensors" in capsys.readouterr().out
+    (source / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    assert main(["inspect", "org/tiny"]) == 2
+    assert "org/tiny: pytorch_model.bin is not read" in " ".join(capsys.readouterr().out.split())
+    assert there.asked == []
+
+
+def test_a_download_cut_short_is_named(without_weights):
+    blobs = without_weights / "models--org--tiny" / "blobs"
+    (blobs / "0f0f.incomplete").write_bytes(b"half")
+    directory = weights.open_directory("org/tiny")
+    abstract = tiny.build(directory.architecture, tiny.make_mesh()).abstract
+    with pytest.raises(UsageError, match=r"blobs/0f0f.incomplete is a download that was cut short"):
+        weights.check(directory, abstract)
 
 
 def test_a_revision_of_a_directory_is_refused(tmp_path):

@@ -138,6 +138,30 @@ def test_without_weights(tmp_path, capsys):
     assert "none in safetensors: a run needs model.init=random" in printed and "fsdp 8" in printed
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.gguf"])
+def test_weights_that_no_run_would_read(tmp_path, capsys, name):
+    path = model_directory(tmp_path / "model")
+    (path / name).write_bytes(b"\x80\x04")
+    assert main(["inspect", str(path)]) == 2
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"{name} is not read: only safetensors weights are read (no .bin" in printed
+    assert "save_pretrained" in printed and "model.init=random" in printed and "Memory a chip" in printed
+    (path / name).rename(path / "training_args.bin")
+    assert main(["inspect", str(path)]) == 0, "which holds no weights"
+
+
+def test_files_without_their_index(llama, tmp_path, capsys):
+    path = copied(llama, tmp_path)
+    (path / "model.safetensors.index.json").unlink()
+    assert main(["inspect", str(path)]) == 2
+    assert "other files of the weights stand beside it" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_blank_name(capsys):
+    assert main(["inspect", ""]) == 2
+    assert "model.path='': is blank" in capsys.readouterr().err
+
+
 def test_without_a_fitting_tokenizer(tmp_path, capsys):
     path = model_directory(tmp_path / "model", eos_token_id=9)
     assert main(["inspect", str(path)]) == 2

@@ -74,6 +74,20 @@ def test_values_and_gradients_against_dense(float64, vocabulary, cap):
         np.testing.assert_allclose(gradient, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("vocabulary", [4095, 4096, 4097, 5000, 5001, 8193])
+def test_vocabularies_of_real_size(float64, monkeypatch, vocabulary):
+    """At the block size of real runs, where the last block is filled up by none, one or two columns."""
+    monkeypatch.undo()
+    assert logprobs.VOCABULARY_BLOCK == 4096
+    hidden, matrix, target = random_case(vocabulary, jnp.float64, seed=vocabulary)
+    value, pull_back = jax.vjp(lambda h, w: token_logprobs(h, w, target, None, free), hidden, matrix)
+    np.testing.assert_allclose(value, numpy_logprobs(hidden, matrix, target), rtol=1e-12, atol=1e-12)
+    exact = jax.vjp(lambda h, w: dense_logprobs(h, w, target), hidden, matrix)[1](jnp.ones_like(value))
+    for gradient, expected in zip(pull_back(jnp.ones_like(value)), exact, strict=True):
+        assert gradient.shape == expected.shape
+        np.testing.assert_allclose(gradient, expected, rtol=1e-11, atol=1e-12)
+
+
 def test_more_than_one_block_is_used():
     """The sizes above would prove nothing if one block held them all."""
     shape = jax.eval_shape(logprobs._blocks, jnp.zeros((3 * BLOCK + 1, 5)))[0].shape

@@ -269,3 +269,21 @@ def test_online_and_cached_reference_and_one_compilation():
         np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6)
     for mine, theirs in zip(jax.tree.leaves(jax.device_get(reference)), jax.tree.leaves(before), strict=True):
         assert mine.tobytes() == theirs.tobytes()
+
+
+def test_a_vocabulary_that_no_axis_divides(float64):
+    """29 tokens, five more than the tokenizer has: the same scores on every mesh, and the five share in the softmax."""
+    architecture = dataclasses.replace(tiny.LLAMA, vocabulary_tokens=29)
+    scored = {}
+    for name, shape in {"one": (1, 1, 1), **MESHES}.items():
+        mesh = tiny.make_mesh(*shape)
+        model = tiny.build(architecture, mesh, dtype="float64")
+        step = make_score_step(model.graph, pairs=PAIRS, mesh=mesh)
+        scored[name] = jax.device_get(step(model.params(), tiny.place(make_batch(), mesh)).plain)
+    for name, plain in scored.items():
+        np.testing.assert_allclose(plain, scored["one"], rtol=1e-10, err_msg=name)
+    alone = jax.device_get(model.params())  # on the last mesh; without the five rows the rest has more probability
+    small = tiny.build(tiny.LLAMA, tiny.make_mesh(), dtype="float64")
+    cut = jax.device_put({**alone, "embedding": alone["embedding"][: tiny.VOCABULARY]}, small.shardings)
+    less = make_score_step(small.graph, pairs=PAIRS, mesh=small.mesh)(cut, make_batch()).plain
+    assert (np.asarray(less) > scored["one"]).all()

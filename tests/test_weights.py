@@ -101,6 +101,43 @@ def test_each_tensor_is_read_in_its_own_type(tmp_path):
             assert array.tobytes() == given[name].astype(TYPES[dtype]).tobytes(), name
 
 
+@pytest.mark.parametrize(
+    ("kind", "dtype", "rounded"),
+    [
+        ("float64", "float32", "F64"),
+        ("float32", "bfloat16", "F32"),
+        ("float16", "bfloat16", "F16"),
+        ("bfloat16", "float32", None),
+        ("float16", "float32", None),
+        ("float32", "float32", None),
+    ],
+)
+def test_types_are_said_and_those_that_are_rounded(tmp_path, caplog, kind, dtype, rounded):
+    directory, model, _ = written(tmp_path, "llama")
+    file = directory.path / "model.safetensors"
+    tensors = load_file(file)
+    save_file({name: tensor.astype(TYPES[kind]) for name, tensor in tensors.items()}, file)
+    with caplog.at_level("INFO"):
+        load_params(directory, model.abstract, model.shardings, dtype=np.dtype(dtype))
+    (line,) = [record.message for record in caplog.records if "tensors by type" in record.message]
+    assert f"held in {dtype}" in line and f": {len(tensors)} " in line
+    assert (f"to which {rounded} is rounded" in line) if rounded else ("rounded" not in line)
+
+
+@pytest.mark.parametrize(("value", "kind"), [(np.nan, "float32"), (-np.inf, "bfloat16"), (1e300, "float64")])
+def test_numbers_that_are_not_finite_are_refused_by_tensor(tmp_path, value, kind):
+    """Of every model whose weights hold one, all log-probabilities are NaN; float32 cannot hold 1e300."""
+    directory, model, _ = written(tmp_path, "llama", shard_bytes=30_000)
+    name = "model.layers.1.mlp.down_proj.weight"
+    file = next(file for file in directory.path.glob("model-*") if name in load_file(file))
+    tensors = load_file(file)
+    tensors[name] = tensors[name].astype(TYPES[kind])
+    tensors[name][-1, 3] = value
+    save_file(tensors, file)
+    with pytest.raises(UsageError, match=rf"{file.name}: {name} holds numbers that are not finite in float32"):
+        load_params(directory, model.abstract, model.shardings, dtype=np.dtype("float32"))
+
+
 def abstract_of(**shapes):
     """Abstract parameters by path: a path's axes with their sizes."""
     make = {
@@ -296,6 +333,10 @@ def corrupt_type(path, tensors):
     save_file(tensors | {"model.norm.weight": np.zeros(32, np.int32)}, path)
 
 
+def corrupt_fp8(path, tensors):
+    save_file(tensors | {"model.norm.weight": np.zeros(32, ml_dtypes.float8_e4m3fn)}, path)
+
+
 def truncate(path, tensors):
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -316,6 +357,7 @@ def escape(path, tensors):
         (corrupt_extra, ["model.layers.9.mlp.up_proj.weight", "not part"]),
         (corrupt_shape, ["model.norm.weight", "(31,)", "(32,)"]),
         (corrupt_type, ["model.norm.weight", "I32"]),
+        (corrupt_fp8, ["model.norm.weight", "F8_E4M3", "F16, BF16, F32, F64"]),
         (truncate, ["model.safetensors", "damaged"]),
         (only_pickle, ["model.safetensors", "missing", "no .bin"]),
         (escape, ["../../outside.safetensors", "nothing was read"]),
@@ -436,6 +478,44 @@ def test_links_that_leave_the_directory_are_refused(tmp_path, name):
         weights.check(weights.open_directory(str(directory.path)), abstract)
 
 
+@pytest.mark.parametrize("place", [".", ".cache/huggingface/download"])
+def test_a_download_that_was_cut_short_is_named(tmp_path, place):
+    """The hub's client writes to `*.incomplete`; beside files that are all there such a leaving does no harm."""
+    directory, abstract, files, _ = sharded(tmp_path)
+    leaving = directory.path / place / "x3_model-00002.4f2a.incomplete"
+    leaving.parent.mkdir(parents=True, exist_ok=True)
+    leaving.write_bytes(files[1].read_bytes()[:100])
+    assert weights.check(directory, abstract)
+    files[1].unlink()
+    with pytest.raises(
+        UsageError, match=rf"{files[1].name}: missing; .*{leaving.name} is a download that was cut short"
+    ):
+        weights.check(directory, abstract)
+
+
+def test_files_without_their_index_are_not_taken_for_none(tmp_path):
+    directory, abstract, *_ = sharded(tmp_path)
+    (directory.path / INDEX).unlink()
+    with pytest.raises(UsageError, match="other files of the weights stand beside it, so they are not whole"):
+        weights.check(directory, abstract)
+
+
+@pytest.mark.parametrize("name", ["../tokenizer.9.json", "/etc/tokenizer.9.json", "..\\tokenizer.9.json", "..", "", 7])
+def test_other_tokenizer_files_stay_within_the_directory(tmp_path, name):
+    """transformers would read a name of this form in place of tokenizer.json, from wherever it leads."""
+    path = model_directory(tmp_path / "model", "llama")
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer.9.json").write_text((path / "tokenizer.json").read_text())
+    for names in (["tokenizer.json", name], name):
+        (path / "tokenizer_config.json").write_text(json.dumps(config | {"fast_tokenizer_files": names}))
+        with pytest.raises(UsageError, match=r"tokenizer_config.json: fast_tokenizer_files names .* no bare file name"):
+            weights.open_directory(str(path))
+    (path / "tokenizer_config.json").write_text(json.dumps(config | {"fast_tokenizer_files": ["tokenizer.9.json"]}))
+    (path / "tokenizer.9.json").symlink_to(tmp_path / "tokenizer.9.json")
+    with pytest.raises(UsageError, match=r"tokenizer.9.json: is a link that leaves"):
+        weights.open_directory(str(path))
+
+
 def test_an_index_beside_a_single_file_is_refused(tmp_path):
     directory, abstract, files, _ = sharded(tmp_path)
     files[0].with_name("model.safetensors").write_bytes(files[0].read_bytes())
@@ -480,7 +560,11 @@ LONGROPE = YARN | {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.5]
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model_type": "mamba"}, ["mamba", "not supported"]),
+        ({"model_type": "mamba"}, ["config.json: model_type='mamba' is not supported", "known: gpt_neox, llama"]),
+        ({"model_type": "evil_net"}, ["config.json: model_type='evil_net' is not supported", "known: gpt_neox, llama"]),
+        ({"model_type": ["llama"]}, ["model_type=['llama'] is not supported"]),
+        ({"model_type": None}, ["config.json: has no model_type", "gpt_neox, llama"]),
+        ({"model_type": "gemma3"}, ["model_type='gemma3' is not supported; its text-only form, gemma3_text, is"]),
         ({"auto_map": {"AutoConfig": "evil.Config"}}, ["auto_map", "never run"]),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["quantization_config", "not supported"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5", "1.0 for llama"]),
@@ -509,6 +593,13 @@ def test_configs_that_are_refused(tmp_path, change, words):
         weights.open_directory(str(path))
     for word in words:
         assert word in str(error.value)
+    assert "transformers" not in str(error.value), "its remedies are not ours"
+
+
+@pytest.mark.parametrize("path", ["", " "])
+def test_a_blank_name_is_not_the_directory_one_stands_in(path):
+    with pytest.raises(UsageError, match=f"model.path='{path}': is blank; give a Hugging Face directory or hub name"):
+        weights.open_directory(path)
 
 
 def test_no_other_file_is_read_in_place_of_config_json(tmp_path, monkeypatch):
