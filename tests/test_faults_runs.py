@@ -390,7 +390,7 @@ def reference_files(root):
     return sorted((root / "cache").glob("reference-*"))
 
 
-def test_p2_the_reference_cache_misses_on_any_change_of_its_inputs(world, tmp_path):
+def test_p2_the_reference_cache_misses_on_any_change_of_its_inputs(world, tmp_path, monkeypatch):
     """The plain and the augmented scores each have a file; every change makes new ones."""
 
     def scored(name, data=world[1], **sections):
@@ -409,6 +409,9 @@ def test_p2_the_reference_cache_misses_on_any_change_of_its_inputs(world, tmp_pa
     lines = world[1].read_text(encoding="utf-8").splitlines(keepends=True)
     (tmp_path / "swapped.jsonl").write_text("".join([lines[1], lines[0], *lines[2:]]), encoding="utf-8")
     assert scored("swapped", data=tmp_path / "swapped.jsonl") == 2
+    assert scored("as_first") == 0
+    monkeypatch.setattr(reference, "CODE_VERSION", "of code that gives other numbers")
+    assert scored("other_code") == 2
 
 
 def test_p2_a_cache_that_is_not_the_models_is_scored_again(world, tmp_path, caplog):
