@@ -169,7 +169,7 @@ def compile_for(
     config: Config,
     directory: ModelDirectory,
     pairs: TokenizedPairs,
-    eval_pairs: TokenizedPairs | None,
+    eval_sets: Sequence[TokenizedPairs],
 ) -> Compiled:
     """Compiles the programs of a configuration for these devices; a program that does not fit is a result.
 
@@ -177,7 +177,7 @@ def compile_for(
       devices: from `devices_of`.
       config: what to run.
       directory: config.json is enough.
-      pairs, eval_pairs: only their lengths count.
+      pairs, eval_sets: only their lengths count.
 
     Raises:
       UsageError: the configuration cannot run so: the mesh does not divide, a pair is longer than a row, ...
@@ -186,13 +186,13 @@ def compile_for(
     assembly, objective = assemble_on(mesh, config, directory), objective_of(config)
     preference = objective.name != "sft"
     sizes = pair_sizes(pairs, with_rejected=preference)
-    plan = plan_of(assembly, pairs, sizes, eval_pairs)
+    plan = plan_of(assembly, pairs, sizes, eval_sets)
     work = work_of(assembly, pairs, sizes[0], online=preference and config.reference.mode == "online")
-    evaluates_p = eval_pairs is not None and preference and config.refinement.prompt is not None
+    evaluates_p = bool(eval_sets) and preference and config.refinement.prompt is not None
     step = first_step(assembly, pairs, plan, augmented=objective.refined or evaluates_p, with_rejected=preference)
     visited = blocks_visited(assembly, step)
     programs = [train_program(assembly, plan, step, visited)]
-    if (preference and config.reference.mode == "cached") or config.data.eval_path is not None:
+    if (preference and config.reference.mode == "cached") or config.data.held_out:
         programs.append(_score_program(assembly, plan, step, visited))
     model_flops = float(work.flops.mean())
     step_s = mfu = None
@@ -291,7 +291,7 @@ def _score_program(assembly: Assembly, plan: Plan, step: HostStep, visited: floa
     program = make_program(assembly, pairs=plan.shape.pairs, total_steps=1)
     batch = _abstract_batch(assembly, step, augmented=step.augmented is not None, scores=False)
     resident = 0
-    if assembly.config.data.eval_path is not None:
+    if assembly.config.data.held_out:
         resident = _bytes_a_chip(program.state.optimizer_state)
         if assembly.config.reference.mode == "online":
             resident += _bytes_a_chip(_abstract_reference(assembly, program.state.params))

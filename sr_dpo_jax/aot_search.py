@@ -17,7 +17,7 @@ import jax
 
 from sr_dpo_jax import config as configuration
 from sr_dpo_jax.aot import Compiled, compile_for, devices_of, only_one
-from sr_dpo_jax.assembly import read_data
+from sr_dpo_jax.assembly import read_data, read_held_out
 from sr_dpo_jax.config import Config
 from sr_dpo_jax.data import tokens
 from sr_dpo_jax.data.dataset import TokenizedPairs
@@ -90,17 +90,17 @@ def compile_command(config: Config, *, topology: str, slices: int, read: bool, q
     directory = weights.open_directory(config.model.path, revision=config.model.revision, weights=False)
     # Weights are neither read nor looked for.
     config = config.model_copy(update={"model": config.model.model_copy(update={"init": "random"})})
-    pairs, eval_pairs, lengths = _read(config, directory) if read else _typical(config, directory)
+    pairs, eval_sets, lengths = _read(config, directory) if read else _typical(config, directory)
     with only_one():
         devices = devices_of(topology, slices)
-        compiled = compile_for(devices, config, directory, pairs, eval_pairs)
+        compiled = compile_for(devices, config, directory, pairs, eval_sets)
         if quick:
             compiled = dataclasses.replace(compiled, step_s=None, mfu=None)
         attempts: list[Attempt] = []
         if not compiled.fits:
             log.warning("does not fit; looking for a change that does")
             for overrides in changes(config, compiled, slices):
-                attempts.append(_attempt(devices, config, directory, pairs, eval_pairs, overrides))
+                attempts.append(_attempt(devices, config, directory, pairs, eval_sets, overrides))
                 if attempts[-1].fits:
                     break
     scale = 1 if sys.platform == "darwin" else 1024
@@ -147,7 +147,7 @@ def _attempt(
     config: Config,
     directory: weights.ModelDirectory,
     pairs: TokenizedPairs,
-    eval_pairs: TokenizedPairs | None,
+    eval_sets: Sequence[TokenizedPairs],
     overrides: dict[str, Any],
 ) -> Attempt:
     named = " ".join(override_arguments(overrides))
@@ -158,28 +158,23 @@ def _attempt(
         raw[section][key] = value
     try:
         changed = configuration.from_dict(raw, where=named)
-        return Attempt(overrides, compile_for(devices, changed, directory, pairs, eval_pairs), None)
+        return Attempt(overrides, compile_for(devices, changed, directory, pairs, eval_sets), None)
     except UsageError as error:
         return Attempt(overrides, None, str(error))
 
 
-def _read(config: Config, directory: weights.ModelDirectory) -> tuple[TokenizedPairs, TokenizedPairs | None, str]:
+def _read(config: Config, directory: weights.ModelDirectory) -> tuple[TokenizedPairs, Sequence[TokenizedPairs], str]:
     tokenizer = tokens.load_tokenizer(str(directory.path))
     require_fit(tokenizer, directory.path, vocabulary_tokens=directory.architecture.vocabulary_tokens)
     p = config.refinement.prompt if config.objective.name != "sft" else None
-    pairs, eval_pairs = (
-        None
-        if sources is None
-        else read_data(config, sources, split, tokenizer, directory.architecture, augmentation_prompt=p)
-        for sources, split in (
-            (config.data.path, config.data.split),
-            (config.data.eval_path, config.data.eval_split),
-        )
+    pairs = read_data(
+        config, config.data.path, config.data.split, tokenizer, directory.architecture, augmentation_prompt=p
     )
-    return pairs, eval_pairs, f"data.path, {len(pairs):,} pairs; p has {len(pairs.augmentation)} tokens"
+    eval_sets = list(read_held_out(config, tokenizer, directory.architecture).values())
+    return pairs, eval_sets, f"data.path, {len(pairs):,} pairs; p has {len(pairs.augmentation)} tokens"
 
 
-def _typical(config: Config, directory: weights.ModelDirectory) -> tuple[TokenizedPairs, TokenizedPairs | None, str]:
+def _typical(config: Config, directory: weights.ModelDirectory) -> tuple[TokenizedPairs, Sequence[TokenizedPairs], str]:
     head_tokens = p_tokens = 0
     said = "no p"
     if config.refinement.prompt is not None and config.objective.name != "sft":
@@ -198,7 +193,7 @@ def _typical(config: Config, directory: weights.ModelDirectory) -> tuple[Tokeniz
         f"{typical.chosen[0]:g}, rejected {typical.rejected[0]:g} tokens on average, long tails, cut to "
         f"data.max_length={config.data.max_length}; {said}"
     )
-    return pairs, None if config.data.eval_path is None else pairs, lengths
+    return pairs, [pairs for _ in config.data.held_out], lengths
 
 
 def _prefix(config: Config, directory: weights.ModelDirectory) -> tuple[int, int, str]:

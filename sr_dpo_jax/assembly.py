@@ -155,9 +155,12 @@ def read_data(
     architecture: Architecture,
     *,
     augmentation_prompt: str | None,
+    format: str | None = None,
     first_pairs: int | None = None,
 ) -> TokenizedPairs:
     """Reads, checks and tokenises `sources`, with p where it is used, and keeps `first_pairs`; touches no device.
+
+    Without a `format` that of data.format holds.
 
     Raises:
       UsageError: unusable rows, sequences longer than those for which the model's rotary embedding is known, or ids
@@ -166,7 +169,7 @@ def read_data(
     pairs = dataset.prepare(
         [dataset.Source(source.path, source.weight, source.revision) for source in sources],
         tokenizer,
-        format=config.data.format,
+        format=format or config.data.format,
         split=split,
         augmentation_prompt=augmentation_prompt,
         max_length=config.data.max_length,
@@ -193,6 +196,26 @@ def read_data(
     _check_lengths(architecture, pairs)
     require_embedded(pairs, vocabulary_tokens=architecture.vocabulary_tokens)
     return pairs
+
+
+def read_held_out(
+    config: Config, tokenizer: PreTrainedTokenizerBase, architecture: Architecture
+) -> dict[str, TokenizedPairs]:
+    """Every held-out set as `read_data` reads it, under what its metrics' names begin with: `eval` or `eval/NAME`."""
+    p = config.refinement.prompt if config.objective.name != "sft" else None
+    return {
+        name: read_data(
+            config,
+            one.path,
+            one.split,
+            tokenizer,
+            architecture,
+            augmentation_prompt=p,
+            format=one.format,
+            first_pairs=one.pairs,
+        )
+        for name, one in config.data.held_out
+    }
 
 
 def _check_lengths(architecture: Architecture, pairs: TokenizedPairs) -> None:

@@ -7,7 +7,8 @@
 
 A step counts steps of the plan done. Orbax writes to a temporary name and renames; then, still in the background, what
 is on the disk is read back and compared with what was on the devices, and only that makes it a checkpoint. Older ones
-are deleted after that and not before; what is damaged, cut short or foreign is never deleted, at most renamed.
+are deleted after that and not before, the best one never before a better one is verified; what is damaged, cut short
+or foreign is never deleted, at most renamed.
 """
 
 import contextlib
@@ -49,7 +50,7 @@ class Checkpoints:
 
     Args:
       output_dir: the run directory.
-      keep: how many of the newest verified ones stay; None keeps all.
+      keep: how many of the newest verified ones stay, besides the best; None keeps all.
       read_only: refuses to write, and makes no directory.
       strict: a damaged checkpoint is refused instead of passed over for an older one.
     """
@@ -65,6 +66,7 @@ class Checkpoints:
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._background = ThreadPoolExecutor(1, "verify")
         self._pending: tuple[int, Future[None]] | None = None
+        self._best: int | None = None
         self._failures = 0
         if self._leader and not read_only:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -110,10 +112,22 @@ class Checkpoints:
             )
         return None
 
-    def save(self, step: int, state: TrainState, *, position: dict[str, Any], config: dict[str, Any]) -> None:
-        """Copies the state off the devices, and writes and verifies it in the background; see `save_failed`."""
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        *,
+        position: dict[str, Any],
+        config: dict[str, Any],
+        best: int | None = None,
+    ) -> None:
+        """Copies the state off the devices, and writes and verifies it in the background; see `save_failed`.
+
+        Once verified, it and its `best`, the step of the best checkpoint so far, are what older ones are deleted for.
+        """
         if self._pending is not None:
             raise RuntimeError("ask save_failed(wait=True) before the next save")
+        self._best = best
         path, tree = self.directory / str(step), _as_dict(state)
         if path.exists():
             self._set_aside(step, "unverified")
@@ -137,8 +151,9 @@ class Checkpoints:
           wait: until the save is verified or has failed.
 
         Raises:
-          RunError: it failed for the second time in a row, held values that are not finite, or failed in a run of
-            several processes, which cannot agree on another attempt: starting them again is the other attempt.
+          RunError: it failed for the second time in a row, held values that are not finite, was the best checkpoint,
+            whose state is gone by now, or failed in a run of several processes, which cannot agree on another attempt:
+            starting the run again is the other attempt.
         """
         if self._pending is None or not (wait or self._pending[1].done()):
             return False
@@ -149,7 +164,8 @@ class Checkpoints:
             return False
         self._failures += 1
         message = f"{self.directory}: saving step {step} failed ({type(error).__name__}: {_first_line(error)})"
-        if self._failures > 1 or jax.process_count() > 1 or isinstance(error, FloatingPointError):
+        hopeless = step == self._best or isinstance(error, FloatingPointError)
+        if self._failures > 1 or jax.process_count() > 1 or hopeless:
             raise RunError(
                 f"{message}; the checkpoints before it are untouched, and the same command goes on from them"
             )
@@ -242,14 +258,29 @@ class Checkpoints:
             raise UsageError(f"{self.directory / str(step)}: {reason}; choose another step of {there[::-1]}")
         return step
 
-    def finish(self, step: int) -> None:
-        """Waits for the last save; raises RunError unless all processes have verified the checkpoint of `step`."""
+    def best(self) -> int:
+        """The step of the run's best checkpoint, verified; raises UsageError where there is none."""
+        newest = self.existing(None)
+        selection = self.restore_position(newest).get("selection")
+        if selection is None or selection["step"] is None:
+            reason = "was not set" if selection is None else f"{selection['metric']} was never measured, or not finite"
+            raise UsageError(
+                f"{self.directory}: the run has no best checkpoint (checkpoint.best_metric {reason}); leave out --best"
+            )
+        return self.existing(selection["step"])
+
+    def finish(self, step: int, *, best: int | None = None) -> None:
+        """Waits for the last save; raises RunError unless all processes have verified the checkpoint of `step`.
+
+        `best` is the step of the best checkpoint, which is kept too.
+        """
         self.save_failed(wait=True)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("checkpoints verified")
         if not integrity.is_verified(self.directory / str(step)):
             raise RunError(f"{self.directory}: the checkpoint of step {step} was not verified by all processes")
         if self._leader:
+            self._best = best
             self._prune()
 
     def verified_steps(self) -> list[int]:
@@ -314,6 +345,8 @@ class Checkpoints:
         if verified:
             (self.directory / LEDGER).write_text(f"{verified[-1]}\n", encoding="utf-8")
         for step in verified[: -self._keep] if self._keep else []:
+            if step == self._best:
+                continue
             path = self.directory / str(step)
             condemned = path.with_name(path.name + CONDEMNED)
             path.rename(condemned)

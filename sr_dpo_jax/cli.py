@@ -13,11 +13,12 @@ from types import TracebackType
 from sr_dpo_jax import config as configuration
 from sr_dpo_jax.errors import RunError, UsageError
 from sr_dpo_jax.redaction import Formatter, redact
-from sr_dpo_jax.tune import METRICS
+from sr_dpo_jax.tune import METRIC
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
 LATE_WRITE = "Event loop is closed"
 """What asyncio says, once for each array, to the library that writes checkpoints."""
+BEST = "the best checkpoint, by checkpoint.best_metric, in place of the latest"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,19 +93,21 @@ def parser() -> argparse.ArgumentParser:
     )
     score = with_config(command("score", _score, "log-probabilities of every pair of data.path under model.path"))
     score.add_argument("--output", required=True, type=Path, metavar="FILE.jsonl")
-    with_config(
-        command("eval", _eval, "metrics on data.eval_path, of the latest checkpoint of output_dir or of model.path")
+    evaluate = with_config(
+        command("eval", _eval, "metrics on held-out pairs, of the latest checkpoint of output_dir or of model.path")
     )
+    evaluate.add_argument("--best", action="store_true", help=BEST)
     generate = with_config(command("generate", _generate, "responses to a file of prompts"))
     generate.add_argument("--prompts", required=True, type=Path, metavar="FILE.jsonl")
     generate.add_argument("--output", required=True, type=Path, metavar="FILE.jsonl")
+    generate.add_argument("--best", action="store_true", help=BEST)
     _add_benchmarks(command)
     _add_models(command, with_config)
     tune = with_config(
         command("tune", _tune, "a run for each of several values, as in objective.lam=0.1,0.3,0.5,1, and the choice")
     )
-    tune.add_argument("--metric", choices=METRICS, default=METRICS[0], help="of held-out pairs; default: the first")
-    tune.add_argument("--eval-pairs", type=int, metavar="N", help="decides on the first N pairs of data.eval_path")
+    tune.add_argument("--metric", default=METRIC, help=f"of a held-out set, as in metrics.jsonl; default: {METRIC}")
+    tune.add_argument("--eval-pairs", type=int, metavar="N", help="decides on the first N pairs of that set")
     report = command("report", _report, "one HTML page that compares runs: curves, held-out pairs, tables to copy")
     report.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
     report.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE.html")
@@ -121,7 +124,9 @@ def _add_models(
     export = command("export", _export, "writes a checkpoint as a Hugging Face directory")
     export.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     export.add_argument("out_dir", type=Path, metavar="OUT_DIR")
-    export.add_argument("--step", type=int, help="default: the latest")
+    which = export.add_mutually_exclusive_group()
+    which.add_argument("--step", type=int, help="default: the latest")
+    which.add_argument("--best", action="store_true", help=BEST)
     export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the run's param_dtype")
     export.add_argument("--shard-bytes", type=int, metavar="N", help="most bytes of a file of weights; default: 5 GB")
     inspect = command("inspect", _inspect, "what a person wants to know of a model before a run; touches no device")
@@ -184,7 +189,7 @@ def _eval(options: argparse.Namespace) -> int:
     config = configuration.load(options.config, options.overrides)
     from sr_dpo_jax.evaluate import evaluate_command
 
-    for name, value in evaluate_command(config).items():
+    for name, value in evaluate_command(config, best=options.best).items():
         print(f"{name:28} {value:.6g}")
     return 0
 
@@ -193,7 +198,8 @@ def _generate(options: argparse.Namespace) -> int:
     config = configuration.load(options.config, options.overrides)
     from sr_dpo_jax.generate import generate_command
 
-    print(f"{generate_command(config, options.prompts, options.output)} responses in {options.output}")
+    count = generate_command(config, options.prompts, options.output, best=options.best)
+    print(f"{count} responses in {options.output}")
     return 0
 
 
@@ -231,7 +237,14 @@ def _export(options: argparse.Namespace) -> int:
     from sr_dpo_jax.export import SHARD_BYTES, export
 
     shard_bytes = SHARD_BYTES if options.shard_bytes is None else options.shard_bytes
-    export(options.run_dir, options.out_dir, step=options.step, dtype=options.dtype, shard_bytes=shard_bytes)
+    export(
+        options.run_dir,
+        options.out_dir,
+        step=options.step,
+        best=options.best,
+        dtype=options.dtype,
+        shard_bytes=shard_bytes,
+    )
     print(f"written to {options.out_dir}")
     return 0
 

@@ -7,19 +7,19 @@ configuration is refused before any device is touched.
 Next: `data/rows.py`, where `data.path` becomes checked pairs.
 """
 
-import difflib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
+from sr_dpo_jax.config_checks import cross_checks
+from sr_dpo_jax.config_errors import explain, secrets_in
 from sr_dpo_jax.config_yaml import apply_override, parse
 from sr_dpo_jax.errors import UsageError
-from sr_dpo_jax.redaction import holds_secret, is_secret_name, redact
 
 PAPER_PROMPT = (
     "Please generate a response with a usefulness rating of 100 out of 100 for the following query. Note that the "
@@ -78,6 +78,27 @@ def _as_sources(value: Any) -> Any:
 Sources = Annotated[tuple[Source, ...], BeforeValidator(_as_sources), Field(min_length=1)]
 
 
+Format = Literal["hh_rlhf", "ultrafeedback", "preference"]
+
+
+class EvalSet(Section):
+    path: Sources
+    """One path or several; weights do not apply."""
+    format: Format | None = None
+    """Null: that of `data.format`."""
+    split: str = "test"
+    """Split of a hub data set; files have none."""
+    pairs: Positive | None = None
+    """Evaluates on so many pairs, the first; null takes all."""
+
+
+EvalSets = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$")], EvalSet],
+    AfterValidator(lambda sets: tuple(sets.items())),  # frozen like all else
+    PlainSerializer(lambda sets: {name: one.model_dump(mode="json") for name, one in sets}, return_type=dict),
+]
+
+
 class Data(Section):
     path: Sources
     """One path, or a list of paths and of {path, weight, revision}. Without weights each pair comes once an epoch."""
@@ -85,7 +106,10 @@ class Data(Section):
     """Held-out pairs for `sr-dpo eval` and for evaluation while training; weights do not apply."""
     eval_pairs: Positive | None = None
     """Evaluates on so many pairs, the first of `eval_path`; null takes all."""
-    format: Literal["hh_rlhf", "ultrafeedback", "preference"] = "hh_rlhf"
+    eval_sets: EvalSets = ()
+    """More held-out sets, a mapping of name -> {path, format, split, pairs}; the metrics of each stand under
+    `eval/NAME/`. A name begins with a letter and has a-z, 0-9, _ and - in it."""
+    format: Format = "hh_rlhf"
     split: str = "train"
     """Split of a hub data set; files have none."""
     eval_split: str = "test"
@@ -96,7 +120,15 @@ class Data(Section):
     prompt_truncation: Literal["keep_end", "keep_start"] = "keep_end"
     """Which end of a cut prompt stays. The newest turn stands at the end."""
     max_bad_rows: NonNegative = 0
-    """How many unusable rows may be skipped, in `path` and again in `eval_path`, before the run refuses."""
+    """How many unusable rows may be skipped, in `path` and again in each held-out set, before the run refuses."""
+
+    @property
+    def held_out(self) -> tuple[tuple[str, EvalSet], ...]:
+        """Every held-out set behind what its metrics' names begin with: `eval`, or `eval/NAME`."""
+        unnamed = ()
+        if self.eval_path is not None:
+            unnamed = (("eval", EvalSet(path=self.eval_path, split=self.eval_split, pairs=self.eval_pairs)),)
+        return (*unnamed, *((f"eval/{name}", one) for name, one in self.eval_sets))
 
 
 class Objective(Section):
@@ -176,16 +208,29 @@ class Train(Section):
     profile_steps: NonNegative = 0
     """Traces so many steps for XProf, from the third that a process takes, into `output_dir`/profile."""
     eval_every_steps: Positive | None = None
-    """Evaluates on `data.eval_path` so often; the end of a run is always evaluated where the path is given."""
+    """Evaluates on the held-out sets so often; the end of a run is always evaluated where there is one."""
+    samples: NonNegative = 0
+    """At each evaluation, responses to the first so many prompts of each held-out set, drawn as `generation` says. They
+    go to `samples.jsonl`, to TensorBoard and, asked for texts, to the report; never to the console."""
+    early_stopping_patience: Positive | None = None
+    """So many evaluations in a row without a better `checkpoint.best_metric` end the run: with exit code 0, its last
+    step saved, and the same command does not go on. The schedule knows nothing of it: the learning rate is on its way
+    to the end of `epochs` or `max_steps`, and linear and cosine have not come down where the run ends early."""
+    early_stopping_min_delta: Annotated[float, Field(ge=0)] = 0.0
+    """Better means better by more than this than the evaluation that was counted from."""
+    wandb_project: str | None = None
+    """Numbers and this configuration also go to this project of Weights & Biases (`pip install 'sr_dpo_jax[wandb]'`;
+    the key comes from WANDB_API_KEY), texts never do. Resuming continues the same W&B run."""
     max_skipped_steps: NonNegative = 10
     """A step whose loss or gradient is not finite changes nothing, and its pairs are written to `skipped.jsonl`. More
     such steps in a row than this end the run with exit code 1."""
     hang_timeout_s: Positive = 1800
-    """A step or an evaluation batch that takes longer ends the process: all stacks are printed, the exit code is 1."""
+    """A step, an evaluation batch or a sample that takes longer ends the process: all stacks are printed, the exit code
+    is 1."""
 
 
 class Generation(Section):
-    """For `sr-dpo generate`."""
+    """For `sr-dpo generate` and `train.samples`."""
 
     max_new_tokens: Positive = 512
     temperature: Annotated[float, Field(ge=0)] = 0.0
@@ -205,6 +250,12 @@ class Checkpoint(Section):
     """The last step is always saved too."""
     keep: Positive = 2
     """How many verified ones stay. None is deleted before its successor is verified, so there is room for one more."""
+    best_metric: str | None = None
+    """Metric of an evaluation, such as eval/rewards/accuracies: an evaluation that is better than all before it is
+    saved at once, and that checkpoint stays beside the newest ones until a better one is verified. Of equal ones the
+    first is best. For `--best` of export, eval and generate."""
+    best_mode: Literal["max", "min"] = "max"
+    """Whether the highest or the lowest `best_metric` is best."""
     strict: bool = False
     """Refuses to go back to an older checkpoint where a newer one is damaged, and to go on with other versions of the
     libraries than before; both are only said where it is false."""
@@ -264,121 +315,18 @@ def for_model(path: str, overrides: Sequence[str] = ()) -> Config:
 
 def from_dict(raw: dict[str, Any], *, where: str) -> Config:
     """Checks a nested mapping; `where` names its origin in error messages."""
-    secrets = list(_secrets(raw, ()))
+    secrets = list(secrets_in(raw))
     if secrets:
         raise UsageError("\n".join([f"{where}: {len(secrets)} problem(s)", *secrets]))
     try:
         # Strict JSON mode takes a list for a tuple and an integer for a float, and nothing else across types.
         config = Config.model_validate_json(json.dumps(raw))
     except pydantic.ValidationError as error:
-        problems = [_explain(item) for item in error.errors()]
+        problems = [explain(item, Config) for item in error.errors()]
         raise UsageError("\n".join([f"{where}: {len(problems)} problem(s)", *problems])) from None
     except (TypeError, ValueError) as error:
         raise UsageError(f"{where}: a value is neither text, number, list nor mapping ({error})") from None
-    problems = _cross_checks(config)
+    problems = cross_checks(config)
     if problems:
         raise UsageError("\n".join([f"{where}: {len(problems)} problem(s)", *problems]))
     return config
-
-
-def _secrets(node: Any, key_path: tuple[str, ...]) -> Iterator[str]:
-    """Keys that hold or ask for a secret. Values are not shown, and nothing that is written could show them later."""
-    if isinstance(node, dict | list):
-        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
-            here = (*key_path, str(key))
-            if isinstance(node, dict) and is_secret_name(str(key)):
-                yield f"  {redact('.'.join(here))}: secrets come from the environment alone (HF_TOKEN); remove the key"
-            else:
-                yield from _secrets(value, here)
-    elif isinstance(node, str) and holds_secret(node):
-        yield f"  {redact('.'.join(key_path))}: its value holds a secret; secrets come from the environment alone"
-
-
-def _keys_at(location: Sequence[Any]) -> list[str]:
-    section: type[BaseModel] = Config
-    for name in location:
-        if name.isdigit():  # an entry of a list of sources
-            section = Source
-        elif name in section.model_fields and isinstance(section.model_fields[name].annotation, type):
-            annotation = section.model_fields[name].annotation
-            section = annotation if issubclass(annotation, BaseModel) else section
-    return list(section.model_fields)
-
-
-def _explain(item: Any) -> str:
-    location = [str(part) for part in item["loc"]]
-    key_path = ".".join(location)
-    if item["type"] == "missing":
-        return f"  {key_path}: missing; set it in the file or with {key_path}=..."
-    if item["type"] == "extra_forbidden":
-        known = _keys_at(location[:-1])
-        close = difflib.get_close_matches(location[-1], known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
-        return f"  {key_path}: no such key; {hint}"
-    return f"  {key_path}={item['input']!r}: {item['msg']}"
-
-
-def _addresses(config: Config) -> list[str]:
-    return [
-        f"  {key}={path}: is an address; files are written to directories alone: mount the bucket, as "
-        "tpu_scripts/README.md shows"
-        for key, path in (("output_dir", config.output_dir), ("cache_dir", config.cache_dir))
-        if path is not None and "://" in path
-    ]
-
-
-def _cross_checks(config: Config) -> list[str]:
-    """Problems between keys, each with its remedy; what needs the data or the devices is checked where they are."""
-    found = _addresses(config)
-    refined = config.objective.name in ("sr_dpo", "sr_ipo")
-    if refined and config.objective.lam is None:
-        found.append(
-            f"  objective.lam=null: {config.objective.name} needs it; the paper chooses from 0.1, 0.3, 0.5 and 1"
-        )
-    if not refined and config.objective.lam is not None:
-        found.append(
-            f"  objective.lam={config.objective.lam}: {config.objective.name} does not use it; "
-            "remove it or choose sr_dpo or sr_ipo"
-        )
-    if refined and not config.refinement.prompt:
-        found.append(f"  refinement.prompt is empty: {config.objective.name} needs the instruction p; remove the key")
-    if config.objective.label_smoothing and config.objective.name != "dpo":
-        found.append(
-            f"  objective.label_smoothing={config.objective.label_smoothing}: only dpo uses it; remove it or choose dpo"
-        )
-    if config.optimizer.weight_decay and config.optimizer.name != "adamw":
-        found.append(f"  optimizer.weight_decay={config.optimizer.weight_decay}: only adamw uses it; remove it")
-    if config.optimizer.name != "adamw" and (config.optimizer.b1, config.optimizer.b2) != (0.9, 0.999):
-        found.append("  optimizer.b1, optimizer.b2: only adamw uses them; remove them")
-    if config.optimizer.name != "adamw" and config.optimizer.first_moment_dtype is not None:
-        found.append(
-            f"  optimizer.first_moment_dtype={config.optimizer.first_moment_dtype}: only adamw keeps a first moment; "
-            "remove it"
-        )
-    if config.generation.temperature == 0 and (config.generation.top_k, config.generation.top_p) != (None, None):
-        found.append(
-            "  generation.top_k, generation.top_p: without effect at generation.temperature=0, the likeliest token; "
-            "remove them, or raise the temperature"
-        )
-    if config.data.max_prompt_length >= config.data.max_length:
-        found.append(
-            f"  data.max_prompt_length={config.data.max_prompt_length} leaves no room for a response in "
-            f"data.max_length={config.data.max_length}; lower the first or raise the second"
-        )
-    if config.data.eval_pairs is not None and config.data.eval_path is None:
-        found.append(f"  data.eval_pairs={config.data.eval_pairs}: set data.eval_path, or remove it")
-    if config.train.eval_every_steps and config.data.eval_path is None:
-        found.append(f"  train.eval_every_steps={config.train.eval_every_steps}: set data.eval_path, or remove it")
-    if (config.distributed.process_id is None) != (config.distributed.coordinator_address is None):
-        found.append("  distributed.process_id and distributed.coordinator_address go together; set both or neither")
-    elif config.distributed.process_id is not None and config.distributed.process_id >= config.distributed.processes:
-        found.append(
-            f"  distributed.process_id={config.distributed.process_id}: not below "
-            f"distributed.processes={config.distributed.processes}; set that to how many were started"
-        )
-    elif config.distributed.coordinator_address is not None and config.distributed.processes == 1:
-        found.append("  distributed.processes=1 has no coordinator; set how many processes were started")
-    sizes = config.mesh.model_dump()
-    if list(sizes.values()).count(-1) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        found.append(f"  mesh={sizes}: sizes are positive, and at most one of them is -1 (all devices left)")
-    return found

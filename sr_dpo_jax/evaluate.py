@@ -6,7 +6,7 @@ batch size, the number of hosts or how full the last step is.
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sr_dpo_jax.assembly import Assembly, assemble, objective_of, pair_sizes, read_data, read_model
+from sr_dpo_jax.assembly import Assembly, assemble, objective_of, pair_sizes, read_data, read_held_out, read_model
 from sr_dpo_jax.batch import CHOSEN, REJECTED
 from sr_dpo_jax.checkpoint import Checkpoints
 from sr_dpo_jax.config import Config
@@ -75,6 +75,8 @@ def score_pairs(
 class HeldOut:
     """A held-out data set, ready to be evaluated with any parameters."""
 
+    name: str
+    """What its metrics' names begin with: `eval` or `eval/NAME`."""
     objective: Objective
     score_step: Callable[..., Scores]
     feed: Feed
@@ -84,69 +86,82 @@ class HeldOut:
 
     def metrics(self, params: Params, progress: Callable[[int], None] = lambda done: None) -> dict[str, float]:
         scores = score_pairs(self.score_step, params, self.feed, self.pairs, progress=progress)
-        return evaluate(self.objective, scores, self.reference)
+        return evaluate(self.objective, scores, self.reference, name=self.name)
 
 
-def evaluate(objective: Objective, policy: Scores, reference: np.ndarray | None) -> dict[str, float]:
-    """Means over all pairs of a data set under their names in metrics.jsonl, each with `eval/` in front.
+def evaluate(objective: Objective, policy: Scores, reference: np.ndarray | None, *, name: str) -> dict[str, float]:
+    """Means over all pairs of a data set under their names in metrics.jsonl, each with `name` and a slash in front.
 
     Args:
       objective: whose loss is reported.
       policy: from `score_pairs`.
       reference: `[N, 2 sides, 2 (plain, augmented)]` scores of the reference; None for sft.
+      name: of the set, `eval` or `eval/NAME`.
     """
     scores = None
     if reference is not None:
         scores = Scores(reference[..., 0], None if policy.augmented is None else reference[..., 1], policy.tokens)
     per_pair = pair_metrics(objective, jax.tree.map(jnp.asarray, policy), jax.tree.map(jnp.asarray, scores))
-    means = averages({name: np.asarray(value, np.float64) for name, value in per_pair.items()}, policy.tokens)
-    return {f"eval/{name}": float(value) for name, value in means.items()} | {"eval/pairs": len(policy.plain)}
+    means = averages({key: np.asarray(value, np.float64) for key, value in per_pair.items()}, policy.tokens)
+    return {f"{name}/{key}": float(value) for key, value in means.items()} | {f"{name}/pairs": len(policy.plain)}
 
 
-def evaluate_command(config: Config) -> dict[str, float]:
-    """`sr-dpo eval`: metrics on data.eval_path, of the latest checkpoint of output_dir or else of model.path.
+def evaluate_command(config: Config, *, best: bool = False) -> dict[str, float]:
+    """`sr-dpo eval`: metrics on every held-out set.
 
-    The reference is model.path in both cases. Where pairs are rated, they hold the correlation of margins with ratings.
-    Writes them to output_dir/eval.json too, and the pairs, one JSON line each, to output_dir/eval_pairs.jsonl.
+    They are those of the latest (or `best`) checkpoint of output_dir, or else of model.path.
+    The reference is model.path in all cases. Where pairs are rated, they hold the correlation of margins with ratings.
+    Writes them to output_dir/eval.json too, and the pairs of each set, one JSON line each, to output_dir/`pairs_file`.
     """
-    if config.data.eval_path is None:
-        raise UsageError("data.eval_path is not set: it names the pairs that `sr-dpo eval` measures")
+    if not config.data.held_out:
+        raise UsageError(
+            "neither data.eval_path nor data.eval_sets is set: they name the pairs that `sr-dpo eval` measures"
+        )
     directory, tokenizer = read_model(config)
-    preference = config.objective.name != "sft"
-    p = config.refinement.prompt if preference else None
-    pairs = read_data(
-        config,
-        config.data.eval_path,
-        config.data.eval_split,
-        tokenizer,
-        directory.architecture,
-        augmentation_prompt=p,
-        first_pairs=config.data.eval_pairs,
-    )
-    assembly, objective = assemble(config, directory), objective_of(config)
-    feed, plan = _one_pass(assembly, pairs, with_rejected=preference)
-    score_step = make_score_step(assembly.graph, pairs=plan.shape.pairs, mesh=assembly.mesh)
-    reference, base = None, None
-    if preference:
-        scores = assembly.reference_scores(pairs, plan, augmented=bool(p))
-        if not scores.complete:
-            base = assembly.base_params()
-            with Progress("reference", total=len(plan), active=jax.process_index() == 0) as progress:
-                scores.fill(score_step, base, progress.update)
-        reference = scores.scores
-    params, step = latest_params(assembly, base)
-    policy = score_pairs(score_step, params, feed, len(pairs.ids))
-    require_finite(pairs, policy, config)
-    metrics = {"step": step, **evaluate(objective, policy, reference)}
+    sets = read_held_out(config, tokenizer, directory.architecture)
+    assembly, root = assemble(config, directory), Path(config.output_dir)
+    held_out, base = _ready(assembly, sets)
+    params, step = latest_params(assembly, base, best=best)
+    metrics: dict[str, float] = {"step": step}
+    for one in held_out:
+        pairs, policy = sets[one.name], score_pairs(one.score_step, params, one.feed, one.pairs)
+        require_finite(pairs, policy, config)
+        metrics |= evaluate(one.objective, policy, one.reference, name=one.name)
+        if jax.process_index() == 0 and one.reference is not None:
+            difference = pairs.chosen_score - pairs.rejected_score
+            rated = rating_metrics(_margins(policy, one.reference), difference, seed=config.seed)
+            metrics |= {one.name + key.removeprefix("eval"): value for key, value in rated.items()}
+            root.mkdir(parents=True, exist_ok=True)
+            write_scores(root / pairs_file(one.name), pairs, policy, one.reference)
     if jax.process_index() == 0:
-        root = Path(config.output_dir)
         root.mkdir(parents=True, exist_ok=True)
-        if preference:
-            margins = _margins(policy, reference)
-            metrics |= rating_metrics(margins, pairs.chosen_score - pairs.rejected_score, seed=config.seed)
-            write_scores(root / "eval_pairs.jsonl", pairs, policy, reference)
         (root / "eval.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     return metrics
+
+
+def pairs_file(name: str) -> str:
+    """eval_pairs.jsonl, or eval_pairs_NAME.jsonl of the set `eval/NAME`."""
+    return f"{name.replace('eval', 'eval_pairs', 1).replace('/', '_')}.jsonl"
+
+
+def _ready(assembly: Assembly, sets: Mapping[str, TokenizedPairs]) -> tuple[list[HeldOut], Params | None]:
+    """Every set with the reference's scores of it, and the reference's parameters if they had to be made for that."""
+    held_out, base, objective = [], None, objective_of(assembly.config)
+    preference = objective.name != "sft"
+    for name, pairs in sets.items():
+        feed, plan = _one_pass(assembly, pairs, with_rejected=preference)
+        score_step = make_score_step(assembly.graph, pairs=plan.shape.pairs, mesh=assembly.mesh)
+        reference = None
+        if preference:
+            scores = assembly.reference_scores(pairs, plan, augmented=len(pairs.augmentation) > 0)
+            if not scores.complete:
+                base = assembly.base_params() if base is None else base
+                title = f"reference on {name} pairs"
+                with Progress(title, total=len(plan), active=jax.process_index() == 0) as progress:
+                    scores.fill(score_step, base, progress.update)
+            reference = scores.scores
+        held_out.append(HeldOut(name, objective, score_step, feed, len(pairs), reference))
+    return held_out, base
 
 
 def _margins(policy: Scores, reference: np.ndarray) -> dict[str, np.ndarray]:
@@ -198,11 +213,14 @@ def _one_pass(assembly: Assembly, pairs: TokenizedPairs, *, with_rejected: bool)
     return assembly.feed(pairs, plan, augmented=augmented, with_rejected=with_rejected), plan
 
 
-def latest_params(assembly: Assembly, base: Params | None) -> tuple[Params, int]:
-    """Parameters and step of the latest checkpoint of output_dir; without one those of model.path, and step 0."""
-    if (Path(assembly.config.output_dir) / "checkpoints").is_dir():
+def latest_params(assembly: Assembly, base: Params | None, *, best: bool = False) -> tuple[Params, int]:
+    """Parameters and step of the latest checkpoint of output_dir; without one those of model.path, and step 0.
+
+    With `best` those of the best checkpoint; raises UsageError where the run has none.
+    """
+    if best or (Path(assembly.config.output_dir) / "checkpoints").is_dir():
         checkpoints = Checkpoints(assembly.config.output_dir, read_only=True, strict=assembly.config.checkpoint.strict)
-        latest = checkpoints.newest_good(prefix="params.")
+        latest = checkpoints.best() if best else checkpoints.newest_good(prefix="params.")
         if latest is not None:
             params = checkpoints.restore_params(assembly.param_shapes, assembly.param_shardings, step=latest)
         checkpoints.close()

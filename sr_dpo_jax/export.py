@@ -45,6 +45,7 @@ def export(
     out_dir: Path,
     *,
     step: int | None = None,
+    best: bool = False,
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
@@ -58,12 +59,13 @@ def export(
       run_dir: the output_dir of a run.
       out_dir: a directory that does not exist.
       step: default, the latest checkpoint.
+      best: the best checkpoint, in place of a step.
       dtype: of the weights; default, the run's model.param_dtype.
       shard_bytes: most bytes of tensors in one file.
 
     Raises:
-      UsageError: run_dir is no run or has no checkpoint, the step is not there, out_dir exists, or a weight is not
-        finite in `dtype`.
+      UsageError: run_dir is no run or has no checkpoint, the step or a best one is not there, out_dir exists, or a
+        weight is not finite in `dtype`.
     """
     if not (run_dir / "checkpoints").is_dir():
         raise UsageError(f"{run_dir}: has no checkpoints; name the output_dir of a run of sr-dpo train")
@@ -76,7 +78,7 @@ def export(
     directory = open_directory(config.model.path, revision=origin.revision, weights=False)
     abstract, dtype = abstract_params(config, directory), dtype or config.model.param_dtype
     with contextlib.closing(Checkpoints(run_dir, read_only=True)) as checkpoints:
-        step = checkpoints.existing(step)
+        step = checkpoints.best() if best else checkpoints.existing(step)
         checkpoints.check_params(dict(iterate_shapes(abstract)), step=step)
         with _whole_or_not_there(out_dir) as partial:
             _write_configs(directory, partial, dtype)

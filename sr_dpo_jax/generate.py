@@ -13,7 +13,8 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from sr_dpo_jax.decode import Sampling, State, make_programs, make_state
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.evaluate import latest_params
 from sr_dpo_jax.metrics import Progress
+from sr_dpo_jax.train_step import Params
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +69,6 @@ class Generator:
 
     Args:
       assembly: model and mesh.
-      params: its parameters.
       tokenizer: decodes the responses.
       sampling: how tokens are drawn.
       slots: S.
@@ -82,7 +83,6 @@ class Generator:
     def __init__(
         self,
         assembly: Assembly,
-        params: Any,
         tokenizer: PreTrainedTokenizerBase,
         sampling: Sampling,
         *,
@@ -91,37 +91,50 @@ class Generator:
         max_new_tokens: int,
         stop: tuple[str, ...],
     ):
-        self._params, self._tokenizer, self._sampling, self._stop = params, tokenizer, sampling, stop
+        self._tokenizer, self._sampling, self._stop = tokenizer, sampling, stop
         self._max_new_tokens, self._slots = max_new_tokens, slots
         self._prompt_tokens = -(-longest_prompt_tokens // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
         # Prompts are read a few at a time: a slot that comes free must not make all the others wait for a full batch.
         shards = meshes.row_shards(assembly.mesh)
         self._read_batch = max(shards, slots // 4 // shards * shards)
         positions = self._prompt_tokens + max_new_tokens
-        self._state: State = make_state(assembly.graph, params, slots=slots, positions=positions, mesh=assembly.mesh)
+        self._free: Callable[[], State] = partial(
+            make_state, assembly.graph, assembly.param_shapes, slots=slots, positions=positions, mesh=assembly.mesh
+        )
         self._read, self._proceed = make_programs(
-            assembly.graph, sampling, self._state, tokens_a_call=TOKENS_A_CALL, mesh=assembly.mesh
+            assembly.graph, sampling, self._free(), tokens_a_call=TOKENS_A_CALL, mesh=assembly.mesh
         )
 
-    def respond(self, prompts: list[Prompt]) -> Iterator[tuple[Prompt, Response]]:
-        """Responses in the order in which they finish. All processes see the same."""
+    def compile(self, params: Params) -> None:
+        """Compiles both programs now: from here on, what has another shape raises instead of compiling again."""
+        state = self._free()
+        read = self._read.lower(params, state, *self._batch([]))
+        self._read, self._proceed = read.compile(), self._proceed.lower(params, state).compile()
+
+    def respond(self, params: Params, prompts: list[Prompt]) -> Iterator[tuple[Prompt, Response]]:
+        """Responses in the order in which they finish. All processes see the same.
+
+        The cache is on the mesh only while this goes on.
+        """
+        state = self._free()
         waiting = list(reversed(prompts))
         held: dict[int, tuple[Prompt, list[int]]] = {}
         while waiting or held:
             free = [slot for slot in range(self._slots) if slot not in held]
             while waiting and free:
                 batch = [(free.pop(0), waiting.pop()) for _ in range(min(len(free), len(waiting), self._read_batch))]
-                for (slot, prompt), token in zip(batch, self._read_prompts(batch), strict=True):
+                state, first = self._read(params, state, *self._batch(batch))
+                for (slot, prompt), token in zip(batch, np.asarray(first)[: len(batch)], strict=True):
                     held[slot] = (prompt, [int(token)])
             yield from self._collect(held)
             if held:
-                self._state, tokens = self._proceed(self._params, self._state)
+                state, tokens = self._proceed(params, state)
                 for slot, (_, ids) in held.items():
                     ids.extend(np.asarray(tokens)[:, slot].tolist())
                 yield from self._collect(held)
 
-    def _read_prompts(self, batch: list[tuple[int, Prompt]]) -> np.ndarray:
-        """Puts prompts into slots; returns the first token of each response."""
+    def _batch(self, batch: list[tuple[int, Prompt]]) -> tuple[np.ndarray, ...]:
+        """Prompts with the slots that they go to, filled up to the number of prompts that are read at once."""
         size = self._read_batch
         ids, lengths = np.zeros((size, self._prompt_tokens), np.int32), np.ones(size, np.int32)
         slots, limits = np.full(size, self._slots, np.int32), np.zeros(size, np.int32)
@@ -130,8 +143,7 @@ class Generator:
             ids[place, : len(prompt.ids)] = prompt.ids
             lengths[place], slots[place], seeds[place] = len(prompt.ids), slot, prompt.seed
             limits[place] = len(prompt.ids) + self._max_new_tokens - 1
-        self._state, tokens = self._read(self._params, self._state, ids, lengths, slots, limits, seeds)
-        return np.asarray(tokens)[: len(batch)]
+        return ids, lengths, slots, limits, seeds
 
     def _collect(self, held: dict[int, tuple[Prompt, list[int]]]) -> Iterator[tuple[Prompt, Response]]:
         """Takes what has finished out of the slots."""
@@ -154,8 +166,11 @@ class Generator:
         return Response(kept, text, "length") if len(ids) >= self._max_new_tokens else None
 
 
-def generate_command(config: Config, prompts_file: Path, output: Path) -> int:
-    """`sr-dpo generate`: responses of the latest checkpoint of output_dir, or of model.path; returns how many."""
+def generate_command(config: Config, prompts_file: Path, output: Path, *, best: bool = False) -> int:
+    """`sr-dpo generate`: responses of the latest (or `best`) checkpoint of output_dir, or of model.path.
+
+    Returns how many.
+    """
     if not output.parent.is_dir() or output.is_dir():
         raise UsageError(f"--output {output}: names a directory, or stands in one that does not exist; name a file")
     directory, tokenizer = read_model(config)
@@ -164,7 +179,7 @@ def generate_command(config: Config, prompts_file: Path, output: Path) -> int:
     vocabulary_tokens = directory.architecture.vocabulary_tokens
     _encode(encoder, lines, vocabulary_tokens, turn=0, finished={}, where=prompts_file)  # before any device is touched
     assembly = assemble(config, directory)
-    params, step = latest_params(assembly, None)
+    params, step = latest_params(assembly, None, best=best)
     settings = _settings(config, assembly, lines, step)
     finished = _read_partial(output, settings)
     leader, total = jax.process_index() == 0, sum(1 + len(line.later_turns) for line in lines)
@@ -178,7 +193,8 @@ def generate_command(config: Config, prompts_file: Path, output: Path) -> int:
             ]
             if prompts:
                 longest = max(map(len, encoded.values()))
-                for prompt, response in _generator(assembly, params, tokenizer, longest).respond(prompts):
+                generator = make_generator(assembly, tokenizer, longest, slots=config.generation.slots)
+                for prompt, response in generator.respond(params, prompts):
                     partial.append(_take(finished, prompt, response))
                     progress.update(len(finished))
     if leader:
@@ -186,16 +202,18 @@ def generate_command(config: Config, prompts_file: Path, output: Path) -> int:
     return len(lines)
 
 
-def _generator(assembly: Assembly, params: Any, tokenizer: PreTrainedTokenizerBase, longest: int) -> Generator:
+def make_generator(
+    assembly: Assembly, tokenizer: PreTrainedTokenizerBase, longest_prompt_tokens: int, *, slots: int
+) -> Generator:
+    """A generator as the configuration's `generation` section says, apart from its slots."""
     section = assembly.config.generation
     ends = end_tokens(tokenizer, assembly.directory.path)
     return Generator(
         assembly,
-        params,
         tokenizer,
         Sampling(section.temperature, section.top_k, section.top_p, ends),
-        slots=section.slots,
-        longest_prompt_tokens=longest,
+        slots=slots,
+        longest_prompt_tokens=longest_prompt_tokens,
         max_new_tokens=section.max_new_tokens,
         stop=section.stop,
     )

@@ -127,7 +127,7 @@ class MeshLM(TemplateLM):
                     Prompt(number, 0, self._context(requests[number].args[0], generation), seed=number)
                     for number in numbers
                 ]
-                for prompt, response in self._generator(generation, prompts).respond(prompts):
+                for prompt, response in self._generator(generation, prompts).respond(self._params, prompts):
                     texts[prompt.index] = response.text
                     done += 1
                     progress.update(done)
@@ -163,7 +163,6 @@ class MeshLM(TemplateLM):
     def _generator(self, generation: _Generation, prompts: Sequence[Prompt]) -> Generator:
         return Generator(
             self._assembly,
-            self._params,
             self.tokenizer,
             generation.sampling,
             slots=self._assembly.config.generation.slots,

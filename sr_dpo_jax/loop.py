@@ -2,24 +2,26 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 
-from sr_dpo_jax.assembly import assemble, read_data, read_model
+from sr_dpo_jax.assembly import assemble, read_data, read_held_out, read_model
 from sr_dpo_jax.config import Config
 from sr_dpo_jax.data.pipeline import HostStep
 from sr_dpo_jax.data.tokens import tokenizer_digest
 from sr_dpo_jax.errors import RunError, UsageError
 from sr_dpo_jax.lease import Lease
-from sr_dpo_jax.manifest import write_run_files
-from sr_dpo_jax.mesh import on_leader
+from sr_dpo_jax.manifest import run_id_of, write_run_files
+from sr_dpo_jax.mesh import from_leader, on_leader
 from sr_dpo_jax.metrics import MetricsWriter, Progress, Trace
 from sr_dpo_jax.preemption import Preempted, StopSignal
 from sr_dpo_jax.prepare import Job, prepare
+from sr_dpo_jax.selection import Selection
 from sr_dpo_jax.storage import require_writable
-from sr_dpo_jax.train_step import TrainState
+from sr_dpo_jax.train_step import Params, TrainState
+from sr_dpo_jax.wandb_run import WandbRun, require_wandb
 from sr_dpo_jax.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -39,41 +41,32 @@ def train(config: Config, *, allowed_changes: Sequence[str] = ()) -> int:
             pairs = read_data(
                 config, config.data.path, config.data.split, tokenizer, directory.architecture, augmentation_prompt=p
             )
-            eval_pairs = None
-            if config.data.eval_path is not None:
-                split = config.data.eval_split
-                eval_pairs = read_data(
-                    config,
-                    config.data.eval_path,
-                    split,
-                    tokenizer,
-                    directory.architecture,
-                    augmentation_prompt=p,
-                    first_pairs=config.data.eval_pairs,
-                )
+            eval_sets = read_held_out(config, tokenizer, directory.architecture)
             assembly = assemble(config, directory)
             stop.joined()
             on_leader(lambda: require_writable(root))
             on_leader(lease.take)
-            digest = tokenizer_digest(tokenizer)
+            if config.train.wandb_project is not None:
+                on_leader(require_wandb)
             job, state = prepare(
-                assembly, pairs, eval_pairs, tokenizer_digest=digest, stop=stop, allowed_changes=allowed_changes
+                assembly, pairs, eval_sets, tokenizer=tokenizer, stop=stop, allowed_changes=allowed_changes
             )
         except Preempted:
             log.warning("stopped by a signal before the first step; run the same command to go on")
             return EXIT_PREEMPTED
         if jax.process_index() == 0:
-            write_run_files(assembly, pairs, job.record["identity"], digest)
+            write_run_files(assembly, pairs, job.record["identity"], tokenizer_digest(tokenizer))
         return run(job, state, stop, lease)
 
 
 def run(job: Job, state: TrainState, stop: StopSignal, lease: Lease) -> int:
     """The loop. Step n is on its way to the device before the metrics of step n − 1 are fetched."""
     stop.stepping()
-    config, leader = job.config, jax.process_index() == 0
+    config, leader, selection = job.config, jax.process_index() == 0, job.selection
     first, root = int(state.step), Path(config.output_dir)
     step, saved, preempted = first, first if first else None, False
-    writer = MetricsWriter(root / "metrics.jsonl", root / "tensorboard", first_step=first, active=leader)
+    wandb = _wandb(job) if first < job.total_steps and not selection.over else None
+    writer = MetricsWriter(root / "metrics.jsonl", root / "tensorboard", first_step=first, active=leader, wandb=wandb)
     steps = job.feed.batches(first)
     with (
         job.checkpoints,
@@ -83,7 +76,7 @@ def run(job: Job, state: TrainState, stop: StopSignal, lease: Lease) -> int:
     ):
         progress.update(first)
         lines = _StepLines(job, writer, progress)
-        while step < job.total_steps and not preempted:
+        while step < job.total_steps and not preempted and not selection.over:
             trace.before_step(step - first)
             host_step, batch = next(steps)
             state, metrics = job.train_step(state, job.reference_params, batch)
@@ -94,15 +87,16 @@ def run(job: Job, state: TrainState, stop: StopSignal, lease: Lease) -> int:
             preempted = stop.requested()
             last = step == job.total_steps
             every = config.train.eval_every_steps
-            evaluate_now = job.held_out is not None and (last or (every and step % every == 0))
+            evaluate_now = job.held_out and (last or (every and step % every == 0))
             save_now = job.checkpoints.save_failed() or last or preempted or step % config.checkpoint.every_steps == 0
             if evaluate_now or save_now:
                 lines.flush()
             if evaluate_now:  # before saving: a committed step has all its lines, and a lost one is done again
-                writer.write({"step": step, **job.held_out.metrics(state.params, watchdog.beat)})
+                selection = _evaluate(job, step, state.params, selection, writer, watchdog.beat)
+                save_now = save_now or selection.over or selection.step == step
             if save_now:
                 job.checkpoints.save_failed(wait=True)  # where it has, this save is the other attempt
-                _save(job, step, state)
+                _save(job, step, state, selection)
                 saved = step
             if evaluate_now or save_now:
                 lines.restart_clock()
@@ -110,17 +104,54 @@ def run(job: Job, state: TrainState, stop: StopSignal, lease: Lease) -> int:
         writer.close()
         if saved is not None:
             while job.checkpoints.save_failed(wait=True):
-                _save(job, step, state)
-            job.checkpoints.finish(saved)
-    if step < job.total_steps:
-        log.warning("stopped by a signal at step %d of %d; run the same command to go on", step, job.total_steps)
-        return EXIT_PREEMPTED
-    return EXIT_DONE
+                _save(job, step, state, selection)
+            job.checkpoints.finish(saved, best=selection.step)
+    return _end(job, step, selection)
 
 
-def _save(job: Job, step: int, state: TrainState) -> None:
-    position = {"next_step": step, **job.record}
-    job.checkpoints.save(step, state, position=position, config=job.config.model_dump(mode="json"))
+def _evaluate(
+    job: Job, step: int, params: Params, selection: Selection, writer: MetricsWriter, beat: Callable[[], None]
+) -> Selection:
+    """Writes the metrics of every held-out set and the samples; returns the selection with what they say."""
+    metrics = {name: value for one in job.held_out for name, value in one.metrics(params, lambda _: beat()).items()}
+    writer.write({"step": step, **metrics})
+    if job.samples is not None:
+        writer.write_samples(step, job.samples.responses(params, beat))
+    if selection.metric is None:
+        return selection
+    return selection.after(step, from_leader(metrics[selection.metric]))
+
+
+def _save(job: Job, step: int, state: TrainState, selection: Selection) -> None:
+    position = {"next_step": step, **job.record, "selection": selection.record()}
+    config = job.config.model_dump(mode="json")
+    job.checkpoints.save(step, state, position=position, config=config, best=selection.step)
+
+
+def _wandb(job: Job) -> WandbRun | None:
+    """The run in W&B, on process 0, where the configuration asks for one; what W&B refuses there, all refuse."""
+    started: list[WandbRun] = []
+    if job.config.train.wandb_project is not None:
+        root = Path(job.config.output_dir)
+        on_leader(lambda: started.append(WandbRun(job.config, run_id=run_id_of(root))))
+    return started[0] if started else None
+
+
+def _end(job: Job, step: int, selection: Selection) -> int:
+    """Says how the run ended, and returns the exit code."""
+    if selection.metric is not None:
+        log.info("%s", selection.said)
+    if step == job.total_steps:
+        return EXIT_DONE
+    if selection.over:
+        log.info(
+            "done: stopped early at step %d of %d, after %d evaluations without a better one; there is nothing left to "
+            "do unless train.early_stopping_patience is raised",
+            *(step, job.total_steps, selection.waited),
+        )
+        return EXIT_DONE
+    log.warning("stopped by a signal at step %d of %d; run the same command to go on", step, job.total_steps)
+    return EXIT_PREEMPTED
 
 
 class _StepLines:

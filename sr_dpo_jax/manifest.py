@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import platform
+import secrets
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -113,6 +114,7 @@ def write_run_files(assembly: Assembly, pairs: TokenizedPairs, identity: Mapping
     root = Path(assembly.config.output_dir)
     root.mkdir(parents=True, exist_ok=True)
     manifest = {
+        "run_id": run_id_of(root),
         "versions": software(),
         "digests": {
             "data": pairs.content_digest,
@@ -135,6 +137,14 @@ def write_run_files(assembly: Assembly, pairs: TokenizedPairs, identity: Mapping
         partial = root / f".{name}.partial"
         partial.write_text(text, encoding="utf-8")
         partial.replace(root / name)
+
+
+def run_id_of(root: Path) -> str:
+    """What tells this run from all others wherever it is moved: drawn at its first start, and in its manifest since."""
+    try:
+        return json.loads((root / "manifest.json").read_text(encoding="utf-8"))["run_id"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return secrets.token_hex(8)
 
 
 def _digest(*arrays: np.ndarray) -> str:

@@ -81,6 +81,14 @@ def largest(value: int) -> int:
     return int(multihost_utils.process_allgather(np.int32(value)).max())
 
 
+def from_leader(value: float) -> float:
+    """Process 0's value on all processes, to the bit. Every process must ask."""
+    if jax.process_count() == 1:
+        return value
+    bits = np.array([value], np.float64).view(np.uint32)  # jax would round a float64
+    return float(np.asarray(multihost_utils.broadcast_one_to_all(bits)).view(np.float64)[0])
+
+
 def on_leader(work: Callable[[], None]) -> None:
     """Runs `work` on process 0 while the others wait; what it refuses with a UsageError, all refuse."""
     refusal = None

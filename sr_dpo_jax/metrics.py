@@ -1,8 +1,12 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard and a progress bar. Process 0 writes, the others do nothing."""
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, W&B and a progress bar. Process 0 alone writes.
+
+Sample responses hold texts of the data: they go to samples.jsonl and TensorBoard, which stay in the run directory.
+"""
 
 import json
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -11,11 +15,14 @@ import jax
 import rich.progress
 from tensorboardX import SummaryWriter
 
+from sr_dpo_jax.wandb_run import WandbRun
+
 log = logging.getLogger(__name__)
 
 
 class MetricsWriter:
-    """Appends lines to metrics.jsonl and scalars to TensorBoard, and skipped steps to skipped.jsonl beside it.
+    """Appends lines to metrics.jsonl and scalars to TensorBoard, skipped steps to skipped.jsonl beside it, and sample
+    responses to samples.jsonl.
 
     Args:
       metrics_file: JSON lines, one a step, with `step` = optimizer updates done.
@@ -23,14 +30,23 @@ class MetricsWriter:
       first_step: updates done before this run starts. Later lines, from steps after the checkpoint that the run
         resumes from, are dropped: these steps are done again.
       active: False on all processes but one.
+      wandb: gets the lines too; None for none.
     """
 
-    def __init__(self, metrics_file: Path, tensorboard_dir: Path, *, first_step: int, active: bool):
-        self._active = active
+    def __init__(
+        self,
+        metrics_file: Path,
+        tensorboard_dir: Path,
+        *,
+        first_step: int,
+        active: bool,
+        wandb: WandbRun | None = None,
+    ):
+        self._active, self._wandb = active, wandb
         if not active:
             return
-        self._skipped_file = metrics_file.with_name("skipped.jsonl")
-        for file in (metrics_file, self._skipped_file):
+        self._skipped_file, self._samples_file = (metrics_file.with_name(f"{n}.jsonl") for n in ("skipped", "samples"))
+        for file in (metrics_file, self._skipped_file, self._samples_file):
             _drop_lines_after(file, first_step)
         self._file = metrics_file.open("a", encoding="utf-8")
         self._tensorboard = SummaryWriter(str(tensorboard_dir), purge_step=first_step + 1)
@@ -45,6 +61,19 @@ class MetricsWriter:
         for name, value in line.items():
             if name != "step":
                 self._tensorboard.add_scalar(name, value, line["step"])
+        if self._wandb is not None:
+            self._wandb.log(line)
+
+    def write_samples(self, step: int, samples: Sequence[dict[str, str]]) -> None:
+        """Responses from `samples.Samples`, one JSON line each, with the step in front."""
+        if not self._active or not samples:
+            return
+        with self._samples_file.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n" for sample in samples)
+        for number, sample in enumerate(samples):
+            text = f"{sample['prompt']}\n\n→ {sample['response']}"
+            indented = text.replace("\n", "\n    ")  # code, to Markdown: shown as it is
+            self._tensorboard.add_text(f"samples/{number}, {sample['set']} {sample['id']}", f"    {indented}", step)
 
     def write_skipped(self, step: int, pair_ids: list[str], numbers: dict[str, float]) -> None:
         """Which pairs, by id, stood in a step that changed nothing, and which numbers were not finite."""
@@ -58,6 +87,8 @@ class MetricsWriter:
         if self._active:
             self._file.close()
             self._tensorboard.close()
+            if self._wandb is not None:
+                self._wandb.finish()
 
 
 def _drop_lines_after(metrics_file: Path, step: int) -> None:

@@ -9,13 +9,14 @@ Next: `loop.py`, which takes the steps.
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from sr_dpo_jax.assembly import Assembly, objective_of, pair_sizes
 from sr_dpo_jax.checkpoint import Checkpoints, abstract_state
@@ -23,6 +24,8 @@ from sr_dpo_jax.config import Config
 from sr_dpo_jax.data.dataset import TokenizedPairs
 from sr_dpo_jax.data.pipeline import Feed
 from sr_dpo_jax.data.plan import Plan, covering_plan, scoring_plan, training_plan
+from sr_dpo_jax.data.tokens import tokenizer_digest
+from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.evaluate import HeldOut
 from sr_dpo_jax.flops import pair_flops, peak_flops
 from sr_dpo_jax.manifest import identity_of, report_drift, require_same_run, surroundings
@@ -31,6 +34,8 @@ from sr_dpo_jax.metrics import Progress
 from sr_dpo_jax.optim import make_optimizer, make_schedule
 from sr_dpo_jax.preemption import StopSignal
 from sr_dpo_jax.reference import ReferenceScores
+from sr_dpo_jax.samples import Samples
+from sr_dpo_jax.selection import Selection
 from sr_dpo_jax.storage import require_room
 from sr_dpo_jax.train_step import (
     Params,
@@ -75,16 +80,19 @@ class Job:
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     """Compiled: a batch of another shape raises instead of compiling again."""
     reference_params: Params | None
-    held_out: HeldOut | None
+    held_out: tuple[HeldOut, ...]
+    samples: Samples | None
+    selection: Selection
+    """What the evaluations before this start have given."""
     checkpoints: Checkpoints
 
 
 def prepare(
     assembly: Assembly,
     pairs: TokenizedPairs,
-    eval_pairs: TokenizedPairs | None,
+    eval_sets: Mapping[str, TokenizedPairs],
     *,
-    tokenizer_digest: str,
+    tokenizer: PreTrainedTokenizerBase,
     stop: StopSignal,
     allowed_changes: Sequence[str],
 ) -> tuple[Job, TrainState]:
@@ -93,15 +101,16 @@ def prepare(
     preference = objective.name != "sft"
     online = preference and config.reference.mode == "online"
     sizes = pair_sizes(pairs, with_rejected=preference)
-    plan = plan_of(assembly, pairs, sizes, eval_pairs)
+    plan = plan_of(assembly, pairs, sizes, eval_sets.values())
     score_step = make_score_step(assembly.graph, pairs=plan.shape.pairs, mesh=assembly.mesh)
     checkpoints = Checkpoints(config.output_dir, keep=config.checkpoint.keep, strict=config.checkpoint.strict)
-    identity = identity_of(assembly, pairs, plan, tokenizer_digest)
+    identity = identity_of(assembly, pairs, plan, tokenizer_digest(tokenizer))
     record: dict[str, Any] = {"identity": identity, "surroundings": surroundings(assembly)}
-    resumed, scored_before = _resumed(assembly, checkpoints, record, allowed_changes)
+    resumed, before = _resumed(assembly, checkpoints, record, allowed_changes)
 
-    held_out = None if eval_pairs is None else _held_out(assembly, plan, eval_pairs)
-    reference = _reference(assembly, plan, pairs, eval_pairs, held_out and held_out[1]) if preference else {}
+    feeds = {name: _held_out_feed(assembly, plan, of_set) for name, of_set in eval_sets.items()}
+    reference = _reference(assembly, plan, pairs, eval_sets, feeds) if preference else {}
+    scored_before = before.get("reference", {})
     doubted = {name: scores for name, scores in reference.items() if scored_before.get(name) != scores.digest}
     base = assembly.base_params() if resumed is None or online or doubted else None
     _score_reference(doubted, score_step, base, stop, dtype=config.model.dtype)
@@ -120,9 +129,11 @@ def prepare(
         pairs, plan, augmented=objective.refined, with_rejected=preference, reference=known.get("training")
     )
     stop.meet()
-    compiled = _compiled(program, score_step, state, reference_params, feed, held_out and held_out[0])
-    if held_out is not None:
-        held_out = HeldOut(objective, compiled[1], held_out[0], len(eval_pairs.ids), known.get("held-out"))
+    train_step, scoring = _compiled(program, score_step, state, reference_params, feed, feeds)
+    held_out = [
+        HeldOut(name, objective, scoring[name], feeds[name][0], len(of_set), known.get(name))
+        for name, of_set in eval_sets.items()
+    ]
     job = Job(
         config=config,
         plan=plan,
@@ -131,16 +142,22 @@ def prepare(
         pair_ids=pairs.ids,
         record=record,
         feed=feed,
-        train_step=compiled[0],
+        train_step=train_step,
         reference_params=reference_params,
-        held_out=held_out,
+        held_out=tuple(held_out),
+        samples=Samples(assembly, eval_sets, tokenizer, state.params) if config.train.samples else None,
+        selection=_selection(config, checkpoints, before.get("selection")),
         checkpoints=checkpoints,
     )
     return job, state
 
 
 def _reference(
-    assembly: Assembly, plan: Plan, pairs: TokenizedPairs, eval_pairs: TokenizedPairs | None, eval_plan: Plan | None
+    assembly: Assembly,
+    plan: Plan,
+    pairs: TokenizedPairs,
+    eval_sets: Mapping[str, TokenizedPairs],
+    feeds: Mapping[str, tuple[Feed, Plan]],
 ) -> dict[str, ReferenceScores]:
     """Whose scores the run needs, as far as the cache has them."""
     reference = {}
@@ -148,9 +165,9 @@ def _reference(
         covering = covering_plan(plan, *pair_sizes(pairs, with_rejected=True))
         augmented = objective_of(assembly.config).refined
         reference["training"] = assembly.reference_scores(pairs, covering, augmented=augmented)
-    if eval_pairs is not None:
-        augmented = len(eval_pairs.augmentation) > 0
-        reference["held-out"] = assembly.reference_scores(eval_pairs, eval_plan, augmented=augmented)
+    for name, of_set in eval_sets.items():
+        augmented = len(of_set.augmentation) > 0
+        reference[name] = assembly.reference_scores(of_set, feeds[name][1], augmented=augmented)
     return reference
 
 
@@ -160,24 +177,49 @@ def _compiled(
     state: TrainState,
     reference_params: Params | None,
     feed: Feed,
-    eval_feed: Feed | None,
-) -> tuple[Any, Any]:
-    """The train step, and the score step where there are held-out pairs, compiled for the batches that come."""
+    held_out: Mapping[str, tuple[Feed, Plan]],
+) -> tuple[Any, dict[str, Any]]:
+    """The train step, and the score step of every held-out set, compiled for the batches that come."""
     started = time.monotonic()
     train_step = program.step.lower(state, reference_params, next(feed.batches(0))[1]).compile()
-    scoring = None
-    if eval_feed is not None:
-        scoring = score_step.lower(state.params, next(eval_feed.batches(0))[1]).compile()
+    scoring, by_shape = {}, {}
+    for name, (eval_feed, _) in held_out.items():
+        batch = next(eval_feed.batches(0))[1]
+        leaves, tree = jax.tree.flatten(
+            batch
+        )  # sets differ in shape where they differ in p's tokens, or in what precedes p
+        shape = (tree, *(leaf.shape for leaf in leaves))
+        if shape not in by_shape:
+            by_shape[shape] = score_step.lower(state.params, batch).compile()
+        scoring[name] = by_shape[shape]
     log.info("compiled in %.1f s", time.monotonic() - started)
     return train_step, scoring
 
 
-def _held_out(assembly: Assembly, plan: Plan, eval_pairs: TokenizedPairs) -> tuple[Feed, Plan]:
-    """The held-out pairs in the shape that training compiles for."""
+def _held_out_feed(assembly: Assembly, plan: Plan, pairs: TokenizedPairs) -> tuple[Feed, Plan]:
+    """Held-out pairs in the shape that training compiles for."""
     preference = assembly.config.objective.name != "sft"
-    eval_plan = scoring_plan(*pair_sizes(eval_pairs, with_rejected=preference), plan.shape)
-    augmented = len(eval_pairs.augmentation) > 0
-    return assembly.feed(eval_pairs, eval_plan, augmented=augmented, with_rejected=preference), eval_plan
+    eval_plan = scoring_plan(*pair_sizes(pairs, with_rejected=preference), plan.shape)
+    augmented = len(pairs.augmentation) > 0
+    return assembly.feed(pairs, eval_plan, augmented=augmented, with_rejected=preference), eval_plan
+
+
+def _selection(config: Config, checkpoints: Checkpoints, record: Mapping[str, Any] | None) -> Selection:
+    """What the checkpoint that is resumed has counted, under the rule of the configuration."""
+    section, train = config.checkpoint, config.train
+    rule = Selection(
+        section.best_metric, section.best_mode, train.early_stopping_min_delta, train.early_stopping_patience
+    )
+    selection = rule if record is None else rule.resumed(record)
+    if selection is None:
+        log.warning("checkpoint.best_metric is another one than before: the evaluations so far do not count")
+        return rule
+    if selection.step is not None and selection.step not in checkpoints.verified_steps():
+        message = f"{checkpoints.directory / str(selection.step)}: the best checkpoint is not there any more"
+        if config.checkpoint.strict:
+            raise UsageError(f"{message}, and checkpoint.strict=true: restore it, or set that to false")
+        log.warning("%s; only a better one takes its place", message)
+    return selection
 
 
 def work_of(assembly: Assembly, pairs: TokenizedPairs, tokens: np.ndarray, *, online: bool) -> Work:
@@ -199,8 +241,8 @@ def work_of(assembly: Assembly, pairs: TokenizedPairs, tokens: np.ndarray, *, on
 
 def _resumed(
     assembly: Assembly, checkpoints: Checkpoints, record: dict[str, Any], allowed_changes: Sequence[str]
-) -> tuple[int | None, dict[str, str]]:
-    """The step that the run goes on from, and the digests of the reference's scores that it had; this is that run."""
+) -> tuple[int | None, dict[str, Any]]:
+    """The step that the run goes on from, and what `record` was when it was saved; this is that run."""
     step = checkpoints.newest_good()
     if step is None:
         return None, {}
@@ -209,7 +251,7 @@ def _resumed(
     strict = assembly.config.checkpoint.strict
     report_drift(before["surroundings"], record["surroundings"], where=where, strict=strict)
     log.info("resuming at step %d", before["next_step"])
-    return step, before["reference"]
+    return step, before
 
 
 def _score_reference(
@@ -238,13 +280,14 @@ def plan_of(
     assembly: Assembly,
     pairs: TokenizedPairs,
     sizes: tuple[np.ndarray, np.ndarray],
-    eval_pairs: TokenizedPairs | None,
+    eval_sets: Iterable[TokenizedPairs],
 ) -> Plan:
+    """The plan of training, in rows that have room for every held-out pair too."""
     config = assembly.config
     room_for = (0, 0)
-    if eval_pairs is not None:
-        tokens, scored = pair_sizes(eval_pairs, with_rejected=config.objective.name != "sft")
-        room_for = (int(tokens.max()), int(scored.max()))
+    for of_set in eval_sets:
+        tokens, scored = pair_sizes(of_set, with_rejected=config.objective.name != "sft")
+        room_for = (max(room_for[0], int(tokens.max())), max(room_for[1], int(scored.max())))
     plan = training_plan(
         *sizes,
         source=pairs.source,
@@ -320,7 +363,9 @@ def _first_state(program: Program, base: Params) -> TrainState:
 
 
 def _require_room(assembly: Assembly, checkpoints: Checkpoints, state: TrainState) -> None:
-    """`keep` checkpoints stand there, and one more until it is verified."""
+    """`keep` checkpoints stand there, the best one beside them, and one more until it is verified."""
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    to_come = max(assembly.config.checkpoint.keep + 1 - len(checkpoints.verified_steps()), 1)
+    section = assembly.config.checkpoint
+    kept = section.keep + (section.best_metric is not None)
+    to_come = max(kept + 1 - len(checkpoints.verified_steps()), 1)
     on_leader(lambda: require_room(checkpoints.directory, checkpoint_bytes=size, checkpoints=to_come))

@@ -34,8 +34,9 @@ from sr_dpo_jax.errors import UsageError
 log = logging.getLogger(__name__)
 
 EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED = 0, 1, 75
-METRICS = ("eval/rewards/accuracies", "eval/augmented/accuracies", "eval/margin", "eval/augmented/margin", "eval/loss")
-LOSS = "eval/loss"
+METRIC = "eval/rewards/accuracies"
+MEASURES = ("rewards/accuracies", "augmented/accuracies", "margin", "augmented/margin", "loss")
+"""What may decide: of `loss` the lowest is best, of the others the highest."""
 PLAIN_VALUE = re.compile(r"[\w.+-]+")
 
 
@@ -68,7 +69,8 @@ def candidates(path: str, overrides: Sequence[str], *, metric: str, eval_pairs: 
         is no valid configuration, or its runs would not have the metric.
     """
     if eval_pairs is not None:
-        overrides = [*overrides, f"data.eval_pairs={eval_pairs}"]
+        _, _, name = set_of(metric).partition("/")
+        overrides = [*overrides, f"data.{f'eval_sets.{name}.pairs' if name else 'eval_pairs'}={eval_pairs}"]
     grid: dict[str, list[str]] = {}
     fixed = []
     for override in overrides:
@@ -105,11 +107,24 @@ def root_of(config: Config) -> Path:
     return Path(config.output_dir) / "tune"
 
 
+def set_of(metric: str) -> str:
+    """The held-out set that a metric is of: `eval` or `eval/NAME`; raises UsageError where it cannot decide."""
+    for measure in sorted(MEASURES, key=len, reverse=True):
+        if metric.endswith(f"/{measure}"):
+            return metric.removesuffix(f"/{measure}")
+    raise UsageError(
+        f"--metric {metric}: cannot decide; name eval/MEASURE or eval/SET/MEASURE of {', '.join(MEASURES)}"
+    )
+
+
 def _require_metric(config: Config, metric: str) -> None:
-    if config.data.eval_path is None:
-        raise UsageError("data.eval_path is not set: it names the held-out pairs that decide")
-    if metric != LOSS and config.objective.name == "sft":
-        raise UsageError(f"--metric {metric}: objective.name=sft has only {LOSS}")
+    held_out, known = set_of(metric), [name for name, _ in config.data.held_out]
+    if not known:
+        raise UsageError("data.eval_path is not set, nor data.eval_sets: they name the held-out pairs that decide")
+    if held_out not in known:
+        raise UsageError(f"--metric {metric}: no held-out set has it; those of the configuration: {', '.join(known)}")
+    if not metric.endswith("/loss") and config.objective.name == "sft":
+        raise UsageError(f"--metric {metric}: objective.name=sft has only {held_out}/loss")
     if "augmented" in metric and not config.refinement.prompt:
         raise UsageError(f"--metric {metric}: refinement.prompt is empty, so no run has it; remove that key")
 
@@ -142,7 +157,8 @@ def tune(path: str, overrides: Sequence[str], *, metric: str, eval_pairs: int | 
     console = rich.console.Console(highlight=False, soft_wrap=True)
     console.print(_table(results, metric, best))
     if tied:
-        console.print(f"Equal in {metric}: {', '.join(tied)}; the lowest {LOSS}, then the first named, decides.")
+        loss = f"{set_of(metric)}/loss"
+        console.print(f"Equal in {metric}: {', '.join(tied)}; the lowest {loss}, then the first named, decides.")
     console.print(f"chosen: {best.replace(',', ' ')}    ({state})")
     return EXIT_DONE
 
@@ -150,13 +166,14 @@ def tune(path: str, overrides: Sequence[str], *, metric: str, eval_pairs: int | 
 def choose(metrics: dict[str, dict[str, float]], metric: str) -> tuple[str, list[str]]:
     """The name with the best metric, and all names that tie for it where there are several.
 
-    Highest is best, for `eval/loss` lowest. Ties go to the lowest eval/loss, then to the first. A value that is not
-    finite is worse than any other.
+    Highest is best, of a loss lowest. Ties go to the lowest loss on the same pairs, then to the first. A value that is
+    not finite is worse than any other.
     """
+    loss_name = f"{set_of(metric)}/loss"
 
     def key(name: str) -> tuple[float, float]:
-        value, loss = (metrics[name].get(field, math.nan) for field in (metric, LOSS))
-        value = value if metric == LOSS else -value
+        value, loss = (metrics[name].get(field, math.nan) for field in (metric, loss_name))
+        value = value if metric == loss_name else -value
         return tuple(part if math.isfinite(part) else math.inf for part in (value, loss))
 
     best = min(metrics, key=key)
@@ -207,7 +224,7 @@ class _Child:
 def _last_evaluation(metrics_file: Path, metric: str) -> dict[str, float]:
     """The evaluation at the end of a run, under its names in metrics.jsonl."""
     lines = [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines()]
-    found = [line for line in lines if LOSS in line]
+    found = [line for line in lines if f"{set_of(metric)}/loss" in line]
     if not found or metric not in found[-1]:
         raise UsageError(
             f"{metrics_file}: holds no evaluation with {metric}; delete the run's directory to run it again"
@@ -237,11 +254,14 @@ def _write(state: Path, metric: str, finished: dict[str, Any], *, chosen: dict[s
 
 
 def _table(results: dict[str, Any], metric: str, best: str) -> rich.table.Table:
-    columns = list(dict.fromkeys([metric, *METRICS]))
+    held_out = set_of(metric)
+    columns = list(dict.fromkeys([metric, *(f"{held_out}/{measure}" for measure in MEASURES)]))
     columns = [name for name in columns if any(name in result["metrics"] for result in results.values())]
-    table = rich.table.Table(title=f"Held-out pairs, {results[best]['metrics'].get('eval/pairs', 0):.0f} of them")
+    table = rich.table.Table(
+        title=f"Held-out pairs, {results[best]['metrics'].get(f'{held_out}/pairs', 0):.0f} of them"
+    )
     for heading in ("value", *columns, ""):
-        table.add_column(heading.removeprefix("eval/"), justify="left" if heading in ("value", "") else "right")
+        table.add_column(heading.removeprefix(f"{held_out}/"), justify="left" if heading in ("value", "") else "right")
     for name, result in results.items():
         cells = [f"{result['metrics'][key]:.4g}" if key in result["metrics"] else "–" for key in columns]
         table.add_row(name, *cells, "chosen" if name == best else "")

@@ -54,6 +54,7 @@ def test_there_is_something_to_read():
         ("optax", {"optim.py", "train_step.py"}),
         ("grain", {"data/pipeline.py"}),
         ("openai", {"judge/endpoint.py"}),
+        ("wandb", {"wandb_run.py"}),
         ("lm_eval", {"harness.py", "leaderboard.py"}),
         ("matplotlib", {"report/figures.py", "report/page.py"}),
         ("scipy", {"correlation.py", "judge/outcomes.py", "report/figures.py", "report/tables.py"}),

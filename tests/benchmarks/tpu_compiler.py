@@ -119,7 +119,7 @@ def compile_step(
     if step == "padded":
         plan, host_step = padded_step()
     else:
-        plan = plan_of(assembly, pairs, pair_sizes(pairs, with_rejected=True), None)
+        plan = plan_of(assembly, pairs, pair_sizes(pairs, with_rejected=True), [])
         host_step = first_step(assembly, pairs, plan, augmented=step == "sr_dpo", with_rejected=True)
     return train_program(assembly, plan, host_step, blocks_visited(assembly, host_step)), plan.shape
 

@@ -1,0 +1,158 @@
+"""Problems between keys of a configuration, which none of them shows alone, each with its remedy.
+
+What needs the data or the devices is checked where they are. Every function takes a `config.Config`; that file imports
+this one.
+"""
+
+from typing import Any
+
+MEASURES = ("loss", "logps/chosen")
+PREFERENCE_MEASURES = (
+    "logps/rejected",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "margin",
+)
+LOSSES = ("loss", "loss_per_token")
+RESERVED = (
+    "augmented",
+    "augmented_margin",
+    "eval",
+    "logps",
+    "loss",
+    "loss_per_token",
+    "margin",
+    "pairs",
+    "rated_pairs",
+    "rating_gap",
+    "refinement",
+    "rewards",
+)
+"""First parts of the names of metrics under `eval/`: a set of one of these names could not be told from a metric."""
+
+
+def evaluation_metrics(config: Any) -> list[str]:
+    """Names of all means that an evaluation while training gives, over every held-out set."""
+    measures = [*MEASURES]
+    if config.objective.name == "sft":
+        measures.append("loss_per_token")
+    else:
+        measures += PREFERENCE_MEASURES
+        if config.refinement.prompt:
+            measures += ("augmented/margin", "augmented/accuracies")
+        if config.objective.name in ("sr_dpo", "sr_ipo"):
+            measures.append("refinement")
+    return [f"{name}/{measure}" for name, _ in config.data.held_out for measure in measures]
+
+
+def cross_checks(config: Any) -> list[str]:
+    """Problems between keys, each with its remedy; what needs the data or the devices is checked where they are."""
+    found = [*_addresses(config), *_evaluation_problems(config)]
+    refined = config.objective.name in ("sr_dpo", "sr_ipo")
+    if refined and config.objective.lam is None:
+        found.append(
+            f"  objective.lam=null: {config.objective.name} needs it; the paper chooses from 0.1, 0.3, 0.5 and 1"
+        )
+    if not refined and config.objective.lam is not None:
+        found.append(
+            f"  objective.lam={config.objective.lam}: {config.objective.name} does not use it; "
+            "remove it or choose sr_dpo or sr_ipo"
+        )
+    if refined and not config.refinement.prompt:
+        found.append(f"  refinement.prompt is empty: {config.objective.name} needs the instruction p; remove the key")
+    if config.objective.label_smoothing and config.objective.name != "dpo":
+        found.append(
+            f"  objective.label_smoothing={config.objective.label_smoothing}: only dpo uses it; remove it or choose dpo"
+        )
+    if config.optimizer.weight_decay and config.optimizer.name != "adamw":
+        found.append(f"  optimizer.weight_decay={config.optimizer.weight_decay}: only adamw uses it; remove it")
+    if config.optimizer.name != "adamw" and (config.optimizer.b1, config.optimizer.b2) != (0.9, 0.999):
+        found.append("  optimizer.b1, optimizer.b2: only adamw uses them; remove them")
+    if config.optimizer.name != "adamw" and config.optimizer.first_moment_dtype is not None:
+        found.append(
+            f"  optimizer.first_moment_dtype={config.optimizer.first_moment_dtype}: only adamw keeps a first moment; "
+            "remove it"
+        )
+    if config.generation.temperature == 0 and (config.generation.top_k, config.generation.top_p) != (None, None):
+        found.append(
+            "  generation.top_k, generation.top_p: without effect at generation.temperature=0, the likeliest token; "
+            "remove them, or raise the temperature"
+        )
+    if config.data.max_prompt_length >= config.data.max_length:
+        found.append(
+            f"  data.max_prompt_length={config.data.max_prompt_length} leaves no room for a response in "
+            f"data.max_length={config.data.max_length}; lower the first or raise the second"
+        )
+    if (config.distributed.process_id is None) != (config.distributed.coordinator_address is None):
+        found.append("  distributed.process_id and distributed.coordinator_address go together; set both or neither")
+    elif config.distributed.process_id is not None and config.distributed.process_id >= config.distributed.processes:
+        found.append(
+            f"  distributed.process_id={config.distributed.process_id}: not below "
+            f"distributed.processes={config.distributed.processes}; set that to how many were started"
+        )
+    elif config.distributed.coordinator_address is not None and config.distributed.processes == 1:
+        found.append("  distributed.processes=1 has no coordinator; set how many processes were started")
+    sizes = config.mesh.model_dump()
+    if list(sizes.values()).count(-1) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        found.append(f"  mesh={sizes}: sizes are positive, and at most one of them is -1 (all devices left)")
+    return found
+
+
+def _addresses(config: Any) -> list[str]:
+    return [
+        f"  {key}={path}: is an address; files are written to directories alone: mount the bucket, as "
+        "tpu_scripts/README.md shows"
+        for key, path in (("output_dir", config.output_dir), ("cache_dir", config.cache_dir))
+        if path is not None and "://" in path
+    ]
+
+
+def _evaluation_problems(config: Any) -> list[str]:
+    data, train, found = config.data, config.train, []
+    if data.eval_pairs is not None and data.eval_path is None:
+        found.append(f"  data.eval_pairs={data.eval_pairs}: set data.eval_path, or remove it")
+    found += [
+        f"  data.eval_sets.{name}: is the name of a metric; choose another"
+        for name, _ in data.eval_sets
+        if name in RESERVED
+    ]
+    needing = {"train.eval_every_steps": train.eval_every_steps, "train.samples": train.samples}
+    found += [
+        f"  {key}={value}: set data.eval_path or data.eval_sets, or remove it"
+        for key, value in needing.items()
+        if value and not data.held_out
+    ]
+    return found + _best_problems(config)
+
+
+def _best_problems(config: Any) -> list[str]:
+    metric, mode, train = config.checkpoint.best_metric, config.checkpoint.best_mode, config.train
+    found = []
+    if train.early_stopping_min_delta and train.early_stopping_patience is None:
+        found.append(
+            f"  train.early_stopping_min_delta={train.early_stopping_min_delta}: set train.early_stopping_patience, or "
+            "remove it"
+        )
+    if metric is None:
+        if train.early_stopping_patience is not None:
+            found.append(
+                f"  train.early_stopping_patience={train.early_stopping_patience}: set checkpoint.best_metric, the "
+                "metric that must get better, or remove it"
+            )
+        if mode != "max":
+            found.append(f"  checkpoint.best_mode={mode}: set checkpoint.best_metric, or remove it")
+        return found
+    known = evaluation_metrics(config)
+    if metric not in known:
+        choice = f"choose one of {', '.join(known)}" if known else "set data.eval_path or data.eval_sets, or remove it"
+        return [*found, f"  checkpoint.best_metric={metric}: no evaluation of this run gives it; {choice}"]
+    if train.eval_every_steps is None:
+        found.append(
+            f"  checkpoint.best_metric={metric}: only the end of the run is evaluated, so that there is nothing to "
+            "choose from; set train.eval_every_steps, or remove it"
+        )
+    if mode == "max" and metric.rpartition("/")[2] in LOSSES:
+        found.append(f"  checkpoint.best_mode=max: would choose the highest {metric}; set it to min")
+    return found
