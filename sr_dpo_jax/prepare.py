@@ -38,6 +38,7 @@ from sr_dpo_jax.samples import Samples
 from sr_dpo_jax.selection import Selection
 from sr_dpo_jax.storage import require_room
 from sr_dpo_jax.train_step import (
+    Objective,
     Params,
     Scores,
     TrainState,
@@ -110,8 +111,8 @@ def prepare(
 
     feeds = {name: _held_out_feed(assembly, plan, of_set) for name, of_set in eval_sets.items()}
     reference = _reference(assembly, plan, pairs, eval_sets, feeds) if preference else {}
-    scored_before = before.get("reference", {})
-    doubted = {name: scores for name, scores in reference.items() if scored_before.get(name) != scores.digest}
+    scored = before.get("reference", {})
+    doubted = {name: scores for name, scores in reference.items() if scored.get(name) != scores.digest}
     base = assembly.base_params() if resumed is None or online or doubted else None
     _score_reference(doubted, score_step, base, stop, dtype=config.model.dtype)
     record["reference"] = {name: scores.digest for name, scores in reference.items()}
@@ -129,11 +130,6 @@ def prepare(
         pairs, plan, augmented=objective.refined, with_rejected=preference, reference=known.get("training")
     )
     stop.meet()
-    train_step, scoring = _compiled(program, score_step, state, reference_params, feed, feeds)
-    held_out = [
-        HeldOut(name, objective, scoring[name], feeds[name][0], len(of_set), known.get(name))
-        for name, of_set in eval_sets.items()
-    ]
     job = Job(
         config=config,
         plan=plan,
@@ -142,9 +138,9 @@ def prepare(
         pair_ids=pairs.ids,
         record=record,
         feed=feed,
-        train_step=train_step,
+        train_step=_compiled(program, state, reference_params, feed),
         reference_params=reference_params,
-        held_out=tuple(held_out),
+        held_out=_held_out(objective, score_step, state.params, eval_sets, feeds, known),
         samples=Samples(assembly, eval_sets, tokenizer, state.params) if config.train.samples else None,
         selection=_selection(config, checkpoints, before.get("selection")),
         checkpoints=checkpoints,
@@ -171,29 +167,33 @@ def _reference(
     return reference
 
 
-def _compiled(
-    program: "Program",
-    score_step: Any,
-    state: TrainState,
-    reference_params: Params | None,
-    feed: Feed,
-    held_out: Mapping[str, tuple[Feed, Plan]],
-) -> tuple[Any, dict[str, Any]]:
-    """The train step, and the score step of every held-out set, compiled for the batches that come."""
+def _compiled(program: "Program", state: TrainState, reference_params: Params | None, feed: Feed) -> Any:
+    """The train step, compiled for the batches that come."""
     started = time.monotonic()
-    train_step = program.step.lower(state, reference_params, next(feed.batches(0))[1]).compile()
-    scoring, by_shape = {}, {}
-    for name, (eval_feed, _) in held_out.items():
-        batch = next(eval_feed.batches(0))[1]
-        leaves, tree = jax.tree.flatten(
-            batch
-        )  # sets differ in shape where they differ in p's tokens, or in what precedes p
-        shape = (tree, *(leaf.shape for leaf in leaves))
-        if shape not in by_shape:
-            by_shape[shape] = score_step.lower(state.params, batch).compile()
-        scoring[name] = by_shape[shape]
+    step = program.step.lower(state, reference_params, next(feed.batches(0))[1]).compile()
     log.info("compiled in %.1f s", time.monotonic() - started)
-    return train_step, scoring
+    return step
+
+
+def _held_out(
+    objective: Objective,
+    score_step: Any,
+    params: Params,
+    eval_sets: Mapping[str, TokenizedPairs],
+    feeds: Mapping[str, tuple[Feed, Plan]],
+    reference: Mapping[str, np.ndarray],
+) -> tuple[HeldOut, ...]:
+    """Every held-out set with the score step compiled for its batches."""
+    found, by_shape = [], {}
+    for name, pairs in eval_sets.items():
+        feed = feeds[name][0]
+        batch = next(feed.batches(0))[1]
+        leaves, tree = jax.tree.flatten(batch)
+        shape = (tree, *(leaf.shape for leaf in leaves))  # sets differ in it where what precedes p does
+        if shape not in by_shape:
+            by_shape[shape] = score_step.lower(params, batch).compile()
+        found.append(HeldOut(name, objective, by_shape[shape], feed, len(pairs), reference.get(name)))
+    return tuple(found)
 
 
 def _held_out_feed(assembly: Assembly, plan: Plan, pairs: TokenizedPairs) -> tuple[Feed, Plan]:
