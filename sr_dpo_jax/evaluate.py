@@ -24,6 +24,7 @@ from sr_dpo_jax.data.pipeline import Feed
 from sr_dpo_jax.data.plan import Plan, scoring_plan, scoring_shape
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.metrics import Progress
+from sr_dpo_jax.storage import pairs_file
 from sr_dpo_jax.train_step import Objective, Params, Scores, averages, make_score_step, pair_metrics
 
 
@@ -137,11 +138,6 @@ def evaluate_command(config: Config, *, best: bool = False) -> dict[str, float]:
         root.mkdir(parents=True, exist_ok=True)
         (root / "eval.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     return metrics
-
-
-def pairs_file(name: str) -> str:
-    """eval_pairs.jsonl, or eval_pairs_NAME.jsonl of the set `eval/NAME`."""
-    return f"{name.replace('eval', 'eval_pairs', 1).replace('/', '_')}.jsonl"
 
 
 def _ready(assembly: Assembly, sets: Mapping[str, TokenizedPairs]) -> tuple[list[HeldOut], Params | None]:

@@ -1,4 +1,7 @@
-"""Whether a run directory can take what a run will write: asked before the first step, not found out after a day."""
+"""Whether a run directory can take what a run will write: asked before the first step, not found out after a day.
+
+Also what its files of held-out pairs are called, for those who write them and those who read them.
+"""
 
 import os
 import secrets
@@ -8,6 +11,11 @@ from pathlib import Path
 from sr_dpo_jax.errors import UsageError
 
 PROBE_BYTES = 1 << 16
+
+
+def pairs_file(held_out: str) -> str:
+    """Where `sr-dpo eval` writes the pairs of a set: eval_pairs.jsonl, or eval_pairs_NAME.jsonl of `eval/NAME`."""
+    return f"{held_out.replace('eval', 'eval_pairs', 1).replace('/', '_')}.jsonl"
 
 
 def require_writable(directory: Path) -> None:

@@ -99,8 +99,8 @@ def test_every_change_is_a_configuration():
 
 def test_p_is_counted_where_there_is_a_tokenizer(tmp_path):
     directory = open_directory(str(runs.model_directory(tmp_path / "model")))
-    pairs, eval_pairs, said = aot_search._typical(config_of(refinement={"prompt": runs.P}), directory)
-    assert eval_pairs is None
+    pairs, eval_sets, said = aot_search._typical(config_of(refinement={"prompt": runs.P}), directory)
+    assert eval_sets == []
     assert 2 < len(pairs.augmentation) < 30
     assert f"p has {len(pairs.augmentation)} tokens" in said
     (tmp_path / "model" / "tokenizer.json").unlink()
@@ -108,7 +108,7 @@ def test_p_is_counted_where_there_is_a_tokenizer(tmp_path):
     assert len(pairs.augmentation) == aot_search.TYPICAL_P_TOKENS
     assert "no tokenizer.json" in said
     sft = config_of(objective={"name": "sft"}, data={"path": "unread", "eval_path": "unread"})
-    pairs, eval_pairs, said = aot_search._typical(sft, directory)
+    pairs, (eval_pairs,), said = aot_search._typical(sft, directory)
     assert eval_pairs is pairs
     assert len(pairs.augmentation) == 0
 
@@ -117,7 +117,7 @@ def test_real_data_gives_its_own_lengths(tmp_path):
     model, data = runs.model_directory(tmp_path / "model"), runs.preference_file(tmp_path / "pairs.jsonl", 20)
     held_out = runs.preference_file(tmp_path / "held_out.jsonl", 5, seed=1)
     config = runs.make_config(tmp_path, model, data, data={"eval_path": str(held_out)})
-    pairs, eval_pairs, said = aot_search._read(config, open_directory(str(model)))
+    pairs, (eval_pairs,), said = aot_search._read(config, open_directory(str(model)))
     assert (len(pairs), len(eval_pairs)) == (20, 5)
     assert pairs.prompt_tokens.min() > 0 and pairs.tokens.any()
     assert said == f"data.path, 20 pairs; p has {len(pairs.augmentation)} tokens"

@@ -69,8 +69,8 @@ def test_a_killed_command_goes_on(model, tmp_path, monkeypatch, capsys):
 
     respond = generate.Generator.respond
 
-    def killed_after_five(self, wanted):
-        for number, result in enumerate(respond(self, wanted)):
+    def killed_after_five(self, params, wanted):
+        for number, result in enumerate(respond(self, params, wanted)):
             if number == 5:
                 raise KeyboardInterrupt
             yield result
@@ -86,7 +86,9 @@ def test_a_killed_command_goes_on(model, tmp_path, monkeypatch, capsys):
     assert "other prompts, weights or generation settings" in capsys.readouterr().err
     asked = []
     monkeypatch.setattr(
-        generate.Generator, "respond", lambda self, wanted: asked.extend(wanted) or respond(self, wanted)
+        generate.Generator,
+        "respond",
+        lambda self, params, wanted: asked.extend(wanted) or respond(self, params, wanted),
     )
     assert main(command(tmp_path, model, prompts, output, **settings)) == 0
     assert len(asked) == 7
@@ -118,8 +120,8 @@ def test_turns_are_answered_one_after_another(model, tmp_path, monkeypatch):
     arguments = command(tmp_path, chat, prompts, tmp_path / "answers.jsonl", slots=8, max_new_tokens=12)
     respond = generate.Generator.respond
 
-    def killed_in_turn_two(self, wanted):
-        for prompt, response in respond(self, wanted):
+    def killed_in_turn_two(self, params, wanted):
+        for prompt, response in respond(self, params, wanted):
             yield prompt, response
             if prompt.turn == 1:
                 raise KeyboardInterrupt

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 
 import matplotlib
 import numpy as np
-import scipy.stats
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -38,8 +37,8 @@ STYLE = {
 }
 WIDTH, HEIGHT = 5.6, 3.5
 """Inches, of a figure that takes one of two columns."""
-SHOWN_POINTS = 1500
 LABEL_LENGTH = 30
+SETS_ACROSS = 3
 MARGIN_OF = {"rewards/accuracies": "margin", "augmented/accuracies": "augmented/margin"}
 FAMILIES = {
     "DPO, Sr-DPO": ("dpo", "sr_dpo"),
@@ -76,7 +75,7 @@ def loss(runs: Sequence[Run]) -> Figure | None:
     families = {title: names for title, names in FAMILIES.items() if any(run.objective in names for run in shown)}
     if not families:
         return None
-    figure, panels = _panels(runs, shown, len(families))
+    figure, panels = panels_of(runs, shown, len(families))
     for axes, (title, names) in zip(panels, families.items(), strict=True):
         members = [run if run.objective in names else None for run in runs]
         _curves(axes, members, "loss", "loss of SFT (nats a response)" if title == "SFT" else f"loss of {title}")
@@ -125,7 +124,7 @@ def share(runs: Sequence[Run]) -> Figure | None:
     shown = [run for run in runs if run.objective in REFINED and len(series(run.steps, "refinement")[0])]
     if not shown:
         return None
-    figure, (axes,) = _panels(runs, shown, 1)
+    figure, (axes,) = panels_of(runs, shown, 1)
     for index, run in enumerate(runs):
         if run not in shown:
             continue
@@ -148,84 +147,28 @@ def share(runs: Sequence[Run]) -> Figure | None:
     return figure
 
 
-def distributions(runs: Sequence[Run]) -> Figure | None:
-    shown = [run for run in runs if run.pairs]
-    if not shown:
+def held_out_sets(runs: Sequence[Run]) -> Figure | None:
+    """One panel a set, all on one scale: accuracy, or the loss where no run has that."""
+    sets = list(dict.fromkeys(name for run in runs for name in run.sets))
+    if len(sets) < 2:
         return None
-    names = {"margin": "m, the prompt alone", "augmented_margin": "m̂, with p in front"}
-    names = {name: title for name, title in names.items() if any(np.isfinite(run.column(name)).any() for run in shown)}
-    figure, panels = _panels(runs, shown, len(names), stacked=True)
-    everything = np.concatenate([run.column(name) for run in shown for name in names])
-    low, high = np.nanquantile(everything, [0.005, 0.995])
-    pad = 0.02 * (high - low) or 1.0
-    bins = np.linspace(low - pad, high + pad, 36)
-    for axes, (name, title) in zip(panels, names.items(), strict=True):
+    shown = [run for run in runs if run.sets]
+    ranked = any(f"{name}/rewards/accuracies" in line for run in shown for line in run.evaluations for name in sets)
+    measure, title = ("rewards/accuracies", "share of pairs with m > 0") if ranked else ("loss", "loss")
+    figure, panels = panels_of(runs, shown, len(sets), across=SETS_ACROSS, sharey=True)
+    for axes, name in zip(panels, sets, strict=True):
         for index, run in enumerate(runs):
-            if run not in shown:
-                continue
-            values = run.column(name)[np.isfinite(run.column(name))]
-            counts, _ = np.histogram(np.clip(values, bins[0], bins[-1]), bins)
-            style = look(index)
-            axes.stairs(
-                counts / max(len(values), 1), bins, color=style["color"], linestyle=style["linestyle"], linewidth=1.7
-            )
-        axes.axvline(0, color="#666666", linewidth=1)
-        axes.set(ylabel="share of pairs", ylim=(0, None))
-        axes.set_title(title, loc="left", fontsize=9.5, pad=4, color="#444444")
-    panels[-1].set_xlabel("margin (nats)")
-    return figure
-
-
-def rating(runs: Sequence[Run]) -> Figure | None:
-    shown = [run for run in runs if np.isfinite(run.column("rating_difference")).sum() >= 3]
-    if not shown:
-        return None
-    figure, (axes,) = _panels(runs, shown, 1)
-    for index, run in enumerate(runs):
-        if run in shown:
-            _binned(axes, run.column("rating_difference"), run.column("margin"), index)
-    axes.axhline(0, color="#666666", linewidth=1)
-    axes.set(xlabel="rating of chosen − rating of rejected", ylabel="margin m (nats)")
-    return figure
-
-
-def rating_gap(runs: Sequence[Run]) -> Figure | None:
-    shown = [run for run in runs if "eval/rating_gap/1/pairs" in run.evaluation]
-    if not shown:
-        return None
-    figure, (axes,) = _panels(runs, shown, 1)
-    for index, run in enumerate(runs):
-        if run not in shown:
-            continue
-        found = run.evaluation
-        numbers = [n for n in range(1, 100) if f"eval/rating_gap/{n}/pairs" in found]
-        low, high, pairs, share_right = (
-            np.array([found[f"eval/rating_gap/{n}/{name}"] for n in numbers])
-            for name in ("low", "high", "pairs", "accuracy")
-        )
-        ends = np.array([share_interval(part, count) for part, count in zip(share_right, pairs, strict=True)])
-        error = np.abs(ends.T - share_right)
-        axes.errorbar(
-            (low + high) / 2, share_right, yerr=error, markersize=5.5, capsize=2, linewidth=1.5, **look(index)
-        )
-    axes.axhline(0.5, color="#888888", linewidth=0.9, linestyle=(0, (4, 3)))
-    axes.set(xlabel="rating of chosen − rating of rejected, middle of the quarter", ylabel="share of pairs with m > 0")
-    axes.set_ylim(min(0.4, axes.get_ylim()[0]), 1.02)
-    return figure
-
-
-def length(runs: Sequence[Run]) -> Figure | None:
-    shown = [run for run in runs if run.pairs]
-    if not shown:
-        return None
-    figure, (axes,) = _panels(runs, shown, 1)
-    for index, run in enumerate(runs):
-        if run in shown:
-            _binned(axes, run.column("chosen_tokens") - run.column("rejected_tokens"), run.column("margin"), index)
-    axes.axhline(0, color="#666666", linewidth=1)
-    axes.axvline(0, color="#666666", linewidth=1)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
-    axes.set(xlabel="length of chosen − length of rejected (tokens)", ylabel="margin m (nats)")
+            steps, values = series(run.evaluations, f"{name}/{measure}")
+            if len(steps):
+                axes.plot(steps, values, markersize=6, markeredgecolor="white", linewidth=1.4, **look(index))
+                _ring(axes, run, steps, values)
+        if ranked:
+            axes.axhline(0.5, color="#888888", linewidth=0.9, linestyle=(0, (4, 3)))
+        axes.set_title("data.eval_path" if name == "eval" else name.removeprefix("eval/"), loc="left", fontsize=9.5)
+        axes.set_xlabel("optimizer step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+    for axes in panels[::SETS_ACROSS]:
+        axes.set_ylabel(title)
     return figure
 
 
@@ -233,7 +176,7 @@ def cost(runs: Sequence[Run]) -> Figure | None:
     shown = [run for run in runs if len(series(run.steps, "step_time_s")[0])]
     if not shown:
         return None
-    figure, panels = _panels(runs, shown, 3)
+    figure, panels = panels_of(runs, shown, 3)
     names = {
         "tokens_per_second": "real tokens a second",
         "step_time_s": "time of a step (s)",
@@ -250,13 +193,6 @@ def window(points: int) -> int:
     return max(1, points // 12)
 
 
-def share_interval(share_of: float, pairs: float) -> tuple[float, float]:
-    """95 % interval (Wilson) of a share of so many pairs."""
-    count = int(pairs)
-    found = scipy.stats.binomtest(round(share_of * count), count).proportion_ci(method="wilson")
-    return float(found.low), float(found.high)
-
-
 def running_mean(values: np.ndarray, steps: int) -> np.ndarray:
     """Mean over about `steps` values around each, fewer at both ends; values that are not finite count as absent."""
     finite, around = np.isfinite(values), steps // 2
@@ -268,20 +204,36 @@ def running_mean(values: np.ndarray, steps: int) -> np.ndarray:
     return np.where(counts > 0, (total[last] - total[first]) / np.maximum(counts, 1), np.nan)
 
 
-def _panels(
-    runs: Sequence[Run], shown: Sequence[Run], count: int, *, stacked: bool = False
+def panels_of(
+    runs: Sequence[Run],
+    shown: Sequence[Run],
+    count: int,
+    *,
+    stacked: bool = False,
+    across: int | None = None,
+    sharey: bool = False,
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels, side by side or stacked over one x axis, under a legend of the runs that it shows."""
+    """A figure of `count` panels under a legend of the runs that it shows.
+
+    They stand side by side, at most `across` in a row, or stacked over one x axis.
+    """
     wide = count > 1 and not stacked
-    figure = Figure(figsize=(2.1 * WIDTH if wide else WIDTH, HEIGHT))
-    shape = (count, 1) if stacked else (1, count)
-    panels = list(figure.subplots(*shape, squeeze=False, sharex="col" if stacked else "none").flat)
+    columns = 1 if stacked else min(count, across or count)
+    shape = (-(-count // columns), columns)
+    height = HEIGHT if stacked else HEIGHT * (1 + 0.8 * (shape[0] - 1))
+    figure = Figure(figsize=(2.1 * WIDTH if wide else WIDTH, height))
+    grid = figure.subplots(
+        *shape, squeeze=False, sharex="col" if stacked else "none", sharey="all" if sharey else "none"
+    )
+    panels = list(grid.flat)[:count]
+    for axes in list(grid.flat)[count:]:
+        axes.remove()
     labelled = [(index, run) for index, run in enumerate(runs) if run in shown]
     handles = [Line2D([], [], linewidth=1.8, markersize=5, **look(index)) for index, _ in labelled]
     labels = [_short(run.label) for _, run in labelled]
     columns = max(1, min(len(labels), int((140 if wide else 66) / (max(map(len, labels)) + 8))))
     figure.legend(handles, labels, loc="outside upper left", ncols=columns, handlelength=2.6, columnspacing=1.4)
-    figure.set_figheight(HEIGHT + 0.2 * (-(-len(labels) // columns) - 1))
+    figure.set_figheight(height + 0.2 * (-(-len(labels) // columns) - 1))
     return figure, panels
 
 
@@ -295,7 +247,7 @@ def _one_curve(runs: Sequence[Run], name: str, title: str, *, zero: bool = False
     shown = [run for run in runs if any(name in line for line in run.steps) or _held_out(run, name) is not None]
     if not shown:
         return None
-    figure, (axes,) = _panels(runs, shown, 1)
+    figure, (axes,) = panels_of(runs, shown, 1)
     _curves(axes, [run if run in shown else None for run in runs], name, title)
     if zero:
         axes.axhline(0, color="#666666", linewidth=1)
@@ -344,22 +296,16 @@ def _curves(
                 linewidth=0,
                 zorder=4,
             )
+            _ring(axes, run, *found)
     axes.set(xlabel="optimizer step", ylabel=title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
 
 
-def _binned(axes: Axes, x: np.ndarray, y: np.ndarray, index: int) -> None:
-    """Pairs as pale dots, and the mean of y with its 95 % interval in up to eight bins of like numbers of pairs."""
-    both = np.isfinite(x) & np.isfinite(y)
-    x, y = x[both], y[both]
-    thinned = np.linspace(0, len(x) - 1, min(len(x), SHOWN_POINTS)).astype(int)
-    style = look(index)
-    axes.scatter(x[thinned], y[thinned], s=6, color=style["color"], alpha=0.22, linewidths=0, rasterized=len(x) > 500)
-    bins = np.searchsorted(np.unique(np.quantile(x, np.linspace(0, 1, 9)[1:-1])), x, side="left")
-    groups = [bins == value for value in np.unique(bins)]
-    means = [(x[group].mean(), y[group].mean(), 1.96 * y[group].std() / np.sqrt(group.sum())) for group in groups]
-    centre, value, error = np.array(means).T
-    axes.errorbar(centre, value, yerr=error, markersize=5.5, capsize=2, linewidth=1.5, **style)
+def _ring(axes: Axes, run: Run, steps: np.ndarray, values: np.ndarray) -> None:
+    """Around the evaluation whose checkpoint is the best."""
+    if run.best_step in steps:
+        value = values[steps == run.best_step]
+        axes.plot([run.best_step], value, "o", markersize=13, fillstyle="none", color="#1c1c1c", zorder=5)
 
 
 def _highest(axes: Axes) -> float:

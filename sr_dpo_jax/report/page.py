@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from sr_dpo_jax import __version__
 from sr_dpo_jax.errors import UsageError
-from sr_dpo_jax.report import figures, tables
+from sr_dpo_jax.report import figures, pair_figures, tables
 from sr_dpo_jax.report.read import Run, read_runs, texts_of
 
 POINTS_AN_INCH, PIXELS_A_POINT = 72, 96 / 72
@@ -89,7 +89,7 @@ JUDGING = (
     Picture(
         "distributions",
         "Distribution of m and m̂ over held-out pairs",
-        figures.distributions,
+        pair_figures.distributions,
         "eval_pairs.jsonl (`sr-dpo eval`)",
         "Right of 0 the policy agrees with the label. A good run moves the bulk to the right without a long tail "
         "on the left. The outermost bins also hold the pairs beyond them, half a per cent on each side.",
@@ -97,7 +97,7 @@ JUDGING = (
     Picture(
         "rating",
         "Margin against rating",
-        figures.rating,
+        pair_figures.rating,
         "rated pairs in eval_pairs.jsonl",
         "The paper's table 4 as a picture: where raters saw a larger difference, the margin should be larger. "
         "Points are means of an eighth of the pairs with 95 % intervals; a steadier climb is a better judge.",
@@ -105,7 +105,7 @@ JUDGING = (
     Picture(
         "rating-gap",
         "Accuracy by rating gap",
-        figures.rating_gap,
+        pair_figures.rating_gap,
         "rated pairs in eval.json",
         "Pairs that differ clearly should be ordered rightly almost always, close ones little better than chance. "
         "Bars are 95 % intervals of a quarter of the pairs each.",
@@ -113,7 +113,7 @@ JUDGING = (
     Picture(
         "length",
         "Length effects",
-        figures.length,
+        pair_figures.length,
         "eval_pairs.jsonl (`sr-dpo eval`)",
         "Margins should not follow from length alone. A line that climbs to the right means that the policy "
         "prefers longer responses.",
@@ -132,7 +132,15 @@ COST = (
 GUIDE = (
     "Each run has one colour, line style and marker throughout. Lines are running means over training steps, with the "
     "single steps pale behind them; markers without a line are held-out pairs. Broken grey lines are what an untrained "
-    "policy gives: the loss at m = 0, or chance."
+    "policy gives: the loss at m = 0, or chance. A ring marks the best evaluation, by checkpoint.best_metric."
+)
+SETS = Picture(
+    "held-out-sets",
+    "Held-out sets, one by one",
+    figures.held_out_sets,
+    "more than one held-out set (data.eval_sets)",
+    "All panels have one scale. A run that gains on one set and loses on another has learned what tells the two "
+    "apart, not what people prefer.",
 )
 SECTIONS = {
     "Does it learn?": LEARNING,
@@ -174,6 +182,10 @@ def render(runs: Sequence[Run], *, with_texts: bool) -> str:
         difference=tables.config_difference(runs),
         sections={title: [_drawn(picture, runs) for picture in pictures] for title, pictures in SECTIONS.items()},
         guide=GUIDE,
+        sets=_drawn(SETS, runs),
+        set_metrics=tables.held_out_sets(runs),
+        sampled=[run for run in runs if run.samples],
+        completions=tables.samples(runs) if with_texts else [],
         samples=samples,
         texts=texts,
         with_texts=with_texts,

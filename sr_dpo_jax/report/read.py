@@ -7,6 +7,7 @@ of date stands in `Run.problems`. Imports no jax: a report is made where the run
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,14 @@ import yaml
 
 from sr_dpo_jax.data.rows import Pair, read_rows
 from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.storage import pairs_file
 
 Line = Mapping[str, Any]
 LISTED_LINES = 5
 PAIR_NUMBERS = ("margin", "chosen_tokens", "rejected_tokens")
 REFINED = ("sr_dpo", "sr_ipo")
+SET_LOSS = re.compile(r"eval(/[a-z][a-z0-9_-]*)?/loss")
+"""Every evaluation of a set has it; `loss` is the name of no set."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +43,14 @@ class Run:
     """eval.json; empty where `sr-dpo eval` was not run."""
     pairs: Sequence[Line]
     """eval_pairs.jsonl; empty where `sr-dpo eval` was not run."""
+    sets: Sequence[str]
+    """Held-out sets that were evaluated, `eval` and `eval/NAME`, in the order of the configuration."""
+    shown_set: str
+    """The one whose numbers stand under `eval/` here, and whose pairs these are: data.eval_path, else the first."""
+    best_step: int | None
+    """Of the best evaluation by checkpoint.best_metric; None where that is not set or was never finite."""
+    samples: Sequence[Line]
+    """Whole lines of samples.jsonl: texts of the data, to be shown only to those who ask for them."""
     problems: Sequence[str]
     """Sentences for the user, none of them with text of the data."""
 
@@ -112,6 +124,10 @@ def _read_run(path: Path, label: str) -> Run:
     lines = _read_lines(path / "metrics.jsonl", problems, needs=("step",), hint="the run took no step yet")
     lines = _last_of_each(lines, problems)
     evaluations = [line for line in lines if any(name.startswith("eval/") for name in line)]
+    best_step = _best_step(evaluations, config)
+    sets = list(dict.fromkeys(name for line in evaluations for name in _sets_of(line)))
+    shown_set = "eval" if "eval" in sets or not sets else sets[0]
+    evaluations = [_shown(line, shown_set) for line in evaluations]
     steps = [line for line in lines if "loss" in line]
     _name_not_finite(steps, problems)
     skipped = path / "skipped.jsonl"
@@ -120,9 +136,11 @@ def _read_run(path: Path, label: str) -> Run:
         problems += [f"{count} step(s) were skipped because loss or gradient was not finite: skipped.jsonl"] * (
             count > 0
         )
-    evaluation, pairs = _read_evaluation(path, config, problems)
-    run = Run(label, path, config, steps, evaluations, evaluation, pairs, problems)
-    if evaluation and evaluation["step"] != run.last_step:
+    evaluation, pairs = _read_evaluation(path, config, problems, shown_set)
+    samples = _read_samples(path / "samples.jsonl", problems)
+    numbers = (config, steps, evaluations, _shown(evaluation, shown_set), pairs)
+    run = Run(label, path, *numbers, sets, shown_set, best_step, samples, problems)
+    if evaluation and evaluation["step"] not in (run.last_step, best_step):
         problems.append(
             f"eval.json is of step {evaluation['step']:.0f}, metrics.jsonl ends at step {run.last_step}: "
             f"`sr-dpo eval {path}/config.yaml` brings it up to date"
@@ -130,19 +148,54 @@ def _read_run(path: Path, label: str) -> Run:
     return run
 
 
-def _read_evaluation(path: Path, config: Line, problems: list[str]) -> tuple[Line, Sequence[Line]]:
+def _sets_of(line: Line) -> list[str]:
+    return [name.removesuffix("/loss") for name in line if SET_LOSS.fullmatch(name)]
+
+
+def _shown(line: Line, shown_set: str) -> Line:
+    """With the numbers of that set under `eval/` too."""
+    if shown_set == "eval":
+        return line
+    of_set = {name: value for name, value in line.items() if name.startswith(f"{shown_set}/")}
+    return {**line, **{f"eval{name.removeprefix(shown_set)}": value for name, value in of_set.items()}}
+
+
+def _best_step(evaluations: Sequence[Line], config: Line) -> int | None:
+    """The first of the best, as `selection.py` chooses."""
+    metric, sign = config.get("checkpoint.best_metric"), -1 if config.get("checkpoint.best_mode") == "min" else 1
+    values = [(sign * _number(line.get(metric)), -int(line["step"])) for line in evaluations]
+    finite = [value for value in values if math.isfinite(value[0])]
+    return -max(finite)[1] if finite else None
+
+
+def _read_samples(path: Path, problems: list[str]) -> list[Line]:
+    """Strings stay strings here: a response may be the word nan."""
+    if not path.is_file():
+        return []
+    parts = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = [_parse(part) for part in parts]
+    texts = ("set", "id", "prompt", "response")
+    whole = [line for line in lines if line is not None and isinstance(line.get("step"), int)]
+    whole = [line for line in whole if all(isinstance(line.get(name), str) for name in texts)]
+    if len(whole) < len(parts):
+        problems.append(f"{path.name}: {len(parts) - len(whole)} of {len(parts)} lines are damaged and left out")
+    return whole
+
+
+def _read_evaluation(path: Path, config: Line, problems: list[str], shown_set: str) -> tuple[Line, Sequence[Line]]:
+    pairs_name = pairs_file(shown_set)
     if config.get("objective.name") == "sft" and not (path / "eval.json").exists():
         return {}, []  # it has no margins to show, and its held-out loss is in metrics.jsonl
-    if not (path / "eval.json").exists() and not (path / "eval_pairs.jsonl").exists():
+    if not (path / "eval.json").exists() and not (path / pairs_name).exists():
         problems.append(
-            "eval.json and eval_pairs.jsonl are missing, so figures of single held-out pairs lack this run: "
+            f"eval.json and {pairs_name} are missing, so figures of single held-out pairs lack this run: "
             f"`sr-dpo eval {path}/config.yaml` writes them"
         )
         return {}, []
     lines = _read_lines(path / "eval.json", problems, needs=("step",), hint="run `sr-dpo eval`", whole=True)
     if config.get("objective.name") == "sft":
         return (lines[0] if lines else {}), []
-    pairs = _read_lines(path / "eval_pairs.jsonl", problems, needs=PAIR_NUMBERS, hint="run `sr-dpo eval`")
+    pairs = _read_lines(path / pairs_name, problems, needs=PAIR_NUMBERS, hint="run `sr-dpo eval`")
     return (lines[0] if lines else {}), pairs
 
 
@@ -243,13 +296,17 @@ def _name_not_finite(steps: Sequence[Line], problems: list[str]) -> None:
 
 
 def texts_of(run: Run, ids: Sequence[str]) -> dict[str, tuple[str, str, str]]:
-    """Prompt, chosen and rejected text of held-out pairs by id, from data.eval_path; ids that occur twice are left out.
+    """Prompt, chosen and rejected text of pairs of the shown set by id; ids that occur twice are left out.
 
     Raises:
       UsageError: the data cannot be read.
     """
-    keys = [f"data.eval_path.{index}" for index in range(len(run.config))]
-    form = {"format": run.config.get("data.format"), "split": run.config.get("data.eval_split")}
+    path, split, own_format = "data.eval_path", "data.eval_split", "data.format"
+    if run.shown_set != "eval":
+        of_set = f"data.eval_sets.{run.shown_set.removeprefix('eval/')}"
+        path, split, own_format = f"{of_set}.path", f"{of_set}.split", f"{of_set}.format"
+    keys = [f"{path}.{index}" for index in range(len(run.config))]
+    form = {"format": run.config.get(own_format) or run.config.get("data.format"), "split": run.config.get(split)}
     found: dict[str, list[Pair]] = {identity: [] for identity in ids}
     for key in (key for key in keys if f"{key}.path" in run.config):
         for row in read_rows(run.config[f"{key}.path"], revision=run.config.get(f"{key}.revision"), **form):

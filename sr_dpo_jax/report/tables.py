@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
-from sr_dpo_jax.report.figures import share_interval
+from sr_dpo_jax.report.pair_figures import share_interval
 from sr_dpo_jax.report.read import REFINED, Run, series
 
 NONE = "–"
@@ -73,15 +73,66 @@ def final_metrics(runs: Sequence[Run]) -> Table:
         final = run.final()
         speed = series(run.steps, "pairs_per_second")[1]
         cells = [run.label, run.objective, _plain(run.beta) if run.objective != "sft" else NONE, _plain(run.lam)]
-        cells += [_plain(final.get("step", run.last_step)), _plain(final.get("eval/pairs"))]
+        cells += [_plain(final.get("step", run.last_step)), _set_name(run.shown_set), _plain(final.get("eval/pairs"))]
         for heading, name in columns.items():
             cells.append(_share(final, name) if "accuracy" in heading else number(final.get(name)))
         cells.append(number(shift_share(run)))
         cells += [_with_interval(final, name) for name in statistics.values()]
-        cells.append(number(float(np.median(speed)), 1) if len(speed) else NONE)
+        cells += [_best(run), number(float(np.median(speed)), 1) if len(speed) else NONE]
         rows.append(cells)
-    head = ["run", "objective", "β", "λ", "step", "pairs", *columns, "λΔ / βm", *statistics, "pairs/s"]
+    head = ["run", "objective", "β", "λ", "step", "held-out set", "pairs", *columns, "λΔ / βm", *statistics]
+    return without_empty_columns([*head, "best", "pairs/s"], rows)
+
+
+def held_out_sets(runs: Sequence[Run]) -> Table:
+    """One row for each run and each of its held-out sets; none where no run has several."""
+    rows = []
+    for run in runs if any(len(run.sets) > 1 for run in runs) else []:
+        for name in run.sets:
+            line = next(line for line in reversed(run.evaluations) if f"{name}/loss" in line)
+            of_set = {f"eval{key.removeprefix(name)}": line[key] for key in line if key.startswith(f"{name}/")}
+            cells = [run.label, "data.eval_path" if name == "eval" else _set_name(name), _plain(line["step"])]
+            cells += [
+                _plain(of_set.get("eval/pairs")),
+                number(of_set.get("eval/loss")),
+                number(of_set.get("eval/margin")),
+            ]
+            rows.append([*cells, *(_share(of_set, f"eval/{part}/accuracies") for part in ("rewards", "augmented"))])
+    head = ["run", "held-out set", "step", "pairs", "loss", "margin m", "accuracy", "augmented accuracy"]
     return without_empty_columns(head, rows)
+
+
+def samples(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Prompts with each run's responses, (step, text), newest first; for those who ask for texts."""
+    asked = dict.fromkeys((line["set"], line["id"], line["prompt"]) for run in runs for line in run.samples)
+    return [
+        {
+            "set": "data.eval_path" if key[0] == "eval" else _set_name(key[0]),
+            "id": key[1],
+            "prompt": key[2],
+            "responses": [
+                [
+                    (line["step"], line["response"])
+                    for line in reversed(run.samples)
+                    if (line["set"], line["id"], line["prompt"]) == key
+                ]
+                for run in runs
+                if run.samples
+            ],
+        }
+        for key in asked
+    ]
+
+
+def _set_name(held_out: str) -> str:
+    """The name of a set; none for that of data.eval_path."""
+    return held_out.removeprefix("eval/") if held_out != "eval" else NONE
+
+
+def _best(run: Run) -> str:
+    """The best metric and its step."""
+    found = [line for line in run.evaluations if line["step"] == run.best_step]
+    return f"{number(found[0][run.config['checkpoint.best_metric']])} (step {run.best_step})" if found else NONE
 
 
 def shift_share(run: Run) -> float:
