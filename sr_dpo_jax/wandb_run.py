@@ -39,7 +39,8 @@ class WandbRun:
     def __init__(self, config: Config, *, run_id: str):
         wandb, root = _module(), Path(config.output_dir)
         try:
-            # Console, code, git state and the machine's description stay here: they may hold texts, names and paths.
+            # Console, code, git state and command line stay here: they may hold texts and paths. W&B itself adds its
+            # version, the host's name and load.
             settings = wandb.Settings(
                 console="off",
                 save_code=False,
