@@ -19,9 +19,20 @@ def loss_of(objective: str, margin: np.ndarray, delta: np.ndarray, beta: float) 
 
 
 def make_run(
-    root: Path, name: str, objective: str, *, steps: int = 300, seed: int = 0, rated: bool = True, skill: float = 1.0
+    root: Path,
+    name: str,
+    objective: str,
+    *,
+    steps: int = 300,
+    seed: int = 0,
+    rated: bool = True,
+    skill: float = 1.0,
+    sets: tuple[str, ...] = (),
 ) -> Path:
-    """A preference run of `steps` steps with two evaluations, `sr-dpo eval` done at its end."""
+    """A preference run of `steps` steps with two evaluations, `sr-dpo eval` done at its end.
+
+    With more `sets`, which learn ever less, it has six evaluations, of which the fourth is best, and samples.
+    """
     rng, path, beta = np.random.default_rng(seed), root / name, 0.1
     path.mkdir(parents=True)
     raw = {
@@ -30,6 +41,12 @@ def make_run(
         "data": {"path": "train.jsonl", "eval_path": str(root / "held_out.jsonl"), "format": "preference"},
         "objective": {"name": objective, "beta": beta, "lam": LAM.get(objective)},
     }
+    evaluated = (steps // 2, steps)
+    if sets:
+        raw["data"]["eval_sets"] = {one: {"path": f"{one}.jsonl"} for one in sets}
+        raw["train"] = {"eval_every_steps": steps // 6}
+        raw["checkpoint"] = {"best_metric": "eval/rewards/accuracies"}
+        evaluated = tuple(range(steps // 6, steps + 1, steps // 6))
     (path / "config.yaml").write_text(configuration.from_dict(raw, where="test").to_yaml(), encoding="utf-8")
     lines = []
     for step in range(1, steps + 1):
@@ -39,13 +56,34 @@ def make_run(
         padding = {"padding_fraction": 0.016 + 0.004 * rng.random(), "step_time_s": 21000 / speed}
         lines.append({"step": step, "epoch": step / steps, **values, "grad_norm": 3.0, "learning_rate": 5e-7})
         lines[-1] |= {"pairs_per_second": speed / 330, "tokens_per_second": speed, **padding}
-        if step in (steps // 2, steps):
-            margin, augmented = draw(np.random.default_rng(7), 0.9 * mean, 300)
+        if step in evaluated:
+            learnt = 0.9 * mean - (0.7 * mean if sets and step > evaluated[3] else 0)
+            margin, augmented = draw(np.random.default_rng(7), learnt, 300)
             found = {f"eval/{key}": value for key, value in means(objective, margin, augmented, beta).items()}
             lines.append({"step": step, **found, "eval/pairs": 300})
+            for number, one in enumerate(sets, 1):
+                of_set = means(objective, *draw(np.random.default_rng(number), learnt / 3**number - 1, 80), beta)
+                lines[-1] |= {f"eval/{one}/{key}": value for key, value in of_set.items()} | {f"eval/{one}/pairs": 80}
     write_lines(path / "metrics.jsonl", lines)
+    if sets:
+        write_lines(path / "samples.jsonl", samples(name, evaluated))
     write_evaluation(path, {**lines[-1]}, margin, augmented, rated=rated)
     return path
+
+
+def samples(name: str, steps: tuple[int, ...]) -> list[dict]:
+    return [
+        {
+            "step": step,
+            "set": "eval",
+            "id": str(number),
+            "prompt": f"\n\nHuman: Which question is number {number}?\n\nAssistant:",
+            "response": f" <i>{name}</i> says at step {step} that it is number {number}." + " And so on." * number,
+            "finish_reason": "end",
+        }
+        for step in steps
+        for number in range(3)
+    ]
 
 
 def make_sft_run(root: Path, name: str, *, steps: int = 300) -> Path:

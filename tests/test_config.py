@@ -44,6 +44,15 @@ def refusal(raw: dict) -> str:
     return str(error.value)
 
 
+def best(metric: str, **sections) -> dict:
+    """A run with two held-out sets that chooses by this metric."""
+    data = {"eval_path": "a.jsonl", "eval_sets": {"b": {"path": "b.jsonl"}}}
+    return {"data": data, "train": {"eval_every_steps": 5}, "checkpoint": {"best_metric": metric}} | sections
+
+
+DPO = {"name": "dpo", "lam": ...}
+
+
 def test_the_paper_is_the_default():
     config = from_dict(SMALLEST, where="run.yaml")
     assert (config.objective.beta, config.optimizer.learning_rate, config.optimizer.warmup_steps) == (0.1, 5e-7, 150)
@@ -89,6 +98,44 @@ def test_strings_that_look_like_numbers_stay_strings(tmp_path):
     path = write(tmp_path, yaml.safe_dump(SMALLEST))
     assert load(path, ["output_dir='5e-7'"]).output_dir == "5e-7"
     assert load(path, ["model.revision=e5a1"]).model.revision == "e5a1"
+
+
+def test_held_out_sets(tmp_path):
+    """In their order, frozen, each with its own path, split, format and number of pairs; a file reads back the same."""
+    sets = {
+        "helpful": {"path": ["a.jsonl", {"path": "b/c", "revision": "main"}], "split": "dev", "pairs": 50},
+        "as_uf-2": {"path": "c.parquet", "format": "ultrafeedback"},
+    }
+    path = write(tmp_path, yaml.safe_dump(smallest(data={"eval_path": "d.jsonl", "eval_sets": sets}), sort_keys=False))
+    config = load(path, ["data.eval_sets.more.path=e.jsonl", "data.eval_sets.helpful.pairs=7", "data.eval_split=valid"])
+    assert hash(config) is not None and load(write(tmp_path, config.to_yaml())) == config
+    held_out = [
+        (name, [source.path for source in one.path], one.split, one.format, one.pairs)
+        for name, one in config.data.held_out
+    ]
+    assert held_out == [
+        ("eval", ["d.jsonl"], "valid", None, None),
+        ("eval/helpful", ["a.jsonl", "b/c"], "dev", None, 7),
+        ("eval/as_uf-2", ["c.parquet"], "test", "ultrafeedback", None),
+        ("eval/more", ["e.jsonl"], "test", None, None),
+    ]
+    assert from_dict(SMALLEST, where="x").data.held_out == ()
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode", "objective"),
+    [
+        ("eval/rewards/accuracies", "max", {}),
+        ("eval/b/loss", "min", {}),
+        ("eval/refinement", "max", {}),
+        ("eval/b/loss_per_token", "min", {"name": "sft", "lam": ...}),
+    ],
+)
+def test_what_may_choose_the_best_checkpoint(metric, mode, objective):
+    sections = best(metric, objective=objective)
+    sections["checkpoint"]["best_mode"] = mode
+    sections["train"]["early_stopping_patience"] = 2
+    assert from_dict(smallest(**sections), where="x").checkpoint.best_metric == metric
 
 
 def test_overrides(tmp_path):
@@ -187,6 +234,32 @@ def test_frozen():
             ["data.max_prompt_length=512", "data.max_length=512", "lower the first or raise the second"],
         ),
         ({"train": {"eval_every_steps": 5}}, ["train.eval_every_steps=5", "set data.eval_path"]),
+        ({"train": {"samples": 2}}, ["train.samples=2", "set data.eval_path or data.eval_sets"]),
+        ({"data": {"eval_sets": {"Held Out": {"path": "a"}}}}, ["data.eval_sets.Held Out", "should match pattern"]),
+        ({"data": {"eval_sets": {"a/b": {"path": "a"}}}}, ["data.eval_sets.a/b", "should match pattern"]),
+        ({"data": {"eval_sets": {"a": {"split": "test"}}}}, ["data.eval_sets.a.path: missing"]),
+        (
+            {"data": {"eval_sets": {"a": {"path": "b", "splt": "test"}}}},
+            ["data.eval_sets.a.splt", "did you mean split?"],
+        ),
+        ({"data": {"eval_sets": {"a": {"path": {"path": "b", "pth": 1}}}}}, ["data.eval_sets.a.path.0.pth", "mean path?"]),
+        ({"data": {"eval_sets": ["a"]}}, ["data.eval_sets=['a']"]),
+        ({"data": {"eval_sets": {"rewards": {"path": "a"}}}}, ["data.eval_sets.rewards", "name of a metric"]),
+        ({"train": {"early_stopping_patience": 3}}, ["train.early_stopping_patience=3", "set checkpoint.best_metric"]),
+        (
+            {"train": {"early_stopping_min_delta": 0.5}},
+            ["early_stopping_min_delta=0.5", "set train.early_stopping_patience"],
+        ),
+        ({"checkpoint": {"best_mode": "min"}}, ["checkpoint.best_mode=min", "set checkpoint.best_metric"]),
+        ({"checkpoint": {"best_metric": "eval/loss"}}, ["checkpoint.best_metric=eval/loss", "set data.eval_path"]),
+        (best("eval/los"), ["checkpoint.best_metric=eval/los", "choose one of eval/loss, ", "eval/b/margin"]),
+        (best("eval/c/loss"), ["checkpoint.best_metric=eval/c/loss", "no evaluation of this run gives it"]),
+        (
+            best("eval/augmented/margin", refinement={"prompt": None}, objective=DPO),
+            ["eval/augmented/margin", "gives it"],
+        ),
+        (best("eval/b/margin", train={}), ["only the end of the run is evaluated", "set train.eval_every_steps"]),
+        (best("eval/b/loss"), ["checkpoint.best_mode=max: would choose the highest eval/b/loss", "set it to min"]),
         ({"distributed": {"process_id": 0}}, ["distributed.process_id", "distributed.coordinator_address"]),
         ({"mesh": {"replica": -1}}, ["mesh=", "at most one of them is -1"]),
         ({"mesh": {"tensor": 0}}, ["mesh=", "sizes are positive"]),

@@ -177,6 +177,72 @@ def test_names_and_texts_are_escaped_and_texts_are_shown_on_request_alone(world,
     assert "<script" not in shown and "&lt;script&gt;alert(1)" in shown and "secret &amp; c" in shown
 
 
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    """Two runs with three held-out sets each, a best evaluation and samples."""
+    root = tmp_path_factory.mktemp("several")
+    preference_file(root / "held_out.jsonl", 5)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("sr_dpo_jax.correlation.RESAMPLES", 20)
+        return [
+            make_run(root, name, name, steps=60, seed=seed, sets=("harmless", "helpful-online"))
+            for seed, name in enumerate(("dpo", "sr_dpo"))
+        ]
+
+
+def test_held_out_sets_stand_side_by_side_and_the_best_is_marked(several, world, tmp_path):
+    page = page_of(several, tmp_path)
+    assert 'id="held-out-sets"' in page and 'id="held-out-sets"' not in page_of([world / "dpo"], tmp_path)
+    runs = read_runs(several)
+    table = tables.held_out_sets(runs)
+    assert [row[1] for row in table.rows] == ["data.eval_path", "harmless", "helpful-online"] * 2
+    last = [line for line in metrics_of(several[1]) if "eval/loss" in line][-1]
+    row = dict(zip(table.head, table.rows[4], strict=True))
+    assert (row["run"], row["pairs"], row["loss"]) == ("sr_dpo", "80", f"{last['eval/harmless/loss']:.3f}")
+    assert row["accuracy"].startswith(f"{last['eval/harmless/rewards/accuracies']:.3f} [")
+    for run in runs:
+        values = {line["step"]: line["eval/rewards/accuracies"] for line in run.evaluations}
+        assert run.best_step == 40 == max(values, key=values.get)
+        final = tables.final_metrics([run])
+        row = dict(zip(final.head, final.rows[0], strict=True))
+        assert row["best"] == f"{values[40]:.3f} (step 40)" and "held-out set" not in row
+
+
+def test_a_run_with_named_sets_alone_shows_its_first(several, tmp_path):
+    run = copy_of(several[0], tmp_path)
+    lines = [
+        {
+            name: value
+            for name, value in line.items()
+            if not name.startswith("eval/") or name.count("/") > 2 or "h" in name
+        }
+        for line in metrics_of(run)
+    ]
+    lines = [{name: line[name] for name in line if not name.startswith(("eval/re", "eval/aug"))} for line in lines]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines[-1].pop("loss", None)
+    (run / "eval.json").write_text(json.dumps(lines[-1]))
+    (run / "eval_pairs.jsonl").rename(run / "eval_pairs_harmless.jsonl")
+    (found,) = read_runs([run])
+    assert (found.sets, found.shown_set) == (["eval/harmless", "eval/helpful-online"], "eval/harmless")
+    assert found.final()["eval/loss"] == lines[-1]["eval/harmless/loss"] and len(found.pairs) == 300
+    final = tables.final_metrics([found])
+    assert dict(zip(final.head, final.rows[0], strict=True))["held-out set"] == "harmless"
+
+
+def test_sample_completions_are_shown_on_request_alone(several, tmp_path):
+    damaged = copy_of(several[0], tmp_path)
+    with (damaged / "samples.jsonl").open("a") as file:
+        file.write('{"step": 60, "set": "eval"}\n{"step"')
+    without = page_of([damaged, several[1]], tmp_path)
+    assert "36 responses are in samples.jsonl" in without and "says at step" not in without
+    assert "samples.jsonl: 2 of 20 lines are damaged" in without
+    shown = page_of([damaged, several[1]], tmp_path, "--with-texts")
+    assert "&lt;i&gt;sr_dpo&lt;/i&gt; says at step 60 that it is number 2." in shown and "<i>" not in shown
+    newest = shown.index("dpo&lt;/i&gt; says at step 60")
+    assert newest < shown.index("dpo&lt;/i&gt; says at step 50") and "Which question is number 2?" in shown
+
+
 def test_runs_of_one_name_get_longer_labels(world, tmp_path):
     other = shutil.copytree(world / "dpo", tmp_path / "dpo")
     assert [run.label for run in read_runs([world / "dpo", other])] == [f"{world.name}/dpo", f"{tmp_path.name}/dpo"]
