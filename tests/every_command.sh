@@ -57,6 +57,7 @@ say "train: SFT, then export"
 
 say "train: DPO, with two evaluation sets, sample responses, the best checkpoint kept"
 "${sr_dpo[@]}" train dpo.yaml
+"${sr_dpo[@]}" export runs/dpo dpo-best --best
 
 say "train: Sr-DPO, preempted after some steps (SIGTERM, exit code 75), then killed (SIGKILL), then to its end"
 for signal in TERM KILL; do

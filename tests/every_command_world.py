@@ -101,9 +101,15 @@ def main() -> None:
     make_model(root / "base", hidden=64, layers=2)
     configs = {
         "sft": config_of("sft", "base"),
-        "dpo": config_of("dpo", "sft-model"),
+        "dpo": config_of(
+            "dpo",
+            "sft-model",
+            train={"epochs": 1, "eval_every_steps": 2, "samples": 2},
+            checkpoint={"every_steps": 4, "keep": 1, "best_metric": "eval/other/margin"},
+        ),
         "sr_dpo": config_of("sr_dpo", "sft-model", objective={"name": "sr_dpo", "lam": 0.5}),
     }
+    configs["dpo"]["data"]["eval_sets"] = {"other": {"path": "other.jsonl"}}
     for name, config in configs.items():
         (root / f"{name}.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     pairs = [row for row in read_rows(str(root / "held_out.jsonl"), format="hh_rlhf", split="test")]

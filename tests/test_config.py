@@ -242,7 +242,10 @@ def test_frozen():
             {"data": {"eval_sets": {"a": {"path": "b", "splt": "test"}}}},
             ["data.eval_sets.a.splt", "did you mean split?"],
         ),
-        ({"data": {"eval_sets": {"a": {"path": {"path": "b", "pth": 1}}}}}, ["data.eval_sets.a.path.0.pth", "mean path?"]),
+        (
+            {"data": {"eval_sets": {"a": {"path": {"path": "b", "pth": 1}}}}},
+            ["data.eval_sets.a.path.0.pth", "mean path?"],
+        ),
         ({"data": {"eval_sets": ["a"]}}, ["data.eval_sets=['a']"]),
         ({"data": {"eval_sets": {"rewards": {"path": "a"}}}}, ["data.eval_sets.rewards", "name of a metric"]),
         ({"train": {"early_stopping_patience": 3}}, ["train.early_stopping_patience=3", "set checkpoint.best_metric"]),

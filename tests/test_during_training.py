@@ -256,9 +256,9 @@ CUTS = ["between saves", pytest.param("after an evaluation, before its save", ma
 
 @pytest.mark.parametrize("when", CUTS)
 def test_a_run_that_is_cut_off_is_the_run_that_is_not(world, golden, tmp_path, monkeypatch, when):
-    """Three times, at other steps: the same state, lines, samples, best checkpoint and end, to the bit."""
-    config = config_of(world, tmp_path)
-    for step in (3, 5, 8):
+    """Three times, two of them while it waits for a better one: the same state, lines, samples, best and end, to the bit."""
+    config, best = config_of(world, tmp_path), first_best(golden[0])
+    for step in (3, best + 1, best + 3):
         with monkeypatch.context() as patched:
             kill(patched, when, step)
             with pytest.raises(Killed):

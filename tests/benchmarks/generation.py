@@ -40,6 +40,7 @@ from sr_dpo_jax.data.rows import Pair, read_rows  # noqa: E402
 from sr_dpo_jax.data.tokens import load_tokenizer  # noqa: E402
 from sr_dpo_jax.decode import Sampling  # noqa: E402
 from sr_dpo_jax.generate import TOKENS_A_CALL, Generator, Prompt  # noqa: E402
+from sr_dpo_jax.train_step import Params  # noqa: E402
 
 MAX_NEW_TOKENS = 256
 
@@ -57,7 +58,7 @@ class Timed:
         return result
 
 
-def make_generator(root: Path, options: argparse.Namespace, longest: int) -> Generator:
+def make_generator(root: Path, options: argparse.Namespace, longest: int) -> tuple[Generator, Params]:
     raw = {
         "output_dir": str(root / "run"),
         "model": {"path": str(root / "model"), "init": "random", "dtype": "float32"},
@@ -67,9 +68,8 @@ def make_generator(root: Path, options: argparse.Namespace, longest: int) -> Gen
     directory, tokenizer = read_model(configuration.from_dict(raw, where="benchmark"))
     assembly = assemble(configuration.from_dict(raw, where="benchmark"), directory)
     ends = range(round(directory.architecture.vocabulary_tokens / options.mean_tokens))
-    return Generator(
+    generator = Generator(
         assembly,
-        assembly.base_params(),
         tokenizer,
         Sampling(1.0, None, None, tuple(ends)),
         slots=options.slots,
@@ -77,6 +77,7 @@ def make_generator(root: Path, options: argparse.Namespace, longest: int) -> Gen
         max_new_tokens=MAX_NEW_TOKENS,
         stop=(),
     )
+    return generator, assembly.base_params()
 
 
 def prompts_of_hh(model: Path, count: int) -> list[list[int]]:
@@ -94,16 +95,16 @@ def main() -> None:
     root = Path(tempfile.mkdtemp(prefix="sr_dpo_jax_generation_"))
     make_model(root / "model", hidden=options.hidden, layers=options.layers)
     ids = prompts_of_hh(root / "model", options.prompts)
-    generator = make_generator(root, options, max(map(len, ids)))
+    generator, params = make_generator(root, options, max(map(len, ids)))
     read, proceed = generator._read, generator._proceed
-    list(generator.respond([Prompt(0, 0, ids[0], 1), Prompt(1, 0, ids[1], 2)]))  # compiles both
+    list(generator.respond(params, [Prompt(0, 0, ids[0], 1), Prompt(1, 0, ids[1], 2)]))  # compiles both
     generator._read, generator._proceed = Timed(read), Timed(proceed)
     compiled: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, _seconds, **_: compiled.append(event) if event.endswith("backend_compile_duration") else None
     )
     started, tokens = time.perf_counter(), []
-    for _, response in generator.respond([Prompt(n, 0, each, 100 + n) for n, each in enumerate(ids)]):
+    for _, response in generator.respond(params, [Prompt(n, 0, each, 100 + n) for n, each in enumerate(ids)]):
         tokens.append(len(response.ids) + (response.finish_reason == "end"))
     wall_s = time.perf_counter() - started
     reading_s, decoding_s = sum(generator._read.seconds), sum(generator._proceed.seconds)
