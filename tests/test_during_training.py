@@ -35,9 +35,12 @@ PATIENCE = 2
 
 
 def hh_file(path, pairs, seed):
-    """The same kind of pairs as HH-RLHF writes them: whole transcripts, which the run reads beside its own format."""
+    """The same kind of pairs as HH-RLHF writes them: whole transcripts. As `preference` their prompts would be refused."""
     rows = [
-        {side: f"\n\nHuman: {row['prompt']}\n\nAssistant:{row[side]}" for side in ("chosen", "rejected")}
+        {
+            "prompt": 0,
+            **{side: f"\n\nHuman: {row['prompt']}\n\nAssistant:{row[side]}" for side in ("chosen", "rejected")},
+        }
         for row in make_pairs(pairs, seed)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -90,19 +93,24 @@ def config_of(world, root, **sections):
 def golden(world, tmp_path_factory):
     """A run that nobody disturbs, and what it says on the way."""
     root = tmp_path_factory.mktemp("golden")
-    path, heard = written(world, root), Heard()
+    path, heard, save = written(world, root), Heard(), checkpoint.Checkpoints.save
+
+    def noted(self, step, *rest, **named):
+        heard.saved.append(step)
+        save(self, step, *rest, **named)
+
     logging.getLogger("sr_dpo_jax").addHandler(heard)
-    try:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(checkpoint.Checkpoints, "save", noted)
         assert main(["train", str(path)]) == 0
-    finally:
-        logging.getLogger("sr_dpo_jax").removeHandler(heard)
-    return root / "run", heard.said
+    logging.getLogger("sr_dpo_jax").removeHandler(heard)
+    return root / "run", heard
 
 
 class Heard(logging.Handler):
     def __init__(self):
         super().__init__()
-        self.said = []
+        self.said, self.saved = [], []
 
     def emit(self, record):
         self.said.append(record.getMessage())
@@ -182,7 +190,7 @@ def test_the_names_of_metrics_are_known_before_a_run(world, golden, tmp_path, ob
 
 
 def test_samples_are_what_generate_gives(world, golden, tmp_path):
-    run, said = golden
+    run, heard = golden
     samples = lines_of(run, "samples.jsonl")
     steps = [line["step"] for line in evaluations(run)]
     assert [(line["step"], line["set"], line["id"]) for line in samples] == [
@@ -202,16 +210,20 @@ def test_samples_are_what_generate_gives(world, golden, tmp_path):
     assert any(line["response"] != samples[place]["response"] for place, line in enumerate(last)), "the policy changed"
     events = b"".join(file.read_bytes() for file in (run / "tensorboard").iterdir())
     assert rows[0]["prompt"].splitlines()[0].encode() in events
-    assert not any(rows[0]["prompt"].splitlines()[0] in message for message in said), "never on the console"
+    assert not any(rows[0]["prompt"].splitlines()[0] in message for message in heard.said), "never on the console"
 
 
 def test_the_best_stays_and_the_run_ends_when_it_does_not_get_better(world, golden, tmp_path, capsys):
-    run, said = golden
+    run, heard = golden
     best, steps = first_best(run), [line["step"] for line in evaluations(run)]
     stopped = best + 2 * PATIENCE
     assert metrics_of(run)[-1]["step"] == stopped == steps[-1] < 48, "48 steps would be all"
     assert verified_steps(run) == [best, stopped], "keep=1, and the best beside it"
-    assert any(f"best {METRIC}" in message and f"at step {best}" in message for message in said)
+    assert any(f"best {METRIC}" in message and f"at step {best}" in message for message in heard.said)
+    values = [line[METRIC] for line in evaluations(run)]
+    better = {step for n, step in enumerate(steps) if values[n] < min([*values[:n], np.inf])}
+    assert better - {step for step in better if step % 3 == 0}, "some are not saved for another reason"
+    assert heard.saved == sorted(better | set(range(3, stopped, 3)) | {stopped})
 
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
@@ -256,7 +268,7 @@ CUTS = ["between saves", pytest.param("after an evaluation, before its save", ma
 
 @pytest.mark.parametrize("when", CUTS)
 def test_a_run_that_is_cut_off_is_the_run_that_is_not(world, golden, tmp_path, monkeypatch, when):
-    """Three times, two of them while it waits for a better one: the same state, lines, samples, best and end, to the bit."""
+    """Three times, two of them while it waits for a better one: the same state, lines, samples, best and end."""
     config, best = config_of(world, tmp_path), first_best(golden[0])
     for step in (3, best + 1, best + 3):
         with monkeypatch.context() as patched:
