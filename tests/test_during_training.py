@@ -35,7 +35,7 @@ PATIENCE = 2
 
 
 def hh_file(path, pairs, seed):
-    """The same kind of pairs as HH-RLHF writes them: whole transcripts. As `preference` their prompts would be refused."""
+    """The same kind of pairs as HH-RLHF writes them: whole transcripts. As `preference` they are refused."""
     rows = [
         {
             "prompt": 0,
@@ -263,7 +263,11 @@ class Killed(BaseException):
     pass
 
 
-CUTS = ["between saves", pytest.param("after an evaluation, before its save", marks=pytest.mark.slow), "in the samples"]
+CUTS = [
+    "between saves",
+    pytest.param("after an evaluation, before its save", marks=pytest.mark.slow),
+    pytest.param("in the samples", marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize("when", CUTS)
