@@ -397,10 +397,3 @@ def _first_line(error: BaseException) -> str:
 
 def _as_dict(state: TrainState) -> dict[str, Any]:
     return {"step": state.step, "params": state.params, "optimizer_state": state.optimizer_state}
-
-
-def abstract_state(shapes: TrainState, shardings: TrainState) -> TrainState:
-    """Shapes and types of a state with the shardings it is to be restored on."""
-    return jax.tree.map(
-        lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where), shapes, shardings
-    )

@@ -19,7 +19,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from sr_dpo_jax.assembly import Assembly, objective_of, pair_sizes
-from sr_dpo_jax.checkpoint import Checkpoints, abstract_state
+from sr_dpo_jax.checkpoint import Checkpoints
 from sr_dpo_jax.config import Config
 from sr_dpo_jax.data.dataset import TokenizedPairs
 from sr_dpo_jax.data.pipeline import Feed
@@ -42,6 +42,7 @@ from sr_dpo_jax.train_step import (
     Params,
     Scores,
     TrainState,
+    abstract_state,
     initialise,
     make_score_step,
     make_train_step,

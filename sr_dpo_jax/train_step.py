@@ -255,6 +255,13 @@ def state_shardings(
     return TrainState(everywhere, param_shardings, optimizer_state)
 
 
+def abstract_state(shapes: TrainState, shardings: TrainState) -> TrainState:
+    """Shapes and types of a state with the shardings it is to be restored on."""
+    return jax.tree.map(
+        lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where), shapes, shardings
+    )
+
+
 def initialise(make: Callable[[], Any], shardings: Any) -> Any:
     """Runs `make()` compiled, with its results born sharded: nothing is ever whole on one device."""
     return jax.jit(make, out_shardings=shardings)()
