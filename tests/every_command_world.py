@@ -58,7 +58,7 @@ def config_of(name: str, model: str, **sections: Any) -> dict[str, Any]:
         "batch": {"pairs_per_step": PAIRS_PER_STEP, "row_length": 512, "row_multiple": 8},
         "train": {"epochs": 1},
         "checkpoint": {"every_steps": 2},
-        "generation": {"max_new_tokens": 48, "slots": 4},
+        "generation": {"max_new_tokens": 48, "slots": 8},
         **sections,
     }
 
