@@ -56,6 +56,8 @@ CHIPS = {
     "TPU v6 lite": ("v6e", 1.75e9),
 }
 """jax's `device_kind`: the maker's name, as in `HBM_GIB`, and the clock in Hz that peak flops belong to."""
+ONE_HOST_OF_8 = ("TPU v5 lite", "TPU v6 lite")
+"""Whose slices of eight chips are one machine, where larger ones have four chips a machine."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +166,22 @@ def devices_of(topology: str, slices: int) -> Sequence[jax.Device]:
         time.sleep(WAIT_S)
 
 
+def hosts_of(devices: Sequence[jax.Device]) -> int:
+    """How many machines hold these chips on Cloud TPU, and so how many processes a run on them has.
+
+    libtpu describes every slice as hosts of four chips. But the TPU API gives a slice of eight chips of v5e or v6e
+    (v5litepod-8 and v6e-8, topology 2x4) as one machine of eight, where a run that waited for a second process would
+    wait for ever. GKE also has 2x4 of two machines with four chips each; there jobset.sh counts by --chips.
+    """
+    hosts: dict[int, set[int]] = {}
+    for device in devices:
+        hosts.setdefault(getattr(device, "slice_index", 0), set()).add(device.process_index)
+    chips_a_slice = len(devices) // len(hosts)
+    if devices[0].device_kind in ONE_HOST_OF_8 and chips_a_slice == 8:
+        return len(hosts)
+    return sum(map(len, hosts.values()))
+
+
 def compile_for(
     devices: Sequence[jax.Device],
     config: Config,
@@ -202,7 +220,7 @@ def compile_for(
         mfu = model_flops * plan.shape.pairs / (step_s * work.peak_flops)
     return Compiled(
         chips=len(devices),
-        hosts=len({(getattr(device, "slice_index", 0), device.process_index) for device in devices}),
+        hosts=hosts_of(devices),
         device_kind=devices[0].device_kind,
         mesh=dict(mesh.shape),
         parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(assembly.param_shapes)),

@@ -66,7 +66,7 @@ def _facts(report: Report) -> rich.table.Table:
     compiled, shape = report.compiled, report.compiled.shape
     table = _table()
     slices = f" in each of {report.slices} slices" if report.slices > 1 else ""
-    hosts = f"{compiled.hosts} hosts"
+    hosts = f"{compiled.hosts} host{'s' if compiled.hosts > 1 else ''}"
     if compiled.hosts != report.processes:
         hosts += f" (a run needs distributed.processes={compiled.hosts}, here it is {report.processes})"
     with_p = "" if compiled.augmented_length is None else f", {compiled.augmented_length} with p"

@@ -4,6 +4,7 @@ The table is loud: an axis that is not in it, or a size that its mesh axes do no
 """
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,15 @@ TABLE: Mapping[str, tuple[str, ...]] = {
 }
 
 
+COUNTED_BY = {
+    "SLURM_STEP_NUM_TASKS": int,
+    "OMPI_COMM_WORLD_SIZE": int,
+    "TPU_WORKER_HOSTNAMES": lambda names: len(names.split(",")),
+}
+"""What Slurm, Open MPI and GKE set in every process that they start, and how it tells how many there are. Not
+SLURM_NTASKS, which an interactive allocation and a batch script have too, where one process runs."""
+
+
 def start_distributed(
     *,
     processes: int,
@@ -42,6 +52,9 @@ def start_distributed(
     heartbeat_timeout_s: int,
 ) -> None:
     """Joins the run's processes; a run of one process needs nothing.
+
+    One process among several that the environment tells of is warned of and not refused: they may be runs of their own,
+    one a task, as in a sweep of seeds. Where they are not, the lease of `output_dir` refuses all but one.
 
     A process that has sent no heartbeat for `heartbeat_timeout_s` is taken for dead, and jax ends all others. Before
     all have joined, one that died cannot be told from one that is still to come: jax ends a process that has waited for
@@ -67,11 +80,30 @@ def start_distributed(
                 f"distributed.processes={processes}: jax found no cluster to join ({error}); set "
                 "distributed.coordinator_address and distributed.process_id"
             ) from error
+    else:
+        _warn_of_others()
     if jax.process_count() != processes:
         raise UsageError(
             f"distributed.processes={processes}, but jax.distributed sees {jax.process_count()}; set the number of "
             "processes that were started"
         )
+
+
+def _warn_of_others() -> None:
+    """Before jax is asked for devices: on a TPU that may wait for the other hosts for ever."""
+    for variable, count in COUNTED_BY.items():
+        try:
+            started = count(os.environ.get(variable, "1"))
+        except ValueError:  # no number: it is not what it is taken for
+            continue
+        if started > 1:
+            log.warning(
+                "distributed.processes=1, but %s tells of %d processes; if they make up one run, set "
+                "distributed.processes=%d",
+                variable,
+                started,
+                started,
+            )
 
 
 def largest(value: int) -> int:

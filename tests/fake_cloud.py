@@ -6,8 +6,10 @@ Its state is `world.json` in the directory $FAKE_CLOUD, which the test writes:
 
     requests    one list of states for each queued resource to come; every look moves on by one, and the last stays
     launches    one exit code for each launch to come, {node: code} where the slices differ, and `then`, the state that
-                the queued resource has afterwards
+                the queued resource has afterwards, and `gone`, as below
     fail        {"GROUP VERB": [exit codes of the next such calls]}
+    lost        {"GROUP VERB": [exit codes of the next such calls, which do their work none the less]}
+    gone        names of TPUs that are no longer there, though their queued resource still names them
     hosts       workers of a TPU
     node_state  of every TPU
     execute     run the workers' commands for real, with a home directory for each worker under $FAKE_CLOUD
@@ -61,8 +63,10 @@ def gcloud(arguments: list[str]) -> int:
         if state["fail"].get(call):
             print(f"ERROR: {call}: told to fail", file=sys.stderr)
             return state["fail"][call].pop(0)
+        lost = state["lost"].get(call)
+        code = lost.pop(0) if lost else 0
     if call.startswith("queued-resources"):
-        return queued_resources(call.split()[1], names[0], options)
+        return queued_resources(call.split()[1], names[0], options) or code
     return tpu_vm(call.split()[1], names, options)
 
 
@@ -77,6 +81,7 @@ def queued_resources(verb: str, name: str, options: dict[str, str]) -> int:
             several = [f"{options.get('--node-prefix')}-{index}" for index in range(count)]
             nodes = several if count > 1 else [options["--node-id"]]
             state["resource"] = {"states": state["requests"].pop(0), "nodes": nodes}
+            state["gone"] = []
             return 0
         if not found:
             print(f"ERROR: NOT_FOUND: Resource '{name}' was not found", file=sys.stderr)
@@ -102,7 +107,7 @@ def tpu_vm(verb: str, names: list[str], options: dict[str, str]) -> int:
         hosts, execute = state["hosts"], state["execute"]
         found = state.get("resource") or {"nodes": []}
         node = names[-1].split(":")[0]
-        if node not in found["nodes"]:
+        if node not in found["nodes"] or node in state["gone"]:
             print(f"ERROR: NOT_FOUND: {node}", file=sys.stderr)
             return 1
         if verb == "describe":
@@ -149,6 +154,7 @@ def launch(node: str, command: str) -> int:
             state["launches"].pop(0)
             if "then" in now:
                 state["resource"]["states"] = now["then"]
+            state["gone"] = now.get("gone", [])
     return code
 
 

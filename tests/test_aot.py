@@ -99,7 +99,7 @@ def test_every_configuration_fits_its_topology(compiled, name, number):
     (parameters,) = [known_models.MODELS[model][2] for start, model in MODEL_OF.items() if name.startswith(start)]
     assert report["parameters"] == parameters
     assert report["hosts"] == config.distributed.processes
-    assert report["chips"] == 4 * report["hosts"]
+    assert report["chips"] == (8 if given.topology == "v6e:2x4" else 4) * report["hosts"]
     assert report["step_s"] is None  # the cycles of --quick say nothing
     assert result.report["fits"] and result.report["remedy"] is None
     train, score = report["programs"]

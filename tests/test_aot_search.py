@@ -12,7 +12,7 @@ import runs
 
 from sr_dpo_jax import aot, aot_print, aot_search
 from sr_dpo_jax import config as configuration
-from sr_dpo_jax.aot import GIB, Compiled, Program
+from sr_dpo_jax.aot import GIB, Compiled, Program, hosts_of
 from sr_dpo_jax.aot_search import Attempt, Report, changes, override_arguments
 from sr_dpo_jax.data.plan import Shape
 from sr_dpo_jax.errors import UsageError
@@ -189,3 +189,29 @@ def test_one_process_waits_for_the_other(tmp_path, monkeypatch):
         assert process.poll() is None
     assert process.communicate(timeout=60)[0] == "in\n"
     assert process.returncode == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    device_kind: str
+    process_index: int
+    slice_index: int
+
+
+@pytest.mark.parametrize(
+    ("kind", "slices", "chips", "hosts"),
+    [
+        ("TPU v6 lite", 1, 8, 1),  # v6e-8
+        ("TPU v5 lite", 1, 8, 1),  # v5litepod-8
+        ("TPU v6 lite", 2, 8, 2),
+        ("TPU v6 lite", 1, 4, 1),
+        ("TPU v6 lite", 1, 16, 4),
+        ("TPU v5 lite", 2, 16, 8),
+        ("TPU v5", 1, 8, 2),  # v5p-16
+        ("TPU v4", 1, 8, 2),
+    ],
+)
+def test_slices_of_eight_chips_are_one_host_where_cloud_tpu_has_such(kind, slices, chips, hosts):
+    """libtpu describes all of them as hosts of four chips."""
+    devices = [Chip(kind, chip // 4, part) for part in range(slices) for chip in range(chips)]
+    assert hosts_of(devices) == hosts

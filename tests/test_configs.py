@@ -64,7 +64,10 @@ def test_the_head_says_what_for_and_how(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_mesh_fits_the_topology(name):
-    """Chips of the topology are what the mesh and the processes make up; a host of a TPU slice has four chips."""
+    """Chips of the topology are what the mesh and the processes make up.
+
+    A host of a slice has four chips; but v5litepod-8 and v6e-8, whose topology is 2x4, are one machine of eight.
+    """
     for arguments in commands(name, "compile"):
         given = options(arguments)
         config = load(name, tuple(given.overrides))
@@ -73,7 +76,8 @@ def test_the_mesh_fits_the_topology(name):
         mesh = config.mesh.model_dump().values()
         fixed = math.prod(size for size in mesh if size != -1)
         assert chips % fixed == 0 if -1 in mesh else chips == fixed
-        assert config.distributed.processes == chips // 4
+        chips_a_host = 8 if given.topology in ("v5e:2x4", "v6e:2x4") else 4
+        assert config.distributed.processes == chips // chips_a_host
         assert config.mesh.replica % given.slices == 0
 
 

@@ -86,7 +86,7 @@ set_option() { # OPTION VALUE
   why=''
   case $1 in
     --package | --token-file) [ -f "$2" ] || why='not a file; name one that exists' ;;
-    --mount) case $2 in *[!A-Za-z0-9._/-]* | [!/]* | */) why='not a directory like /mnt/sr_dpo' ;; esac ;;
+    --mount) case $2 in *[!A-Za-z0-9._/-]* | [!/]* | */ | *..*) why='not a directory like /mnt/sr_dpo' ;; esac ;;
     --name | --namespace | --zone | --queue | --claim | --token-secret)
       case $2 in [!a-z]* | *[!a-z0-9-]* | *-) why='not a name; use a-z, 0-9 and -, a letter first' ;; esac ;;
     --lines | --max-restarts | --poll-s | --slice)
@@ -96,27 +96,74 @@ set_option() { # OPTION VALUE
     *) case $2 in *[!A-Za-z0-9._:/@-]*) why='not possible here; use letters, digits and ._:/@-' ;; esac ;;
   esac
   [ -z "$why" ] || die "$1: '$2' is $why"
+  case $1 in --name | --namespace | --queue) check_length "$1" "$2" '' ;; esac
   eval "$(variable_of "$1")=\$2"
+}
+
+check_length() { # OPTION NAME SUFFIX: what is named so is a label too
+  both=$2$3
+  [ "${#both}" -le 63 ] || die "$1: '$2' is too long; a name has 63 letters at most${3:+, and $3 is appended to it}"
 }
 
 check_training() { # CONFIG [section.key=value ...]: refuses here what would fail on the workers, or lose the run
   [ $# -gt 0 ] || die "CONFIG: is missing; name the YAML file of the run"
   [ -f "$1" ] || die "CONFIG: '$1' is not a file; name the YAML file of the run"
-  output_dir=$(sed -n "s/^output_dir: *[\"']\{0,1\}\([^\"' ]*\).*/\1/p" "$1")
+  output_dir=$(setting output_dir "$1") cache_dir=$(setting cache_dir "$1") model_path=$(model_of "$1")
   shift
   for word in "$@"; do
     case $word in
       distributed.processes=*) die "$word: is set by this script; remove it" ;;
-      output_dir=*) output_dir=${word#output_dir=} ;;
+      output_dir=*) output_dir=${word#*=} ;;
+      cache_dir=*) cache_dir=${word#*=} ;;
+      model.path=*) model_path=${word#*=} ;;
       [a-z]*=*) ;;
       *) die "'$word': is not of the form section.key=value" ;;
     esac
   done
-  case $output_dir in
-    "$mount"/*) ;;
-    *) die "output_dir: '$output_dir' is not below $mount, the disk that all workers share; a new TPU would not find the
-run again. Set output_dir=$mount/RUN (sr-dpo writes to mounted disks only, not to gs:// addresses), or --mount" ;;
+  check_shared output_dir "${output_dir:-?}" 'a new TPU would not find the run again'
+  case $cache_dir in
+    '' | null | '~') ;; # it lies in output_dir then
+    *) check_shared cache_dir "$cache_dir" 'process 0 alone fills it, so a new TPU would score the reference again' ;;
   esac
+  check_model "$model_path"
+}
+
+setting() { # KEY CONFIG: what stands behind `KEY:` at the left margin; `?` where KEY stands in another way
+  if grep -q "^$1:" "$2"; then
+    sed -n "s/^$1: *[\"']\{0,1\}\([^\"' ]*\).*/\1/p" "$2"
+  elif grep -q "^[^#]*$1" "$2"; then
+    printf '?'
+  fi
+}
+
+model_of() { # CONFIG: the path in the section `model:`, or within its braces; nothing where it stands in another way
+  sed -n '/^model:/,/^[^ #]/{
+    s/^ \{1,\}path: *//p
+    s/^model: *{\(.*[, ]\)\{0,1\}path: *//p
+  }' "$1" | sed "s/^[\"']//; s/[\"', }].*//"
+}
+
+check_shared() { # KEY PATH REASON
+  case $2 in
+    '?') die "$1: stands in no plain line '$1: PATH' of CONFIG, as these scripts read it; write one, or add $1=PATH" ;;
+    .. | ../* | */../* | */..) die "$1: '$2' leads elsewhere by its '..'; write the path without" ;;
+    "$mount"/*) ;;
+    *) die "$1: '$2' is not below $mount, the disk that all workers share; $3.
+Set $1=$mount/DIRECTORY (sr-dpo writes to mounted disks only, not to gs:// addresses), or --mount" ;;
+  esac
+}
+
+check_model() { # PATH: names of the hub pass, and directories that the workers have
+  case $1 in
+    '') return ;; # unreadable here; on the workers sr-dpo names what is wrong with it
+    .. | */../* | */..) ;;
+    "$mount"/*) return ;;
+    /*) [ -z "$image" ] || return 0 ;; # an image may hold it; a new TPU has an empty disk
+    .* | '~'* | */*/* | models/*) ;;   # the hub has no owner `models`
+    *) [ -e "$1" ] || return 0 ;;
+  esac
+  die "model.path: '$1' is a directory, and not below $mount, the disk that all workers share; they would not find it.
+Export or copy the model to there, and set model.path=$mount/MODEL; for a hub name, leave the directory where it exists"
 }
 
 # Commands
@@ -161,21 +208,31 @@ describe() { # ANSWER KIND NAME FIELD
 }
 
 state() ( # [ANSWER]: NONE where there is no such queued resource, PREEMPTED where one of its TPUs is gone
-  code=0
-  errors=$(mktemp)
-  found=$(describe "${1-ACTIVE}" queued-resources "$name" state.state 2>"$errors") || code=$?
-  if [ "$code" -ne 0 ] && grep -q NOT_FOUND "$errors"; then found=NONE code=0; else cat "$errors" >&2; fi
-  rm -f "$errors"
-  [ "$code" -eq 0 ] || exit "$code"
+  found=$(or_absent NONE describe "${1-ACTIVE}" queued-resources "$name" state.state) || exit
   if [ "$found" = ACTIVE ]; then
     members=$(nodes) || exit
     for node in $members; do
-      health=$(describe READY tpu-vm "$node" state) || exit
+      health=$(or_absent PREEMPTED describe READY tpu-vm "$node" state) || exit
       case $health in PREEMPTED | TERMINATED) found=PREEMPTED ;; esac
     done
   fi
   printf '%s\n' "$found"
 )
+
+or_absent() ( # ABSENT COMMAND...: what the command prints, or ABSENT where gcloud says that there is no such thing
+  absent=$1 code=0
+  shift
+  errors=$(mktemp)
+  found=$("$@" 2>"$errors") || code=$?
+  if [ "$code" -ne 0 ] && grep -q NOT_FOUND "$errors"; then found=$absent code=0; else cat "$errors" >&2; fi
+  rm -f "$errors"
+  [ -z "$found" ] || printf '%s\n' "$found"
+  exit "$code"
+)
+
+give_back() { # the queued resource and its TPUs
+  or_absent "$name is not there" tpus queued-resources delete "$name" --force
+}
 
 nodes() ( # the names of the TPUs
   found=$(describe "$name" queued-resources "$name" 'tpu.nodeSpec[].nodeId') || exit

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Asks for a TPU with a queued resource, and waits until it is given. A request that fails is made again.
+# Asks for a TPU with a queued resource, and waits until it is given. A request that fails is made again, --tries times
+# in a row at most: a quota or a type that is wrong fails each time.
 #
 #   create.sh --name=NAME --zone=ZONE --project=PROJECT --accelerator-type=TYPE --runtime-version=VERSION
 #
@@ -8,7 +9,7 @@
 #   --reserved                  capacity of your reservation; without either, on demand
 #   --service-account=EMAIL     whose rights the workers have
 #   --valid-until-duration=6h   how long one request may wait before it fails
-#   --tries=5 --poll-s=30       how often a failing gcloud is run again, and seconds between looks
+#   --tries=5 --poll-s=30       how many failures in a row end it, and seconds between looks
 #   --dry-run                   prints the commands and runs none
 set -euo pipefail
 . "$(dirname "$0")/common.sh"
@@ -16,27 +17,46 @@ options "name zone project accelerator_type runtime_version" \
   "slices service_account valid_until_duration tries poll_s" "spot reserved"
 slices=1 tries=5 poll_s=30
 parse "$@"
+check_length --name "$name" "$([ "$slices" -eq 1 ] || printf '%s' "-$((slices - 1))")"
 [ -z "$spot" ] || [ -z "$reserved" ] || die "--spot, --reserved: exclude each other; give one"
 
 request() {
   if [ "$slices" -gt 1 ]; then set -- --node-count="$slices" --node-prefix="$name"; else set -- --node-id="$name"; fi
+  code=0
   tpus queued-resources create "$name" "$@" --accelerator-type="$accelerator_type" \
     --runtime-version="$runtime_version" ${spot:+--spot} ${reserved:+--reserved} \
     ${service_account:+--service-account="$service_account"} \
-    ${valid_until_duration:+--valid-until-duration="$valid_until_duration"}
+    ${valid_until_duration:+--valid-until-duration="$valid_until_duration"} || code=$?
+  case $code in 0 | 2) return "$code" ;; esac
+  if now=$(state) && [ "$now" != NONE ]; then return 0; fi # its answer was lost, and it was made
+  return "$code"
 }
 
-before=''
+before='' requests=0 # how many in a row, of which all but the last have failed
 while :; do
   now=$(insist state NONE)
   [ "$now" = "$before" ] || [ -n "$dry_run" ] || note "$name: $now"
   before=$now
   case $now in
     ACTIVE) exit 0 ;;
-    NONE) insist request ;;
-    FAILED | SUSPENDED | PREEMPTED)
-      [ "$now" != FAILED ] || insist describe '' queued-resources "$name" state.failedData.error.message >&2
-      insist tpus queued-resources delete "$name" --force
+    NONE)
+      insist request
+      requests=$((requests + 1))
+      ;;
+    FAILED)
+      why=$(insist describe '' queued-resources "$name" state.failedData.error.message)
+      note "$name: ${why:-FAILED, and no reason is given}"
+      insist give_back
+      if [ "$requests" -ge "$tries" ]; then
+        note "$requests requests in a row have failed; correct what the messages name, or ask again later"
+        exit 1
+      fi
+      pause "$requests"
+      continue
+      ;;
+    SUSPENDED | PREEMPTED)
+      insist give_back
+      requests=0
       ;;
   esac
   [ -z "$dry_run" ] || exit 0

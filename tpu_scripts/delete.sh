@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Gives a queued resource and its TPUs back, and all that is on their own disks; the shared disk stays.
+# Gives a queued resource and its TPUs back, and all that is on their own disks; the shared disk stays. What is not
+# there counts as given back.
 #
 #   delete.sh --name=NAME --zone=ZONE --project=PROJECT
 #
@@ -8,4 +9,4 @@ set -euo pipefail
 . "$(dirname "$0")/common.sh"
 options "name zone project" "" ""
 parse "$@"
-tpus queued-resources delete "$name" --force
+give_back

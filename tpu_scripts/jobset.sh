@@ -8,7 +8,7 @@
 #   --mount=/mnt/sr_dpo       where it is mounted; output_dir lies below it
 #   --chips=4                 of one host; with the topology they tell how many hosts make up a slice
 #   --slices=1                node pools of that topology
-#   --max-restarts=10         failures that are borne; preemptions do not count
+#   --max-restarts=100        failures that are borne; most preemptions do not count, but some look like failures
 #   --spot                    on spot nodes only
 #   --queue=QUEUE             of Kueue; multislice-queue in clusters made by XPK
 #   --service-account=NAME    of Kubernetes
@@ -21,7 +21,7 @@ set -euo pipefail
 options "name image accelerator topology claim" \
   "mount chips slices max_restarts queue service_account token_secret namespace" "spot apply" \
   "CONFIG [section.key=value ...]"
-mount=/mnt/sr_dpo chips=4 slices=1 max_restarts=10 namespace=default
+mount=/mnt/sr_dpo chips=4 slices=1 max_restarts=100 namespace=default
 parse "$@"
 eval "set -- $words"
 check_training "$@"
@@ -30,6 +30,7 @@ printf '%s' "$topology" | grep -Eqx '[1-9][0-9]*(x[1-9][0-9]*)+' ||
 total=$(($(printf '%s' "$topology" | sed 's/x/ * /g')))
 [ $((total % chips)) -eq 0 ] || die "--chips: hosts of $chips do not make up the $total chips of --topology=$topology"
 hosts=$((total / chips))
+check_length --name "$name" "-slice-job-$((slices - 1))-$((hosts - 1))-xxxxx" # the name of the last pod
 config=$1
 shift
 

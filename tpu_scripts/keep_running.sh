@@ -7,7 +7,7 @@
 #   --slices --spot --reserved --service-account --valid-until-duration   as in create.sh
 #   --share --mount --token-file --python                                 as in setup.sh
 #   --tries=5 --poll-s=30   how many failures in a row end it, and seconds before the second try
-#   --delete-when-done      gives the TPU back at the end, whatever the end is
+#   --delete-when-done      gives the TPU back at the end, whatever the end is; a warning where that fails
 #   --dry-run               prints the commands of one round and runs none
 #
 # Ends with 0 when the run is done, at once with 2 (bad usage or config), with the last code after too many failures;
@@ -39,7 +39,8 @@ round() { # CONFIG [section.key=value ...]
   script launch --mount="$mount" --poll-s="$poll_s" "$@"
 }
 finish() { # CODE
-  [ -z "$delete_when_done" ] || insist script delete
+  [ -z "$delete_when_done" ] || insist script delete ||
+    note "--delete-when-done: $name could not be deleted and may still cost; run delete.sh"
   exit "$1"
 }
 
