@@ -130,7 +130,7 @@ check_training() { # CONFIG [section.key=value ...]: refuses here what would fai
 
 setting() { # KEY CONFIG: what stands behind `KEY:` at the left margin; `?` where KEY stands in another way
   if grep -q "^$1:" "$2"; then
-    sed -n "s/^$1: *[\"']\{0,1\}\([^\"' ]*\).*/\1/p" "$2"
+    sed -n "s/^$1: *[\"']\{0,1\}\(\([^\"' #][^\"' ]*\)\{0,1\}\).*/\1/p" "$2"
   elif grep -q "^[^#]*$1" "$2"; then
     printf '?'
   fi

@@ -20,17 +20,17 @@ parse "$@"
 check_length --name "$name" "$([ "$slices" -eq 1 ] || printf '%s' "-$((slices - 1))")"
 [ -z "$spot" ] || [ -z "$reserved" ] || die "--spot, --reserved: exclude each other; give one"
 
-request() {
+request() (
   if [ "$slices" -gt 1 ]; then set -- --node-count="$slices" --node-prefix="$name"; else set -- --node-id="$name"; fi
   code=0
   tpus queued-resources create "$name" "$@" --accelerator-type="$accelerator_type" \
     --runtime-version="$runtime_version" ${spot:+--spot} ${reserved:+--reserved} \
     ${service_account:+--service-account="$service_account"} \
     ${valid_until_duration:+--valid-until-duration="$valid_until_duration"} || code=$?
-  case $code in 0 | 2) return "$code" ;; esac
-  if now=$(state) && [ "$now" != NONE ]; then return 0; fi # its answer was lost, and it was made
-  return "$code"
-}
+  case $code in 0 | 2) exit "$code" ;; esac
+  if now=$(state) && [ "$now" != NONE ]; then exit 0; fi # its answer was lost, and it was made
+  exit "$code"
+)
 
 before='' requests=0 # how many in a row, of which all but the last have failed
 while :; do
@@ -45,7 +45,7 @@ while :; do
       ;;
     FAILED)
       why=$(insist describe '' queued-resources "$name" state.failedData.error.message)
-      note "$name: ${why:-FAILED, and no reason is given}"
+      note "the request has failed: ${why:-no reason is given}"
       insist give_back
       if [ "$requests" -ge "$tries" ]; then
         note "$requests requests in a row have failed; correct what the messages name, or ask again later"
