@@ -377,7 +377,9 @@ def test_requests_that_always_fail_end_it(cloud):
     cloud.sees(requests=[["FAILED"]] * 9)
     done = cloud.run("create.sh", *PLACE, *TPU, "--tries=3", code=1)
     assert cloud.steps == ["create", "delete"] * 3
-    assert done.stderr.count("has failed: there is no capacity") == 3 and "3 requests in a row have failed" in done.stderr
+    assert (
+        done.stderr.count("has failed: there is no capacity") == 3 and "3 requests in a row have failed" in done.stderr
+    )
 
 
 def test_a_preemption_between_forgives_failed_requests(cloud):
