@@ -397,6 +397,8 @@ def test_jax_finds_the_processes_that_a_scheduler_started(scheduler):
             "SLURM_LOCALID": "0",
         }
         gke = {"TPU_WORKER_ID": str(number), "TPU_WORKER_HOSTNAMES": "localhost,127.0.0.1"}
+        # Where these are missing jax asks the metadata server of Google Cloud.
+        gke |= {"MEGASCALE_COORDINATOR_ADDRESS": "localhost", "MEGASCALE_NUM_SLICES": "1", "MEGASCALE_SLICE_ID": "0"}
         command = [sys.executable, "-c", JOIN, str(2 + number)]
         environment = keep | (slurm if scheduler == "Slurm" else gke)
         started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
