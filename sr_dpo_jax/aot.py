@@ -4,51 +4,44 @@ libtpu's compiler runs on any Linux machine. The train step and the scoring step
 mesh of a described topology, and the compiler says what they need: no weights, no devices. Batch shapes come from the
 plan that a run would make, of the data itself or of typical lengths.
 
-Next: `aot_search.py`, which looks for what to change where a program does not fit; `aot_print.py`, which prints it.
+First: `aot_machine.py`, which describes the chips. Next: `aot_search.py`, which looks for what to change where it does
+not fit; `aot_print.py`, which prints it.
 """
 
-import contextlib
 import dataclasses
-import fcntl
-import logging
 import math
-import os
 import re
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
 
 from sr_dpo_jax import aot_hlo
 from sr_dpo_jax import mesh as meshes
-from sr_dpo_jax.aot_flops import traced_flops
+from sr_dpo_jax.aot_flops import splash_flops, traced_flops
+from sr_dpo_jax.aot_machine import hosts_of
 from sr_dpo_jax.assembly import Assembly, assemble_on, objective_of, pair_sizes, reference_copy
 from sr_dpo_jax.batch import Batch, Rows
 from sr_dpo_jax.config import Config
 from sr_dpo_jax.data.dataset import TokenizedPairs
 from sr_dpo_jax.data.pipeline import HostStep, StepSource
 from sr_dpo_jax.data.plan import Plan, Shape
-from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.errors import RunError, UsageError
 from sr_dpo_jax.flops import PEAK_BFLOAT16_FLOPS
 from sr_dpo_jax.inspection import HBM_GIB
+from sr_dpo_jax.model.architecture import Architecture
 from sr_dpo_jax.model.attention import Visible
-from sr_dpo_jax.model.splash import splash_path
+from sr_dpo_jax.model.splash import padded_length, splash_path
 from sr_dpo_jax.prepare import make_program, plan_of, work_of
 from sr_dpo_jax.train_step import make_score_step
 from sr_dpo_jax.weights.directory import ModelDirectory
 
-log = logging.getLogger(__name__)
-
 GIB = 2**30
 RUNTIME_SHARE = 0.05
 """What the runtime is left of a chip's memory, for its own buffers and for fragments that nothing fits into."""
-WAIT_S = 5.0
 CHIPS = {
     "TPU v4": ("v4", 1.05e9),
     "TPU v5 lite": ("v5e", 1.5e9),
@@ -56,8 +49,6 @@ CHIPS = {
     "TPU v6 lite": ("v6e", 1.75e9),
 }
 """jax's `device_kind`: the maker's name, as in `HBM_GIB`, and the clock in Hz that peak flops belong to."""
-ONE_HOST_OF_8 = ("TPU v5 lite", "TPU v6 lite")
-"""Whose slices of eight chips are one machine, where larger ones have four chips a machine."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +98,9 @@ class Compiled:
     """Tokens of a row with p."""
     padding: float
     """Share of a step's tokens that are none, on average."""
-    blocks_visited: float
-    """Share of the attention kernels' blocks in which something is seen; 1 on the dense path."""
+    blocks_visited: dict[str, float]
+    """Kind of rows, plain or augmented: share of the attention kernels' blocks in which something is seen; 1
+    without kernels."""
     model_flops_a_pair: float
     """As MFU counts them, mean over the pairs."""
     programs: tuple[Program, ...]
@@ -122,66 +114,6 @@ class Compiled:
         return all(program.fits for program in self.programs)
 
 
-@contextlib.contextmanager
-def only_one() -> Iterator[None]:
-    """Waits until no other process of this machine compiles so: libtpu serves one process at a time."""
-    path = Path(tempfile.gettempdir()) / "sr_dpo_jax_compile.lock"
-    # Opened as it is where another user has made it: a lock needs no right to write.
-    descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.warning("another sr-dpo compile runs on this machine (%s); waiting for it", path)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def devices_of(topology: str, slices: int) -> Sequence[jax.Device]:
-    """The chips of a topology such as `v5p:4x4x4`, all slices together.
-
-    Raises:
-      UsageError: there is no such topology, or no libtpu.
-    """
-    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
-    if topology.startswith("v4:"):
-        options["chip_config_name"] = "megacore"  # one device a chip, as on pods; the default shows its two cores
-    waiting = False
-    while True:
-        try:
-            return topologies.get_topology_desc(topology_name=topology, platform="tpu", **options).devices
-        except (jax.errors.JaxRuntimeError, RuntimeError, NotImplementedError, ValueError, ImportError) as error:
-            text = str(error)
-            if "already in use" not in text and "lockfile" not in text:
-                if "libtpu" in text.lower() and "INVALID_ARGUMENT" not in text:
-                    raise UsageError(f"libtpu cannot be loaded ({text}); pip install 'jax[tpu]'") from error
-                raise UsageError(
-                    f"--topology {topology}: {text}; give one as jax names them: v5e:4x4, v6e:2x4, v4:2x2x2, v5p:2x2x2"
-                ) from error
-        if not waiting:
-            log.warning("another process on this machine uses libtpu; waiting for it")
-            waiting = True
-        time.sleep(WAIT_S)
-
-
-def hosts_of(devices: Sequence[jax.Device]) -> int:
-    """How many machines hold these chips on Cloud TPU, and so how many processes a run on them has.
-
-    libtpu describes every slice as hosts of four chips. But the TPU API gives a slice of eight chips of v5e or v6e
-    (v5litepod-8 and v6e-8, topology 2x4) as one machine of eight, where a run that waited for a second process would
-    wait for ever. GKE also has 2x4 of two machines with four chips each; there jobset.sh counts by --chips.
-    """
-    hosts: dict[int, set[int]] = {}
-    for device in devices:
-        hosts.setdefault(getattr(device, "slice_index", 0), set()).add(device.process_index)
-    chips_a_slice = len(devices) // len(hosts)
-    if devices[0].device_kind in ONE_HOST_OF_8 and chips_a_slice == 8:
-        return len(hosts)
-    return sum(map(len, hosts.values()))
-
-
 def compile_for(
     devices: Sequence[jax.Device],
     config: Config,
@@ -192,13 +124,14 @@ def compile_for(
     """Compiles the programs of a configuration for these devices; a program that does not fit is a result.
 
     Args:
-      devices: from `devices_of`.
+      devices: from `aot_machine.devices_of`.
       config: what to run.
       directory: config.json is enough.
       pairs, eval_sets: only their lengths count.
 
     Raises:
       UsageError: the configuration cannot run so: the mesh does not divide, a pair is longer than a row, ...
+      RunError: the compiler itself fails.
     """
     mesh = meshes.make_mesh(**config.mesh.model_dump(), devices=devices)
     assembly, objective = assemble_on(mesh, config, directory), objective_of(config)
@@ -224,7 +157,7 @@ def compile_for(
         device_kind=devices[0].device_kind,
         mesh=dict(mesh.shape),
         parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(assembly.param_shapes)),
-        attention="dense" if config.model.attention == "dense" else "splash",
+        attention=assembly.attention,
         shape=plan.shape,
         augmented_length=None if step.augmented is None else step.augmented["tokens"].shape[-1],
         padding=1 - float(sizes[0][plan.pair].sum()) / (len(plan) * plan.shape.rows * plan.shape.row_length),
@@ -252,23 +185,51 @@ def first_step(
     return source[0]
 
 
-def blocks_visited(assembly: Assembly, step: HostStep) -> float:
-    """Mean over the rows and layers of a step, of the blocks that the kernel's own tables let run."""
-    if assembly.config.model.attention == "dense":
-        return 1.0
+def blocks_visited(assembly: Assembly, step: HostStep) -> dict[str, float]:
+    """For each kind of rows in a step, the share of blocks that the kernel's own tables let run: mean over rows and
+    layers."""
+    kinds = {"plain": (step.plain, 0), "augmented": (step.augmented, step.prefix_tokens)}
+    return {
+        name: _visited(assembly, rows, prefix_tokens) if assembly.attention == "splash" else 1.0
+        for name, (rows, prefix_tokens) in kinds.items()
+        if rows is not None
+    }
+
+
+def _visited(assembly: Assembly, rows: dict[str, np.ndarray], prefix_tokens: int) -> float:
     prepare = splash_path(assembly.mesh, row_axes=(), head_axes=(), interpret=False).prepare
-    architecture, shares = assembly.directory.architecture, []
-    for rows, prefix_tokens in ((step.plain, 0), (step.augmented, step.prefix_tokens)):
-        if rows is None:
-            continue
-        start, end, positions = (
-            jnp.asarray(rows[name].reshape(-1, rows[name].shape[-1])) for name in ("key_start", "key_end", "positions")
-        )
-        for number, kind in enumerate(architecture.kinds):
-            window = kind.window if kind.window is not None and kind.window < start.shape[-1] else None
-            runs = prepare(Visible(start, end, positions, prefix_tokens, window)).runs
-            shares.append((float(runs.mean()), architecture.kind_of_layer.count(number)))
-    return sum(share * layers for share, layers in shares) / sum(layers for _, layers in shares)
+    architecture, total = assembly.directory.architecture, 0.0
+    start, end, positions = (
+        jnp.asarray(rows[name].reshape(-1, rows[name].shape[-1])) for name in ("key_start", "key_end", "positions")
+    )
+    for number, kind in enumerate(architecture.kinds):
+        window = kind.window if kind.window is not None and kind.window < start.shape[-1] else None
+        runs = prepare(Visible(start, end, positions, prefix_tokens, window)).runs
+        total += float(runs.mean()) * architecture.kind_of_layer.count(number)
+    return total / architecture.layers
+
+
+def share_visited(
+    architecture: Architecture, batch: Batch, *, models: int, kernels: float, visited: dict[str, float]
+) -> float:
+    """Of a program's kernel flops, the share in blocks that run: each kind of rows with the kernels that it takes.
+
+    Over augmented rows every model runs once forward; all else is over the plain ones: forward, backward, and what
+    rematerialisation repeats.
+
+    Args:
+      architecture: of the model.
+      batch: what the program takes.
+      models: 2 where policy and reference are both in the program.
+      kernels: flops of its kernels, no block skipped, all devices together; 0 where there are none.
+      visited: from `blocks_visited`.
+    """
+    if batch.augmented is None or not kernels:
+        return visited["plain"]
+    *rows, length = batch.augmented.tokens.shape
+    of_layer = splash_flops("fwd", (*rows, architecture.heads, padded_length(length), architecture.head_dim))
+    augmented = models * architecture.layers * of_layer / kernels
+    return visited["augmented"] * augmented + visited["plain"] * (1 - augmented)
 
 
 def _abstract_batch(assembly: Assembly, step: HostStep, *, augmented: bool, scores: bool) -> Batch:
@@ -292,7 +253,14 @@ def _abstract_batch(assembly: Assembly, step: HostStep, *, augmented: bool, scor
     )
 
 
-def train_program(assembly: Assembly, plan: Plan, step: HostStep, visited: float) -> Program:
+def train_program(assembly: Assembly, plan: Plan, step: HostStep, visited: dict[str, float]) -> Program:
+    program, arguments = train_step_of(assembly, plan, step)
+    models = 1 if arguments[1] is None else 2
+    return _compile("train step", assembly, program, arguments, visited=visited, models=models)
+
+
+def train_step_of(assembly: Assembly, plan: Plan, step: HostStep) -> tuple[Any, tuple[Any, ...]]:
+    """The jitted train step and its arguments, as shapes with shardings: state, online reference or None, batch."""
     objective, config = objective_of(assembly.config), assembly.config
     online = objective.name != "sft" and config.reference.mode == "online"
     program = make_program(
@@ -301,10 +269,10 @@ def train_program(assembly: Assembly, plan: Plan, step: HostStep, visited: float
     scores = objective.name != "sft" and not online
     batch = _abstract_batch(assembly, step, augmented=objective.refined, scores=scores)
     reference = _abstract_reference(assembly, program.state.params) if online else None
-    return _compile("train step", assembly, program.step, (program.state, reference, batch), 0, visited)
+    return program.step, (program.state, reference, batch)
 
 
-def _score_program(assembly: Assembly, plan: Plan, step: HostStep, visited: float) -> Program:
+def _score_program(assembly: Assembly, plan: Plan, step: HostStep, visited: dict[str, float]) -> Program:
     """The scoring step with the rows that need it most: with p where the reference or an evaluation has it."""
     program = make_program(assembly, pairs=plan.shape.pairs, total_steps=1)
     batch = _abstract_batch(assembly, step, augmented=step.augmented is not None, scores=False)
@@ -314,7 +282,9 @@ def _score_program(assembly: Assembly, plan: Plan, step: HostStep, visited: floa
         if assembly.config.reference.mode == "online":
             resident += _bytes_a_chip(_abstract_reference(assembly, program.state.params))
     score_step = make_score_step(assembly.graph, pairs=plan.shape.pairs, mesh=assembly.mesh)
-    return _compile("scoring step", assembly, score_step, (program.state.params, batch), resident, visited)
+    return _compile(
+        "scoring step", assembly, score_step, (program.state.params, batch), visited=visited, resident=resident
+    )
 
 
 def _abstract_reference(assembly: Assembly, params: Any) -> Any:
@@ -332,7 +302,14 @@ def _bytes_a_chip(shapes: Any) -> int:
 
 
 def _compile(
-    name: str, assembly: Assembly, step: Any, arguments: tuple[Any, ...], resident: int, visited: float
+    name: str,
+    assembly: Assembly,
+    step: Any,
+    arguments: tuple[Any, ...],
+    *,
+    visited: dict[str, float],
+    models: int = 1,
+    resident: int = 0,
 ) -> Program:
     kind = assembly.mesh.devices.flat[0].device_kind
     if kind not in CHIPS:
@@ -348,9 +325,16 @@ def _compile(
     except jax.errors.JaxRuntimeError as error:
         peak = bytes_wanted(str(error), needed)
         if peak is None:
-            raise UsageError(f"the TPU compiler refuses the {name}: {str(error).partition(chr(10))[0]}") from error
+            raise refusal_of(name, str(error)) from error
         return Program(name, False, hbm, peak, str(error).partition("\n")[0], time.monotonic() - started)
     memory, compile_s = compiled.memory_analysis(), time.monotonic() - started
+    share = share_visited(
+        assembly.directory.architecture,
+        arguments[-1],
+        models=models,
+        kernels=flops.kernels,
+        visited=visited,
+    )
     output = memory.output_size_in_bytes - memory.alias_size_in_bytes
     code = memory.generated_code_size_in_bytes
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + output + code + resident
@@ -367,9 +351,9 @@ def _compile(
         output_bytes=output,
         code_bytes=code,
         resident_bytes=resident,
-        traced_flops=flops.matmuls + visited * flops.kernels,
+        traced_flops=flops.matmuls + share * flops.kernels,
         estimated_cycles=tally.cycles,
-        kernel_cycles=visited * tally.kernel_flops * CHIPS[kind][1] / PEAK_BFLOAT16_FLOPS[kind],
+        kernel_cycles=share * tally.kernel_flops * CHIPS[kind][1] / PEAK_BFLOAT16_FLOPS[kind],
         collectives={kind: (count, tally.payload_bytes[kind]) for kind, count in sorted(tally.counts.items())},
         unknown_loops=tally.unknown_loops,
         unknown_kernels=sum(tally.unknown_kernels.values()),
@@ -386,3 +370,14 @@ def bytes_wanted(message: str, argument_bytes: int) -> int | None:
         return argument_bytes
     size = int(float(wanted.group(2)) * 1024 ** (1 + "KMGT".index(wanted.group(3))))
     return size if wanted.group(1) == "Used" else size + argument_bytes
+
+
+def refusal_of(name: str, message: str) -> UsageError | RunError:
+    """What to raise where the compiler refuses a program for another reason than the chip's main memory."""
+    said = f"the TPU compiler refuses the {name}: {message.partition(chr(10))[0]}"
+    if re.search(r"out of memory (on|in memory space) vmem", message, re.IGNORECASE):
+        return UsageError(
+            f"{said}. That is the fast memory beside the matrix unit, which the attention kernel takes most of; set "
+            "model.attention=dense or lower batch.row_length"
+        )
+    return RunError(f"{said}. Nothing in the configuration explains that: it is a fault of the compiler or of sr-dpo")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,23 @@ QUICK_NOTE = (
     "--quick: the compiler made its least effort. Memory is close to that of a run; cycles are far too many and are "
     "left out."
 )
+
+
+def require_writable(path: Path) -> None:
+    """Asked before minutes of compiling, not found out after them.
+
+    Raises:
+      UsageError: no file can be written there.
+    """
+    reason = None
+    if path.is_dir():
+        reason = "is a directory"
+    elif not path.parent.is_dir():
+        reason = f"{path.parent} is no directory"
+    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+        reason = "no permission"
+    if reason is not None:
+        raise UsageError(f"--json {path}: cannot be written ({reason}); name a file in a directory")
 
 
 def write_json(path: Path, report: Report) -> None:
@@ -75,8 +93,8 @@ def _facts(report: Report) -> rich.table.Table:
         "mesh": " × ".join(f"{name} {size}" for name, size in compiled.mesh.items()),
         "parameters": f"{compiled.parameters:,}",
         "attention": compiled.attention
-        if compiled.attention == "dense"
-        else f"{compiled.attention}, {compiled.blocks_visited:.0%} of its blocks are visited",
+        if compiled.attention != "splash"
+        else f"{compiled.attention}, of its blocks are visited " + _visited(compiled.blocks_visited),
         "step": f"{shape.pairs} pairs in {shape.rows} rows of {shape.row_length} tokens{with_p}, {shape.scored} of "
         f"them scored; {compiled.padding:.1%} padding",
         "lengths": report.lengths,
@@ -86,6 +104,10 @@ def _facts(report: Report) -> rich.table.Table:
     for name, value in rows.items():
         table.add_row(f"  {name}", rich.text.Text(value))
     return table
+
+
+def _visited(shares: dict[str, float]) -> str:
+    return ", ".join(f"{share:.0%} in {kind} rows" for kind, share in shares.items())
 
 
 def _memory(programs: tuple[Program, ...]) -> rich.table.Table:

@@ -1,7 +1,8 @@
 """Whether a configuration fits a topology, and where it does not, what to change: the cheapest change that helps.
 
 Changes are tried in the order of what they cost in time: recomputing less, then more; more, smaller micro-batches;
-shorter rows; a mesh that splits parameters or activations further.
+shorter rows; a mesh that splits parameters or activations further. They add up until it fits; then each of them that
+the last has made needless is taken back.
 
 Next: `aot_print.py`, which prints the result.
 """
@@ -10,13 +11,14 @@ import dataclasses
 import logging
 import resource
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 
 from sr_dpo_jax import config as configuration
-from sr_dpo_jax.aot import Compiled, compile_for, devices_of, only_one
+from sr_dpo_jax.aot import Compiled, compile_for
+from sr_dpo_jax.aot_machine import devices_of, only_one
 from sr_dpo_jax.assembly import read_data, read_held_out
 from sr_dpo_jax.config import Config
 from sr_dpo_jax.data import tokens
@@ -24,7 +26,7 @@ from sr_dpo_jax.data.dataset import TokenizedPairs
 from sr_dpo_jax.data.fit import require_fit
 from sr_dpo_jax.data.rows import BadRow, Message, Pair
 from sr_dpo_jax.data.typical import LENGTHS, typical_pairs
-from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.errors import RunError, UsageError
 from sr_dpo_jax.weights import directory as weights
 
 log = logging.getLogger(__name__)
@@ -62,13 +64,14 @@ class Report:
     """As configured."""
     compiled: Compiled
     attempts: tuple[Attempt, ...]
-    """Changes that were tried, in order; the last one fits, if any does."""
+    """Changes that were tried, in order."""
     host_peak_bytes: int
     """Most memory that this command held on this machine."""
 
     @property
     def remedy(self) -> Attempt | None:
-        return self.attempts[-1] if self.attempts and self.attempts[-1].fits else None
+        """The last that fits: those after the first are smaller changes."""
+        return next((attempt for attempt in reversed(self.attempts) if attempt.fits), None)
 
 
 def compile_command(config: Config, *, topology: str, slices: int, read: bool, quick: bool) -> Report:
@@ -83,6 +86,7 @@ def compile_command(config: Config, *, topology: str, slices: int, read: bool, q
 
     Raises:
       UsageError: the configuration, model, data or topology is at fault.
+      RunError: the compiler itself fails.
     """
     jax.config.update("jax_enable_compilation_cache", False)  # or compile seconds would be those of a look-up
     if quick:
@@ -96,13 +100,15 @@ def compile_command(config: Config, *, topology: str, slices: int, read: bool, q
         compiled = compile_for(devices, config, directory, pairs, eval_sets)
         if quick:
             compiled = dataclasses.replace(compiled, step_s=None, mfu=None)
-        attempts: list[Attempt] = []
+        attempts: Sequence[Attempt] = ()
         if not compiled.fits:
             log.warning("does not fit; looking for a change that does")
-            for overrides in changes(config, compiled, slices):
-                attempts.append(_attempt(devices, config, directory, pairs, eval_sets, overrides))
-                if attempts[-1].fits:
-                    break
+            attempts = search(
+                config,
+                compiled,
+                slices,
+                lambda overrides: _attempt(devices, config, directory, pairs, eval_sets, overrides),
+            )
     scale = 1 if sys.platform == "darwin" else 1024
     return Report(
         topology=topology,
@@ -116,26 +122,83 @@ def compile_command(config: Config, *, topology: str, slices: int, read: bool, q
     )
 
 
+def search(
+    config: Config, compiled: Compiled, slices: int, attempt: Callable[[dict[str, Any]], Attempt]
+) -> Sequence[Attempt]:
+    """Tries `changes` until one fits, and then the same without each of its parts.
+
+    Args:
+      config: what does not fit.
+      compiled: that, compiled.
+      slices: how many the devices form.
+      attempt: compiles the configuration with overrides.
+    """
+    attempts: list[Attempt] = []
+    for overrides in changes(config, compiled, slices):
+        attempts.append(attempt(overrides))
+        if attempts[-1].fits:
+            break
+        if attempts[-1].compiled is not None and _state_too_large(attempts[-1].compiled):
+            break  # what comes after splits the state no further
+    if attempts and attempts[-1].fits:
+        kept, before = attempts[-1].overrides, attempts[-2].overrides if len(attempts) > 1 else {}
+        parts = dict.fromkeys(map(_part, kept))  # costliest first, as they were made
+        needed = {_part(key) for key, value in kept.items() if before.get(key) != value}
+        needed |= {"mesh"} if _state_too_large(compiled) else set()
+        for part in [part for part in parts if part not in needed]:
+            smaller = {key: value for key, value in kept.items() if _part(key) != part}
+            attempts.append(attempt(smaller))
+            kept = smaller if attempts[-1].fits else kept
+    return attempts
+
+
+def _part(key: str) -> str:
+    """The keys of the mesh are changed together, others by themselves."""
+    return "mesh" if key.startswith("mesh.") else key
+
+
+def _state_too_large(compiled: Compiled) -> bool:
+    """Whether the arguments alone need more than a chip has: only fewer replicas can help then."""
+    return any(program.refusal is not None and program.compile_s == 0 for program in compiled.programs)
+
+
 def changes(config: Config, compiled: Compiled, slices: int) -> Iterator[dict[str, Any]]:
-    """Overrides to try, each on top of those before it except where they stand for the same key."""
+    """Overrides to try, each on top of those before it except where they stand for the same key.
+
+    Fewer replicas come first where the state alone is too large, as nothing else makes it smaller, and after what costs
+    less otherwise.
+    """
     made: dict[str, Any] = {}
-    # Where the arguments alone are too many, only the mesh can help.
-    if all(program.refusal is None or program.compile_s > 0 for program in compiled.programs):
-        for remat in REMAT_AFTER[config.model.remat]:
-            made = {**made, "model.remat": remat}
-            yield made
-        for factor in (2, 4):
-            made = {**made, "batch.accumulation_steps": factor * config.batch.accumulation_steps}
-            yield made
-        if compiled.shape.row_length > config.batch.row_multiple:
-            yield {**made, "batch.row_length": compiled.shape.row_length // 2}
-    mesh = compiled.mesh
-    if mesh["replica"] > slices:
-        made = {**made, "mesh.replica": slices, "mesh.fsdp": -1}
+    mesh, too_large = dict(compiled.mesh), _state_too_large(compiled)
+    fewer_replicas = mesh["replica"] > slices
+    if too_large and not fewer_replicas:
+        return
+    if too_large:
+        mesh["replica"] = slices
+        made = _mesh_overrides(config, mesh)
         yield made
-    tensor = mesh["tensor"]
-    while (tensor := 2 * tensor) <= min(8, compiled.chips // slices):
-        yield {**made, "mesh.tensor": tensor, "mesh.fsdp": -1}
+    for remat in REMAT_AFTER[config.model.remat]:
+        made = {**made, "model.remat": remat}
+        yield made
+    for factor in (2, 4):
+        made = {**made, "batch.accumulation_steps": factor * config.batch.accumulation_steps}
+        yield made
+    if compiled.shape.row_length > config.batch.row_multiple:
+        yield {**made, "batch.row_length": compiled.shape.row_length // 2}
+    if fewer_replicas and not too_large:
+        mesh["replica"] = slices
+        made = {**made, **_mesh_overrides(config, mesh)}
+        yield made
+    while mesh["tensor"] < min(8, compiled.chips // mesh["replica"]):
+        mesh["tensor"] *= 2
+        yield {**made, **_mesh_overrides(config, mesh)}
+
+
+def _mesh_overrides(config: Config, mesh: dict[str, int]) -> dict[str, Any]:
+    """What makes up this mesh: fsdp takes what is left, and so nothing else may."""
+    configured = config.mesh.model_dump()
+    changed = {f"mesh.{name}": mesh[name] for name in ("replica", "tensor") if configured[name] != mesh[name]}
+    return {**changed, "mesh.fsdp": -1}
 
 
 def override_arguments(overrides: dict[str, Any]) -> Sequence[str]:
@@ -159,7 +222,7 @@ def _attempt(
     try:
         changed = configuration.from_dict(raw, where=named)
         return Attempt(overrides, compile_for(devices, changed, directory, pairs, eval_sets), None)
-    except UsageError as error:
+    except (UsageError, RunError) as error:
         return Attempt(overrides, None, str(error))
 
 

@@ -57,6 +57,10 @@ class Assembly:
     param_shardings: Params
 
     @property
+    def attention(self) -> str:
+        return attention_name(self.config.model.attention, self.mesh)
+
+    @property
     def micro_batches(self) -> int:
         return self.config.batch.accumulation_steps
 
@@ -279,12 +283,19 @@ def assemble_on(mesh: Mesh, config: Config, directory: weights.ModelDirectory) -
     return Assembly(config, directory, mesh, graph, abstract, shardings)
 
 
+def attention_name(name: str, mesh: Mesh) -> str:
+    """What model.attention comes to on these devices."""
+    return {"tpu": "splash", "cpu": "tiled"}.get(_platform(mesh), "dense") if name == "auto" else name
+
+
+def _platform(mesh: Mesh) -> str:
+    return mesh.devices.flat[0].platform
+
+
 def _attention_path(name: str, mesh: Mesh) -> AttentionPath:
-    platform = mesh.devices.flat[0].platform
-    if name == "auto":
-        name = {"tpu": "splash", "cpu": "tiled"}.get(platform, "dense")
+    platform = _platform(mesh)
     axes = {"row_axes": meshes.TABLE["rows"], "head_axes": meshes.TABLE["heads"]}
-    match name:
+    match attention_name(name, mesh):
         case "tiled":
             return tiled_path(mesh, **axes)
         case "splash" if platform == "tpu":

@@ -277,9 +277,11 @@ def _compile(options: argparse.Namespace) -> int:
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu"}
     # Or libtpu complains that this machine is no TPU worker; the values play no part in what it compiles.
     os.environ |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-16"}
-    from sr_dpo_jax.aot_print import print_report, write_json
+    from sr_dpo_jax.aot_print import print_report, require_writable, write_json
     from sr_dpo_jax.aot_search import compile_command
 
+    if options.json is not None:
+        require_writable(options.json)
     report = compile_command(
         config, topology=options.topology, slices=options.slices, read=options.read_data, quick=options.quick
     )

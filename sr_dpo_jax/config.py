@@ -54,7 +54,8 @@ class Model(Section):
     attention: Literal["auto", "dense", "tiled", "splash"] = "auto"
     """How attention is computed; all ways give the same numbers to float order, and the log says which it is. `splash`
     is a TPU kernel and `tiled` plain JAX for CPUs, and both skip what no token sees; `dense` computes all of a row and
-    runs anywhere. `auto` is splash on TPUs, tiled on CPUs and dense elsewhere."""
+    runs anywhere. `auto` is splash on TPUs and tiled on CPUs; on GPUs it is dense, as there is no fused path for them
+    yet, and this package has not been run on one. Splash takes rows of at most 32,768 tokens, p included."""
 
 
 class Source(Section):

@@ -81,6 +81,7 @@ def run(job: Job, state: TrainState, stop: StopSignal, lease: Lease) -> int:
             host_step, batch = next(steps)
             state, metrics = job.train_step(state, job.reference_params, batch)
             step += 1
+            trace.after_step(step - first, metrics)
             lines.add(step, host_step, metrics)
             lease.check()
             watchdog.beat()

@@ -120,26 +120,35 @@ class Trace:
     FIRST = 2
 
     def __init__(self, directory: Path, *, steps: int):
-        self._directory, self._steps, self._running = directory, steps, False
+        self._directory, self._steps, self._running, self._written = directory, steps, False, False
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop()
+        if self._steps and not self._written:
+            log.warning(
+                "train.profile_steps=%d: nothing was traced, as that starts with the third step of a process",
+                self._steps,
+            )
 
     def before_step(self, steps_taken: int) -> None:
         """Called before each step with the number of steps that this process has taken."""
         if self._steps and steps_taken == self.FIRST:
             jax.profiler.start_trace(str(self._directory))
             self._running = True
-        if steps_taken == self.FIRST + self._steps:
+
+    def after_step(self, steps_taken: int, metrics: dict[str, jax.Array]) -> None:
+        """Called when a step is on its way, with what it will give: the last traced one is waited for."""
+        if self._running and steps_taken == self.FIRST + self._steps:
+            jax.block_until_ready(metrics)
             self._stop()
 
     def _stop(self) -> None:
         if self._running:
             jax.profiler.stop_trace()
-            self._running = False
+            self._running, self._written = False, True
 
 
 class Progress:

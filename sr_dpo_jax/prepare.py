@@ -23,7 +23,7 @@ from sr_dpo_jax.checkpoint import Checkpoints
 from sr_dpo_jax.config import Config
 from sr_dpo_jax.data.dataset import TokenizedPairs
 from sr_dpo_jax.data.pipeline import Feed
-from sr_dpo_jax.data.plan import Plan, covering_plan, scoring_plan, training_plan
+from sr_dpo_jax.data.plan import Plan, Shape, covering_plan, scoring_plan, training_plan
 from sr_dpo_jax.data.tokens import tokenizer_digest
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.evaluate import HeldOut
@@ -31,6 +31,7 @@ from sr_dpo_jax.flops import pair_flops, peak_flops
 from sr_dpo_jax.manifest import identity_of, report_drift, require_same_run, surroundings
 from sr_dpo_jax.mesh import on_leader
 from sr_dpo_jax.metrics import Progress
+from sr_dpo_jax.model.splash import LONGEST_ROW, padded_length
 from sr_dpo_jax.optim import make_optimizer, make_schedule
 from sr_dpo_jax.preemption import StopSignal
 from sr_dpo_jax.reference import ReferenceScores
@@ -302,6 +303,7 @@ def plan_of(
         room_for=room_for,
     )
     shape = plan.shape
+    _require_short_rows(assembly, shape, len(pairs.augmentation) if objective_of(config).refined or eval_sets else 0)
     log.info(
         "%d steps an epoch, each %d pairs in %d rows of %d tokens, %d of them scored; %.1f %% padding",
         plan.steps_per_epoch,
@@ -312,6 +314,19 @@ def plan_of(
         100 * (1 - sizes[0][plan.pair].sum() / (len(plan) * shape.rows * shape.row_length)),
     )
     return plan
+
+
+def _require_short_rows(assembly: Assembly, shape: Shape, p_tokens: int) -> None:
+    """Refuses rows that the attention kernel cannot take, before anything is loaded or compiled."""
+    section = assembly.config.batch
+    tokens = -(-(shape.row_length + p_tokens) // section.row_multiple) * section.row_multiple
+    if assembly.attention == "splash" and padded_length(tokens) > LONGEST_ROW:
+        most = (LONGEST_ROW - p_tokens) // section.row_multiple * section.row_multiple
+        raise UsageError(
+            f"batch.row_length={section.row_length}: rows would have {tokens} tokens with p, and splash attention "
+            f"takes at most {LONGEST_ROW}; set batch.row_length to {most} or less, and where a pair is longer than "
+            "that, lower data.max_length"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

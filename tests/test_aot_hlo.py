@@ -7,7 +7,7 @@ import optax
 import pytest
 import tiny
 
-from sr_dpo_jax.aot import bytes_wanted
+from sr_dpo_jax.aot import bytes_wanted, share_visited
 from sr_dpo_jax.aot_flops import splash_flops, traced_flops
 from sr_dpo_jax.aot_hlo import read
 from sr_dpo_jax.batch import Batch, Rows
@@ -149,8 +149,8 @@ def test_what_the_compiler_refuses(message, gib):
     assert bytes_wanted(message, 2 * 2**30) == (None if gib is None else int(gib * 2**30))
 
 
-def traced_step(attention, objective, remat="none"):
-    """Traced flops of a train step of two devices, 4 rows of 128 tokens, 24 scored, p of 16 tokens."""
+def traced_step(attention, objective, remat="none", *, online=False):
+    """Traced flops of a train step of two devices, 4 rows of 128 tokens, 24 scored, p of 16 tokens; and its batch."""
     mesh = tiny.make_mesh(fsdp=2)
     path = tiny.DENSE
     if attention == "splash":
@@ -171,10 +171,11 @@ def traced_step(attention, objective, remat="none"):
         whole, scored = (jax.ShapeDtypeStruct((2, 2, size), jnp.int32) for size in (length, 24))
         return Rows(whole, whole, whole, whole, scored, scored, scored, prefix_tokens=prefix_tokens)
 
-    scores = jax.ShapeDtypeStruct((8, 2), jnp.float32)
+    scores = None if online else jax.ShapeDtypeStruct((8, 2), jnp.float32)
     refined = objective == "sr_dpo"
     batch = Batch(rows(128, 0), rows(144, 16) if refined else None, scores, scores if refined else None)
-    return traced_flops(step.trace(state_shapes(model.shapes, optimizer), None, batch).jaxpr.jaxpr)
+    reference = model.shapes if online else None
+    return traced_flops(step.trace(state_shapes(model.shapes, optimizer), reference, batch).jaxpr.jaxpr), batch
 
 
 def parts(length):
@@ -189,12 +190,12 @@ def test_traced_flops_are_the_formula():
     """Forward, twice that backward, and the logits once more, since none are kept; p costs one forward."""
     weights, attention, head = parts(128)
     dpo = 3 * (weights + attention) + 4 * head
-    assert traced_step("dense", "dpo").matmuls == pytest.approx(dpo, rel=1e-6)
-    assert traced_step("dense", "sr_dpo").matmuls == pytest.approx(dpo + sum(parts(144)), rel=1e-6)
+    assert traced_step("dense", "dpo")[0].matmuls == pytest.approx(dpo, rel=1e-6)
+    assert traced_step("dense", "sr_dpo")[0].matmuls == pytest.approx(dpo + sum(parts(144)), rel=1e-6)
 
 
 def test_traced_flops_count_what_is_recomputed():
-    full, none = traced_step("dense", "dpo", "full").matmuls, traced_step("dense", "dpo").matmuls
+    full, none = (traced_step("dense", "dpo", remat)[0].matmuls for remat in ("full", "none"))
     weights, attention, _ = parts(128)
     assert 0.6 * (weights + attention) < full - none <= weights + attention
 
@@ -205,11 +206,32 @@ def test_kernels_are_counted_apart():
     a = tiny.NEOX
     matmul = 2.0 * a.layers * a.heads * a.head_dim * 4
     weights, _, head = parts(128)
-    flops = traced_step("splash", "sr_dpo")
+    flops, _ = traced_step("splash", "sr_dpo")
     assert flops.kernels == pytest.approx(matmul * (9 * 128**2 + 2 * 256**2))
     weights_with_p, _, head_with_p = parts(144)
     outside = 3 * weights + 4 * head + matmul * 128 + weights_with_p + head_with_p
     assert flops.matmuls == pytest.approx(outside, rel=1e-6)
+
+
+@pytest.mark.parametrize(("remat", "online"), [("none", False), ("full", False), ("none", True)])
+def test_each_kind_of_rows_has_its_own_share_of_visited_blocks(remat, online):
+    """Plain rows go through nine matmuls, two more where layers are recomputed and two for an online reference; those
+    with p go through two a model."""
+    visited = {"plain": 0.25, "augmented": 0.5}
+    matmul = 2.0 * tiny.NEOX.layers * tiny.NEOX.heads * tiny.NEOX.head_dim * 4
+    flops, batch = traced_step("splash", "sr_dpo", remat, online=online)
+    models = 2 if online else 1
+    plain, augmented = (9 + 2 * (remat == "full") + 2 * (models - 1)) * matmul * 128**2, models * 2 * matmul * 256**2
+    assert flops.kernels == pytest.approx(plain + augmented)
+    share = share_visited(tiny.NEOX, batch, models=models, kernels=flops.kernels, visited=visited)
+    assert share * flops.kernels == pytest.approx(0.25 * plain + 0.5 * augmented)
+
+
+def test_a_program_without_augmented_rows_has_the_share_of_plain_ones():
+    """An evaluation runs over rows with p; the train step of DPO beside it does not."""
+    flops, batch = traced_step("splash", "dpo")
+    visited = {"plain": 0.25, "augmented": 0.5}
+    assert share_visited(tiny.NEOX, batch, models=1, kernels=flops.kernels, visited=visited) == 0.25
 
 
 def test_an_unknown_kernel_is_refused():

@@ -2,20 +2,27 @@
 
 import dataclasses
 import json
+import logging
 import os
 import subprocess
 import sys
 import time
 
+import jax
 import pytest
 import runs
+import tiny
 
-from sr_dpo_jax import aot, aot_print, aot_search
+from sr_dpo_jax import aot_machine, aot_print, aot_search, cli
 from sr_dpo_jax import config as configuration
-from sr_dpo_jax.aot import GIB, Compiled, Program, hosts_of
-from sr_dpo_jax.aot_search import Attempt, Report, changes, override_arguments
+from sr_dpo_jax.aot import GIB, Compiled, Program, refusal_of
+from sr_dpo_jax.aot_machine import hosts_of
+from sr_dpo_jax.aot_search import Attempt, Report, changes, override_arguments, search
+from sr_dpo_jax.assembly import Assembly, assemble_on, pair_sizes
 from sr_dpo_jax.data.plan import Shape
-from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.data.typical import typical_pairs
+from sr_dpo_jax.errors import RunError, UsageError
+from sr_dpo_jax.prepare import _require_short_rows, plan_of
 from sr_dpo_jax.weights.directory import open_directory
 
 MODEL = {"path": "unread"}
@@ -37,7 +44,7 @@ def compiled_of(program, **mesh):
         shape=Shape(64, 8, 1024, 512),
         augmented_length=1152,
         padding=0.05,
-        blocks_visited=0.6,
+        blocks_visited={"plain": 0.6, "augmented": 0.5},
         model_flops_a_pair=1e12,
         programs=(program,),
         step_s=None if program.refusal else 0.2,
@@ -78,13 +85,64 @@ def test_what_is_done_already_is_not_tried():
     assert not any("remat" in change for change in first)
 
 
-def test_where_the_state_is_too_large_only_the_mesh_can_help():
-    changes = tried(config_of(), compiled_of(STATE_TOO_LARGE, replica=4, fsdp=2), slices=2)
-    assert changes == [
-        "mesh.replica=2 mesh.fsdp=-1",
-        "mesh.replica=2 mesh.fsdp=-1 mesh.tensor=2",
-        "mesh.replica=2 mesh.fsdp=-1 mesh.tensor=4",
-    ]
+def test_where_the_state_is_too_large_fewer_replicas_come_first():
+    assert tried(config_of(), compiled_of(STATE_TOO_LARGE, replica=2, fsdp=4), slices=2) == []
+    first, second, *_, last = tried(config_of(), compiled_of(STATE_TOO_LARGE, replica=4, fsdp=2), slices=2)
+    assert first == "mesh.replica=2 mesh.fsdp=-1"
+    assert second == "mesh.replica=2 mesh.fsdp=-1 model.remat=dots"
+    assert last == "mesh.replica=2 mesh.fsdp=-1 model.remat=full batch.accumulation_steps=4 mesh.tensor=4"
+
+
+@pytest.mark.parametrize("mesh", [{"replica": -1, "fsdp": 4}, {"fsdp": 4, "tensor": -1}, {"replica": 2, "fsdp": 4}])
+def test_no_change_of_the_mesh_leaves_two_sizes_open(mesh):
+    config = config_of(mesh=mesh)
+    sizes = {"replica": 2, "fsdp": 4, "tensor": 1} if "replica" in mesh else {"replica": 1, "fsdp": 4, "tensor": 2}
+    found = list(changes(config, compiled_of(TOO_LARGE, **sizes), 2 if "replica" in mesh else 1))
+    assert any("mesh.tensor" in overrides for overrides in found)
+    for overrides in found:
+        raw = config.model_dump(mode="json")
+        for path, value in overrides.items():
+            section, key = path.split(".")
+            raw[section][key] = value
+        changed = configuration.from_dict(raw, where="changed").mesh
+        if "mesh.tensor" in overrides:
+            assert (changed.replica, changed.fsdp) == (sizes["replica"], -1)
+
+
+def outcomes(config, compiled, *fitting):
+    """What is tried, in order, where exactly these changes fit; `too large` ends the search."""
+
+    def attempt(overrides):
+        named = " ".join(override_arguments(overrides))
+        return Attempt(overrides, compiled_of(FITS if named in fitting else TOO_LARGE), None)
+
+    attempts = search(config, compiled, 1, attempt)
+    report = report_of(compiled, attempts)
+    return [" ".join(override_arguments(attempt.overrides)) for attempt in attempts], report.remedy
+
+
+def test_what_turns_out_to_be_needless_is_taken_back():
+    mesh = "mesh.tensor=2 mesh.fsdp=-1"
+    whole = f"model.remat=full batch.accumulation_steps=4 {mesh}"
+    names, remedy = outcomes(config_of(), compiled_of(TOO_LARGE), whole, f"batch.accumulation_steps=4 {mesh}", mesh)
+    assert names[-3:] == [whole, f"batch.accumulation_steps=4 {mesh}", mesh]
+    assert remedy.overrides == {"mesh.tensor": 2, "mesh.fsdp": -1}
+    names, remedy = outcomes(config_of(), compiled_of(TOO_LARGE), whole, f"model.remat=full {mesh}")
+    assert names[-2:] == [f"batch.accumulation_steps=4 {mesh}", f"model.remat=full {mesh}"]
+    assert remedy.overrides == {"model.remat": "full", "mesh.tensor": 2, "mesh.fsdp": -1}
+    names, remedy = outcomes(config_of(), compiled_of(TOO_LARGE), "model.remat=full")
+    assert names == ["model.remat=dots", "model.remat=full"]
+    assert remedy.overrides == {"model.remat": "full"}
+
+
+def test_a_state_that_stays_too_large_ends_the_search():
+    attempts = search(
+        config_of(),
+        compiled_of(STATE_TOO_LARGE, replica=2, fsdp=4),
+        1,
+        lambda overrides: Attempt(overrides, compiled_of(STATE_TOO_LARGE), None),
+    )
+    assert [attempt.overrides for attempt in attempts] == [{"mesh.fsdp": -1}]
 
 
 def test_every_change_is_a_configuration():
@@ -173,11 +231,117 @@ def test_a_file_that_cannot_be_written(tmp_path):
         aot_print.write_json(tmp_path / "no" / "report.json", report_of(compiled_of(FITS)))
 
 
+def test_a_report_that_could_not_be_written_is_refused_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(aot_search, "compile_command", lambda *_, **__: pytest.fail("compiled"))
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(RAW), encoding="utf-8")
+    for place in (tmp_path / "no" / "report.json", tmp_path):
+        assert cli.main(["compile", str(config), "--topology", "v5e:2x2", "--json", str(place)]) == 2
+        assert f"--json {place}: cannot be written" in capsys.readouterr().err
+
+
+def test_other_refusals_of_the_compiler():
+    """A full vector memory can be helped; what is internal is no fault of the command."""
+    vmem = refusal_of("train step", "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 9M\nmore")
+    assert isinstance(vmem, UsageError)
+    assert "model.attention=dense or lower batch.row_length" in str(vmem) and "more" not in str(vmem)
+    internal = refusal_of("train step", "INTERNAL: Mosaic failed to compile TPU kernel\nmore")
+    assert isinstance(internal, RunError)
+    assert "INTERNAL: Mosaic failed" in str(internal) and "more" not in str(internal)
+
+
+def test_rows_too_long_for_the_kernel_are_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(Assembly, "attention", "splash")
+    lengths = {"max_length": 20_000, "max_prompt_length": 10_000}
+    config = config_of(data={"path": "unread", **lengths}, batch={"row_length": 65_536})
+    assembly = assemble_on(tiny.make_mesh(), config, open_directory(str(runs.model_directory(tmp_path / "model"))))
+    pairs = typical_pairs("ultrafeedback", least_pairs=0, head_tokens=0, augmentation_tokens=50, **lengths)
+    with pytest.raises(UsageError, match=r"batch.row_length=65536: rows .* at most 32768; set .* to 32640 or less"):
+        plan_of(assembly, pairs, pair_sizes(pairs, with_rejected=True), None)
+    for row_length, p_tokens in ((32_768, 0), (32_640, 50)):
+        _require_short_rows(assembly, Shape(64, 8, row_length, 512), p_tokens)
+    with pytest.raises(UsageError, match="rows would have 32896 tokens"):
+        _require_short_rows(assembly, Shape(64, 8, 32_768, 512), 50)
+
+
+IN_USE = "ABORTED: The TPU is already in use by another process. Run lsof"
+UNREADABLE = "ABORTED: Internal error when accessing libtpu multi-process lockfile. Run sudo rm /tmp/libtpu_lockfile."
+
+
+def libtpu_says(monkeypatch, *texts):
+    """libtpu refuses with these texts, one after the other, and then describes no chips; sleeping takes no time."""
+    left, slept = list(texts), []
+
+    def describe(**_):
+        if left:
+            raise jax.errors.JaxRuntimeError(left.pop(0))
+        return dataclasses.make_dataclass("Topology", ["devices"])([])
+
+    monkeypatch.setattr(aot_machine.topologies, "get_topology_desc", describe)
+    monkeypatch.setattr(aot_machine.time, "sleep", slept.append)
+    monkeypatch.setattr(aot_machine.time, "monotonic", lambda: sum(slept))
+    return slept
+
+
+def test_libtpu_in_use_is_waited_for_in_its_own_words(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(aot_machine, "LIBTPU_LOCK", tmp_path / "lock")
+    slept = libtpu_says(monkeypatch, *[IN_USE] * 3)
+    with caplog.at_level(logging.WARNING):
+        assert aot_machine.devices_of("v5e:2x2", 1) == []
+    assert len(slept) == 3
+    assert caplog.text.count(IN_USE) == 1
+
+
+def test_waiting_for_libtpu_has_an_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(aot_machine, "LIBTPU_LOCK", tmp_path / "lock")
+    slept = libtpu_says(monkeypatch, *[IN_USE] * 10_000)
+    with pytest.raises(UsageError, match=r"for 60 minutes.*already in use"):
+        aot_machine.devices_of("v5e:2x2", 1)
+    assert 3600 < sum(slept) < 3700
+
+
+def test_a_lock_that_libtpu_cannot_open_is_not_waited_for(tmp_path, monkeypatch):
+    """Whether libtpu says so itself or only that it is in use."""
+    monkeypatch.setattr(aot_machine, "LIBTPU_LOCK", tmp_path / "lock")
+    slept = libtpu_says(monkeypatch, UNREADABLE)
+    with pytest.raises(UsageError, match="Run sudo rm /tmp/libtpu_lockfile"):
+        aot_machine.devices_of("v5e:2x2", 1)
+    (tmp_path / "lock").mkdir()  # cannot be opened for writing, by root neither
+    libtpu_says(monkeypatch, IN_USE)
+    with pytest.raises(UsageError, match="remove the file"):
+        aot_machine.devices_of("v5e:2x2", 1)
+    assert not slept
+
+
+def test_another_users_lock_is_opened_without_making_it(tmp_path, monkeypatch):
+    """As Linux does in /tmp: O_CREAT on another user's file is refused, though the file may be read."""
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    with aot_machine.only_one():
+        pass
+    (lock,) = tmp_path.iterdir()
+    assert lock.stat().st_mode & 0o777 == 0o644
+    really_open = os.open
+
+    def protected(path, flags, *rest):
+        if flags & os.O_CREAT:
+            raise PermissionError(13, "Permission denied")
+        return really_open(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", protected)
+    with aot_machine.only_one():
+        pass
+    lock.unlink()
+    with pytest.raises(UsageError, match="cannot be opened"), aot_machine.only_one():
+        pass
+
+
 def test_one_process_waits_for_the_other(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
-    code = "import logging; logging.basicConfig(); from sr_dpo_jax.aot import only_one\nwith only_one(): print('in')"
+    code = "import logging; logging.basicConfig(); from sr_dpo_jax.aot_machine import only_one\n"
+    code += "with only_one(): print('in')"
     environment = {**os.environ, "PYTHONPATH": str(runs.REPOSITORY), "TMPDIR": str(tmp_path)}
-    with aot.only_one():
+    with aot_machine.only_one():
         process = subprocess.Popen(
             [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )

@@ -21,6 +21,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 from jax.sharding import Mesh, PartitionSpec
 
+from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.model.attention import AttentionPath, Visible, blocks_that_run, pad_rows, visible_mask
 
 Array = jax.Array
@@ -75,13 +76,17 @@ def _block(length: int) -> int:
     return min(LARGEST_BLOCK, -(-length // LANES) * LANES)
 
 
+def padded_length(length: int) -> int:
+    """Tokens of a row in whole blocks, as the kernel takes it."""
+    return -(-length // _block(length)) * _block(length)
+
+
 def _tables(visible: Visible) -> Tables:
     length = visible.key_start.shape[1]
-    block = _block(length)
-    padded = -(-length // block) * block
+    block, padded = _block(length), padded_length(length)
     if padded > LONGEST_ROW:
-        raise ValueError(
-            f"rows of {length} tokens: splash attention takes at most {LONGEST_ROW}; lower batch.row_length"
+        raise UsageError(
+            f"batch.row_length: rows of {length} tokens, and splash attention takes at most {LONGEST_ROW}; lower it"
         )
     whole = pad_rows(visible, block)
     if visible.window is None:

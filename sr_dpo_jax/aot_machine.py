@@ -1,0 +1,129 @@
+"""What compiling ahead of time takes of this machine: one process at a time, and libtpu's description of chips."""
+
+import contextlib
+import fcntl
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from sr_dpo_jax.errors import UsageError
+
+log = logging.getLogger(__name__)
+
+WAIT_S = 5.0
+LONGEST_WAIT_S = 3600.0
+"""For libtpu. What a process holds it for longer is a training run, not a compilation."""
+LIBTPU_LOCK = Path("/tmp/libtpu_lockfile")
+"""Made by libtpu, for its owner alone, and left behind."""
+ONE_HOST_OF_8 = ("TPU v5 lite", "TPU v6 lite")
+"""Whose slices of eight chips are one machine, where larger ones have four chips a machine."""
+
+
+@contextlib.contextmanager
+def only_one() -> Iterator[None]:
+    """Waits until no other process of this machine compiles so: libtpu serves one process at a time."""
+    path = Path(tempfile.gettempdir()) / "sr_dpo_jax_compile.lock"
+    descriptor = _lock_file(path)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.warning("another sr-dpo compile runs on this machine (%s); waiting for it", path)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock_file(path: Path) -> int:
+    """A descriptor of the file, which every user may read: a lock needs no right to write.
+
+    A trap: in a directory such as /tmp, Linux refuses O_CREAT on another user's file (`fs.protected_regular`), also
+    where the file is there and could be opened without.
+    """
+    try:
+        try:
+            return os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be opened ({error.strerror}); remove it, or set TMPDIR") from error
+    with contextlib.suppress(PermissionError):  # another user was faster
+        os.fchmod(descriptor, 0o644)  # whatever the umask
+    return descriptor
+
+
+def devices_of(topology: str, slices: int) -> Sequence[jax.Device]:
+    """The chips of a topology such as `v5p:4x4x4`, all slices together; waits for another process that uses libtpu.
+
+    Raises:
+      UsageError: there is no such topology, or no libtpu, or it stays in use.
+    """
+    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if topology.startswith("v4:"):
+        options["chip_config_name"] = "megacore"  # one device a chip, as on pods; the default shows its two cores
+    until = None
+    while True:
+        try:
+            return topologies.get_topology_desc(topology_name=topology, platform="tpu", **options).devices
+        except (jax.errors.JaxRuntimeError, RuntimeError, NotImplementedError, ValueError, ImportError) as error:
+            text = str(error)
+            if "already in use" not in text and "lockfile" not in text:
+                if "libtpu" in text.lower() and "INVALID_ARGUMENT" not in text:
+                    raise UsageError(f"libtpu cannot be loaded ({text}); pip install 'jax[tpu]'") from error
+                raise UsageError(
+                    f"--topology {topology}: {text}; give one as jax names them: v5e:4x4, v6e:2x4, v4:2x2x2, v5p:2x2x2"
+                ) from error
+            if "Internal error" in text or not _may_open(LIBTPU_LOCK):
+                raise UsageError(
+                    f"libtpu cannot take its lock, {LIBTPU_LOCK}, and waiting would not help: another user's process "
+                    f"has it or has left it behind. Once none uses libtpu, remove the file. libtpu says: {text}"
+                ) from error
+            if until is None:
+                until = time.monotonic() + LONGEST_WAIT_S
+                log.warning(
+                    "another process on this machine uses libtpu; waiting for it, %.0f minutes at most. libtpu says: "
+                    "%s",
+                    LONGEST_WAIT_S / 60,
+                    text,
+                )
+            elif time.monotonic() > until:
+                raise UsageError(
+                    f"another process on this machine has used libtpu for {LONGEST_WAIT_S / 60:.0f} minutes; end it "
+                    f"and try again. libtpu says: {text}"
+                ) from error
+        time.sleep(WAIT_S)
+
+
+def _may_open(path: Path) -> bool:
+    """Whether this user can open a file as libtpu does; where there is none, libtpu makes it."""
+    try:
+        os.close(os.open(path, os.O_RDWR))
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def hosts_of(devices: Sequence[jax.Device]) -> int:
+    """How many machines hold these chips on Cloud TPU, and so how many processes a run on them has.
+
+    libtpu describes every slice as hosts of four chips. But the TPU API gives a slice of eight chips of v5e or v6e
+    (v5litepod-8 and v6e-8, topology 2x4) as one machine of eight, where a run that waited for a second process would
+    wait for ever. GKE also has 2x4 of two machines with four chips each; there jobset.sh counts by --chips.
+    """
+    hosts: dict[int, set[int]] = {}
+    for device in devices:
+        hosts.setdefault(getattr(device, "slice_index", 0), set()).add(device.process_index)
+    chips_a_slice = len(devices) // len(hosts)
+    if devices[0].device_kind in ONE_HOST_OF_8 and chips_a_slice == 8:
+        return len(hosts)
+    return sum(map(len, hosts.values()))
