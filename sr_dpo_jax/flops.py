@@ -6,6 +6,9 @@ One forward over T tokens that see A (query, key) pairs, of which S predict a sc
 
 with N_b matmul weights in the layers and N_h in the unembedding; its backward pass 2·f. Padding, masked keys and what
 rematerialisation repeats are work, but not model flops.
+
+Nor is this: our step runs the head four times instead of three, as the backward pass makes the logits again, block by
+block: the price of keeping no logits, 1 to 4 % of a step (`tests/test_flops.py`).
 """
 
 import jax

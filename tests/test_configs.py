@@ -3,15 +3,29 @@
 import math
 import re
 import shlex
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
+import jax
+import jax.extend
+import known_models
 import pytest
+import tiny
 
 from sr_dpo_jax import cli
 from sr_dpo_jax import config as configuration
+from sr_dpo_jax.aot import first_step, train_step_of
+from sr_dpo_jax.aot_flops import traced_flops
+from sr_dpo_jax.aot_search import TYPICAL_P_TOKENS
+from sr_dpo_jax.assembly import assemble_on, pair_sizes
 from sr_dpo_jax.config import Config
+from sr_dpo_jax.data import dataset
 from sr_dpo_jax.data.rows import FORMATS
+from sr_dpo_jax.data.typical import typical_pairs
+from sr_dpo_jax.flops import PEAK_BFLOAT16_FLOPS, pair_flops
+from sr_dpo_jax.prepare import plan_of
+from sr_dpo_jax.weights.directory import open_directory
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 OBJECTIVES = ("dpo", "ipo", "sr_dpo", "sr_ipo")
@@ -19,6 +33,19 @@ NAMES = sorted(
     ["pythia_2.8b_hh_sft", "llama3_8b_ultrafeedback_sr_dpo", "llama3_70b_sr_dpo", "qwen3_8b_sr_dpo"]
     + [f"{start}_{name}" for start in ("pythia_2.8b_hh", "zephyr_7b_ultrafeedback") for name in OBJECTIVES]
 )
+
+
+MODEL_OF = {
+    "pythia": "pythia-2.8b",
+    "zephyr": "mistral-7b",
+    "llama3_8b": "llama-3.1-8b",
+    "llama3_70b": "llama-3.1-70b",
+    "qwen3": "qwen3-8b",
+}
+HELD_OUT_PAIRS = {"hh_rlhf": 8_552, "ultrafeedback": 2_000}
+"""In the splits that the configurations name."""
+COMPILER_STEP_S = {"pythia_2.8b_hh_sr_dpo": 0.349, "pythia_2.8b_hh_sr_ipo": 0.349}
+"""What `sr-dpo compile` says at its full effort, where it was run; both have the same program."""
 
 
 @cache
@@ -39,8 +66,54 @@ def commands(name: str, command: str) -> list[list[str]]:
     return [shlex.split(line)[1:] for line in head(name) if line.startswith(start)]
 
 
+def known_model(name: str) -> str:
+    """Of which model in `known_models` a configuration is."""
+    return next(model for start, model in MODEL_OF.items() if name.startswith(start))
+
+
 def options(arguments: list[str]):
     return cli.parser().parse_args(arguments)
+
+
+@cache
+def typical(format: str):
+    lengths = {"max_length": 512, "max_prompt_length": 256}
+    return typical_pairs(format, least_pairs=0, head_tokens=0, augmentation_tokens=TYPICAL_P_TOKENS, **lengths)
+
+
+def expected_time(root: Path, name: str) -> str:
+    """What a head says of the time that a run takes, from the model flops of pairs of typical lengths."""
+    given = options(commands(name, "compile")[0])
+    config, pairs = load(name), typical(load(name).data.format)
+    directory = open_directory(str(known_models.model_directory(root, known_model(name))), weights=False)
+    sft, refined = config.objective.name == "sft", config.objective.name.startswith("sr_")
+    sizes = {"prompt_tokens": pairs.prompt_tokens, "chosen_tokens": pairs.chosen_tokens}
+    sizes["rejected_tokens"] = 0 * pairs.rejected_tokens if sft else pairs.rejected_tokens
+    plain, with_p = (
+        pair_flops(directory.architecture, **sizes, prefix_tokens=tokens).mean() for tokens in (0, TYPICAL_P_TOKENS)
+    )
+    steps = len(pairs) // config.batch.pairs_per_step
+    step = config.batch.pairs_per_step * (3 * plain + refined * with_p)
+    held_out = HELD_OUT_PAIRS[config.data.format]
+    beside = held_out * plain if sft else len(pairs) * (plain + refined * with_p) + 2 * held_out * (plain + with_p)
+    peak = 4 * config.distributed.processes * PEAK_BFLOAT16_FLOPS[f"TPU {given.topology.partition(':')[0]}"]
+
+    def seconds(flops: float) -> tuple[float, float]:
+        return flops / (0.4 * peak), flops / (0.2 * peak)
+
+    def minutes(flops: float) -> str:
+        least, most = (max(1, round(time / 60)) for time in seconds(flops))
+        return f"{least} minute{'s' * (least > 1)}" if least == most else f"{least} to {most} minutes"
+
+    least, most = seconds(step)
+    around = "the evaluation after them" if sft else "the scores of the reference before and the evaluation after them"
+    bound = f": {COMPILER_STEP_S[name]} s a step, so count on the slow end" if name in COMPILER_STEP_S else ""
+    return (
+        f"Expected time on {given.topology}: {steps:,} steps of {least:.2f} to {most:.2f} s, {minutes(steps * step)}, "
+        f"and {minutes(beside)} for {around}. Assumed, not measured: 20 to 40 % of the chips' peak, at {step:.3g} model "
+        "flops a step; loading, compiling and saving come on top. The first command below prints the compiler's own "
+        f"lower bound{bound}."
+    )
 
 
 def test_the_files_are_those_that_are_promised():
@@ -60,6 +133,11 @@ def test_the_head_says_what_for_and_how(name):
         assert options(compile_arguments).overrides == options(train_arguments).overrides
         assert options(compile_arguments).config == options(train_arguments).config
         assert options(compile_arguments).topology in text.partition("Expected time")[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_head_says_how_long_a_run_takes(tmp_path, name):
+    assert expected_time(tmp_path, name) in " ".join(" ".join(head(name)).split())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -98,7 +176,7 @@ def test_the_protocol_is_the_papers(name):
 
 @pytest.mark.parametrize("start", ["pythia_2.8b_hh", "zephyr_7b_ultrafeedback"])
 def test_objectives_of_one_experiment_differ_in_nothing_else(start):
-    """They share the scores of the reference, and `test_aot.py` compiles one of each kind for both."""
+    """They share the scores of the reference."""
 
     def rest(name: str) -> dict:
         return load(f"{start}_{name}").model_dump(exclude={"objective", "output_dir"})
@@ -106,6 +184,42 @@ def test_objectives_of_one_experiment_differ_in_nothing_else(start):
     assert all(rest(name) == rest("dpo") for name in OBJECTIVES)
     assert [load(f"{start}_{name}").objective.name for name in OBJECTIVES] == list(OBJECTIVES)
     assert load(f"{start}_sr_dpo").objective.lam == load(f"{start}_sr_ipo").objective.lam
+
+
+def equations(jaxpr: jax.extend.core.Jaxpr) -> Counter:
+    """How often a program has each operation with each shape of results; results of a few numbers left out."""
+    found = Counter()
+    for equation in jaxpr.eqns:
+        shapes = tuple(variable.aval.shape for variable in equation.outvars if hasattr(variable.aval, "shape"))
+        if any(math.prod(shape) > 64 for shape in shapes):
+            found[equation.primitive.name, shapes] += 1
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda leaf: hasattr(leaf, "eqns")):
+            if hasattr(value, "eqns"):
+                found += equations(getattr(value, "jaxpr", value))
+    return found
+
+
+@pytest.mark.parametrize("start", ["pythia_2.8b_hh", "zephyr_7b_ultrafeedback"])
+@pytest.mark.parametrize(("name", "other"), [("dpo", "ipo"), ("sr_dpo", "sr_ipo")])
+def test_programs_that_differ_by_the_loss_alone(tmp_path, start, name, other):
+    """The same arguments on the same devices, the same flops, and no operation on more than a number a pair differs:
+    so `test_aot.py` compiles one of the two."""
+
+    def traced(objective: str):
+        config = load(f"{start}_{objective}")
+        directory = open_directory(str(known_models.model_directory(tmp_path, known_model(start))), weights=False)
+        assembly = assemble_on(tiny.make_mesh(fsdp=8), config, directory)
+        pairs = dataset.first(typical(config.data.format), 640)
+        plan = plan_of(assembly, pairs, pair_sizes(pairs, with_rejected=True), None)
+        step = first_step(assembly, pairs, plan, augmented=objective.startswith("sr_"), with_rejected=True)
+        program, arguments = train_step_of(assembly, plan, step)
+        described = [(leaf.shape, leaf.dtype, leaf.sharding) for leaf in jax.tree.leaves(arguments)]
+        jaxpr = program.trace(*arguments).jaxpr.jaxpr
+        return described, traced_flops(jaxpr), equations(jaxpr)
+
+    mine, theirs = traced(name), traced(other)
+    assert mine[:2] == theirs[:2]
+    assert mine[2] == theirs[2] and len(mine[2]) > 100
 
 
 def test_alignment_starts_from_the_exported_sft_model():
