@@ -110,9 +110,9 @@ def expected_time(root: Path, name: str) -> str:
     bound = f": {COMPILER_STEP_S[name]} s a step, so count on the slow end" if name in COMPILER_STEP_S else ""
     return (
         f"Expected time on {given.topology}: {steps:,} steps of {least:.2f} to {most:.2f} s, {minutes(steps * step)}, "
-        f"and {minutes(beside)} for {around}. Assumed, not measured: 20 to 40 % of the chips' peak, at {step:.3g} model "
-        "flops a step; loading, compiling and saving come on top. The first command below prints the compiler's own "
-        f"lower bound{bound}."
+        f"and {minutes(beside)} for {around}. Assumed, not measured: 20 to 40 % of the chips' peak, at {step:.3g} "
+        "model flops a step; loading, compiling and saving come on top. The first command below prints the compiler's "
+        f"own lower bound{bound}."
     )
 
 

@@ -24,6 +24,7 @@ from sr_dpo_jax.cli import main
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.flops import body_weights
 from sr_dpo_jax.loop import train
+from sr_dpo_jax.metrics import Trace
 from sr_dpo_jax.weights.directory import open_directory
 
 SLOW_AND_QUICK_STARTS = [
@@ -151,6 +152,27 @@ def test_a_profile_and_mfu(world, tmp_path, monkeypatch):
         assert line["tokens_per_second_per_chip"] == pytest.approx(line["tokens_per_second"] / 8)
         # Four forwards over every token (a backward pass is two) in the layers alone, and at most as much again.
         assert 1 < flops / (4 * 2 * body_weights(architecture) * tokens) < 3
+
+
+def test_the_last_traced_step_is_waited_for(tmp_path, monkeypatch, caplog):
+    """A step is only on its way when the loop goes on; a trace that ended then would lack it."""
+    said: list[object] = []
+    monkeypatch.setattr("jax.profiler.start_trace", lambda where: said.append("start"))
+    monkeypatch.setattr("jax.profiler.stop_trace", lambda: said.append("stop"))
+    monkeypatch.setattr("jax.block_until_ready", lambda metrics: said.append(metrics))
+
+    def run_steps(count: int) -> None:
+        with Trace(tmp_path, steps=2) as trace:
+            for step in range(count):
+                trace.before_step(step)
+                said.append(step)
+                trace.after_step(step + 1, f"metrics of {step}")
+
+    run_steps(6)
+    assert said == [0, 1, "start", 2, 3, "metrics of 3", "stop", 4, 5]
+    assert not caplog.records
+    run_steps(2)
+    assert "train.profile_steps=2: nothing was traced" in caplog.text
 
 
 def test_resuming_as_another_run_is_refused(world, tmp_path):

@@ -50,7 +50,8 @@ from tpu_compiler import PAIRS, config_of, pairs_of  # noqa: E402
 
 from sr_dpo_jax import aot_hlo  # noqa: E402
 from sr_dpo_jax import mesh as meshes  # noqa: E402
-from sr_dpo_jax.aot import CHIPS, devices_of, first_step, only_one  # noqa: E402
+from sr_dpo_jax.aot import CHIPS, first_step  # noqa: E402
+from sr_dpo_jax.aot_machine import devices_of, only_one  # noqa: E402
 from sr_dpo_jax.assembly import assemble_on, pair_sizes  # noqa: E402
 from sr_dpo_jax.flops import PEAK_BFLOAT16_FLOPS  # noqa: E402
 from sr_dpo_jax.model.attention import Visible, visible_mask  # noqa: E402
