@@ -94,7 +94,7 @@ def _facts(report: Report) -> rich.table.Table:
         "parameters": f"{compiled.parameters:,}",
         "attention": compiled.attention
         if compiled.attention != "splash"
-        else f"{compiled.attention}, of its blocks are visited " + _visited(compiled.blocks_visited),
+        else f"{compiled.attention}; blocks visited: {_visited(compiled.blocks_visited)}",
         "step": f"{shape.pairs} pairs in {shape.rows} rows of {shape.row_length} tokens{with_p}, {shape.scored} of "
         f"them scored; {compiled.padding:.1%} padding",
         "lengths": report.lengths,

@@ -186,6 +186,7 @@ def test_what_fits_is_said(capsys, tmp_path):
     aot_print.print_report(report)
     output = capsys.readouterr().out
     assert "fits, 50% used" in output
+    assert "splash; blocks visited: 60% in plain rows, 50% in augmented rows" in output
     assert "Fits, with 5% of the memory left to the runtime." in output
     assert "a run needs distributed.processes=2, here it is 1" in output
     assert max(map(len, output.splitlines())) <= aot_print.COLUMNS
