@@ -9,7 +9,7 @@ Next: `loop.py`, which takes the steps.
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -282,7 +282,7 @@ def plan_of(
     assembly: Assembly,
     pairs: TokenizedPairs,
     sizes: tuple[np.ndarray, np.ndarray],
-    eval_sets: Iterable[TokenizedPairs],
+    eval_sets: Collection[TokenizedPairs],
 ) -> Plan:
     """The plan of training, in rows that have room for every held-out pair too."""
     config = assembly.config

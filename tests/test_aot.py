@@ -149,7 +149,7 @@ def test_the_refinement_costs_one_forward(compiled, name):
 @pytest.mark.parametrize("name", ["pythia_2.8b_hh", "zephyr_7b_ultrafeedback"])
 def test_the_refinement_gathers_no_weights_of_its_own(compiled, name):
     """What all devices hand each other to have whole weights, in all-gathers and in the rings of permutes that the
-    compiler makes of them beside matmuls, differs from DPO's by less than one vocabulary matrix."""
+    compiler makes of them beside matmuls, passes DPO's by less than one vocabulary matrix; it may be less."""
 
     def gathered(objective: str) -> int:
         collectives = compiled(f"{name}_{objective}", 0).report["compiled"]["programs"][0]["collectives"]
@@ -158,7 +158,7 @@ def test_the_refinement_gathers_no_weights_of_its_own(compiled, name):
     _, fields, parameters = known_models.MODELS[known_model(name)]
     bfloat16 = 2
     assert gathered("dpo") > bfloat16 * parameters
-    assert abs(gathered("sr_dpo") - gathered("dpo")) < bfloat16 * fields["vocab_size"] * fields["hidden_size"]
+    assert gathered("sr_dpo") - gathered("dpo") < bfloat16 * fields["vocab_size"] * fields["hidden_size"]
 
 
 def tiny_config(tmp_path: Path, family: str, **fields: Any) -> list[str]:

@@ -259,7 +259,7 @@ def test_rows_too_long_for_the_kernel_are_refused_by_name(tmp_path, monkeypatch)
     assembly = assemble_on(tiny.make_mesh(), config, open_directory(str(runs.model_directory(tmp_path / "model"))))
     pairs = typical_pairs("ultrafeedback", least_pairs=0, head_tokens=0, augmentation_tokens=50, **lengths)
     with pytest.raises(UsageError, match=r"batch.row_length=65536: rows .* at most 32768; set .* to 32640 or less"):
-        plan_of(assembly, pairs, pair_sizes(pairs, with_rejected=True), None)
+        plan_of(assembly, pairs, pair_sizes(pairs, with_rejected=True), ())
     for row_length, p_tokens in ((32_768, 0), (32_640, 50)):
         _require_short_rows(assembly, Shape(64, 8, row_length, 512), p_tokens)
     with pytest.raises(UsageError, match="rows would have 32896 tokens"):

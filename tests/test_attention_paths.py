@@ -105,7 +105,7 @@ def hh_step(tmp_path_factory) -> HostStep:
         config, config.data.path, "train", tokenizer, directory.architecture, augmentation_prompt=PAPER_PROMPT
     )
     assembly = assemble_on(tiny.make_mesh(), config, directory)
-    plan = plan_of(assembly, pairs, pair_sizes(pairs, with_rejected=True), None)
+    plan = plan_of(assembly, pairs, pair_sizes(pairs, with_rejected=True), ())
     return first_step(assembly, pairs, plan, augmented=True, with_rejected=True)
 
 

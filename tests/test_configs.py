@@ -210,7 +210,7 @@ def test_programs_that_differ_by_the_loss_alone(tmp_path, start, name, other):
         directory = open_directory(str(known_models.model_directory(tmp_path, known_model(start))), weights=False)
         assembly = assemble_on(tiny.make_mesh(fsdp=8), config, directory)
         pairs = dataset.first(typical(config.data.format), 640)
-        plan = plan_of(assembly, pairs, pair_sizes(pairs, with_rejected=True), None)
+        plan = plan_of(assembly, pairs, pair_sizes(pairs, with_rejected=True), ())
         step = first_step(assembly, pairs, plan, augmented=objective.startswith("sr_"), with_rejected=True)
         program, arguments = train_step_of(assembly, plan, step)
         described = [(leaf.shape, leaf.dtype, leaf.sharding) for leaf in jax.tree.leaves(arguments)]

@@ -201,7 +201,7 @@ def main() -> int:
         pairs = pairs_of(config, directory, root)
         mesh = meshes.make_mesh(replica=1, fsdp=-1, tensor=1, devices=devices)
         assembly = assemble_on(mesh, config, directory)
-        plan = plan_of(assembly, pairs, pair_sizes(pairs, with_rejected=True), None)
+        plan = plan_of(assembly, pairs, pair_sizes(pairs, with_rejected=True), ())
         step = first_step(assembly, pairs, plan, augmented=True, with_rejected=True)
     here = meshes.make_mesh(replica=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
     there = meshes.make_mesh(replica=1, fsdp=1, tensor=1, devices=devices[:1])
