@@ -96,7 +96,8 @@ def expected_time(root: Path, name: str) -> str:
     step = config.batch.pairs_per_step * (3 * plain + refined * with_p)
     held_out = HELD_OUT_PAIRS[config.data.format]
     beside = held_out * plain if sft else len(pairs) * (plain + refined * with_p) + 2 * held_out * (plain + with_p)
-    peak = 4 * config.distributed.processes * PEAK_BFLOAT16_FLOPS[f"TPU {given.topology.partition(':')[0]}"]
+    chip, _, chips = given.topology.partition(":")
+    peak = given.slices * math.prod(map(int, chips.split("x"))) * PEAK_BFLOAT16_FLOPS[f"TPU {chip}"]
 
     def seconds(flops: float) -> tuple[float, float]:
         return flops / (0.4 * peak), flops / (0.2 * peak)
