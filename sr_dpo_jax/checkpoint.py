@@ -252,7 +252,8 @@ class Checkpoints:
                 return step
         there = self._listing()
         if step not in there:
-            raise UsageError(f"{self.directory}: no checkpoint of step {step}; there are {there[::-1]}")
+            asked = "" if step is None else f" of step {step}"
+            raise UsageError(f"{self.directory}: no checkpoint{asked}; there are {there[::-1]}")
         verdict, reason = self._judge(step, prefix)
         if verdict != GOOD:
             raise UsageError(f"{self.directory / str(step)}: {reason}; choose another step of {there[::-1]}")

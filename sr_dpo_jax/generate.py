@@ -33,6 +33,7 @@ from sr_dpo_jax.decode import Sampling, State, make_programs, make_state
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.evaluate import latest_params
 from sr_dpo_jax.metrics import Progress
+from sr_dpo_jax.storage import lines_of
 from sr_dpo_jax.train_step import Params
 
 log = logging.getLogger(__name__)
@@ -299,7 +300,7 @@ def _read_partial(output: Path, settings: str) -> Finished:
     path = _partial_path(output)
     if not path.exists():
         return {}
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = lines_of(path.read_text(encoding="utf-8"))
     if lines and not lines[-1].endswith("\n"):
         lines.pop()  # a kill cut it short
     records = [json.loads(line) for line in lines]

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 COUNTED = ("truncated_prompts", "truncated_responses", "identical_pairs", "duplicate_pairs")
 """Of `dataset.Report`: what was changed, and what trains nothing or twice."""
+BEST = "checkpoint.best_metric"
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore")
 
 
@@ -40,7 +41,7 @@ def identity_of(assembly: Assembly, pairs: TokenizedPairs, plan: Plan, tokenizer
         "batch": {"pairs_per_step": config.batch.pairs_per_step},
         "model": {"dtype": config.model.dtype, "param_dtype": config.model.param_dtype},
     }
-    p = np.concatenate([pairs.head, pairs.augmentation])
+    p, best = np.concatenate([pairs.head, pairs.augmentation]), config.checkpoint.best_metric
     return {
         "data.path": _digest(pairs.tokens, pairs.offsets),
         "data.path weights": [float(weight) for weight in pairs.source_weights],
@@ -50,6 +51,7 @@ def identity_of(assembly: Assembly, pairs: TokenizedPairs, plan: Plan, tokenizer
         "seed": config.seed,
         **{f"{section}.{key}": value for section, keys in decided_by.items() for key, value in keys.items()},
         "plan": _short(plan.digest),
+        BEST: None if best is None else f"{best}, {config.checkpoint.best_mode}",
     }
 
 
@@ -81,6 +83,8 @@ def require_same_run(
     changed = [key for key in now if before.get(key) != now[key]]
     # The plan follows from other keys: its change is news only where none of them has changed.
     changed = [key for key in changed if key != "plan"] or changed
+    # Another metric gives up the best checkpoint so far; where there was none, nothing is given up.
+    changed = [key for key in changed if key != BEST or before.get(BEST) is not None]
     refused = [key for key in changed if key not in allowed_changes]
     lines = [f"  {key}: {_shown(before.get(key))} -> {_shown(now[key])}" for key in changed]
     if refused:

@@ -15,6 +15,7 @@ import jax
 import rich.progress
 from tensorboardX import SummaryWriter
 
+from sr_dpo_jax.storage import lines_of
 from sr_dpo_jax.wandb_run import WandbRun
 
 log = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ def _drop_lines_after(metrics_file: Path, step: int) -> None:
     if not metrics_file.exists():
         return
     kept = []
-    for line in metrics_file.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in lines_of(metrics_file.read_text(encoding="utf-8")):
         try:
             if json.loads(line)["step"] > step:
                 continue

@@ -214,13 +214,19 @@ def _selection(config: Config, checkpoints: Checkpoints, record: Mapping[str, An
     )
     selection = rule if record is None else rule.resumed(record)
     if selection is None:
-        log.warning("checkpoint.best_metric is another one than before: the evaluations so far do not count")
+        log.warning(
+            "checkpoint.best_metric is another one than before: the evaluations so far do not count, and the best "
+            "checkpoint so far stays no longer than others"
+        )
         return rule
-    if selection.step is not None and selection.step not in checkpoints.verified_steps():
-        message = f"{checkpoints.directory / str(selection.step)}: the best checkpoint is not there any more"
-        if config.checkpoint.strict:
-            raise UsageError(f"{message}, and checkpoint.strict=true: restore it, or set that to false")
-        log.warning("%s; only a better one takes its place", message)
+    if selection.step is not None:
+        try:
+            checkpoints.existing(selection.step)
+        except UsageError as error:
+            message = f"the best checkpoint cannot be used any more: {error}"
+            if config.checkpoint.strict:
+                raise UsageError(f"{message}; checkpoint.strict=true: restore it, or set that to false") from error
+            log.warning("%s; only a better one takes its place", message)
     return selection
 
 

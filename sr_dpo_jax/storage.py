@@ -1,9 +1,10 @@
 """Whether a run directory can take what a run will write: asked before the first step, not found out after a day.
 
-Also what its files of held-out pairs are called, for those who write them and those who read them.
+Also how its files of lines are read and what its files of held-out pairs are called, for all who write and read them.
 """
 
 import os
+import re
 import secrets
 import shutil
 from pathlib import Path
@@ -11,6 +12,14 @@ from pathlib import Path
 from sr_dpo_jax.errors import UsageError
 
 PROBE_BYTES = 1 << 16
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a file of JSON lines, each with its end; the last one may lack it.
+
+    A trap: `str.splitlines` also splits at characters that JSON leaves as they are within a text, such as U+2028.
+    """
+    return re.findall(r"[^\n]*\n|[^\n]+", text)
 
 
 def pairs_file(held_out: str) -> str:

@@ -26,7 +26,7 @@ from sr_dpo_jax import checkpoint, integrity, loop
 from sr_dpo_jax.cli import main
 from sr_dpo_jax.config_checks import RESERVED, evaluation_metrics
 from sr_dpo_jax.demo import make_pairs
-from sr_dpo_jax.errors import RunError
+from sr_dpo_jax.errors import RunError, UsageError
 from sr_dpo_jax.loop import train
 
 METRIC = "eval/other/loss"
@@ -352,17 +352,32 @@ def test_a_lost_best_checkpoint_is_said(world, golden, tmp_path, caplog, capsys)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / str(first_best(golden[0])))
     path = written(world, tmp_path)
     assert main(["train", str(path)]) == 0
-    assert "the best checkpoint is not there any more" in caplog.text
+    assert "the best checkpoint cannot be used any more" in caplog.text
     assert main(["train", str(path), "checkpoint.strict=true"]) == 2
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--best"]) == 2
     assert f"no checkpoint of step {first_best(golden[0])}" in capsys.readouterr().err
+
+
+def test_a_damaged_best_checkpoint_is_said(world, golden, tmp_path, caplog):
+    shutil.copytree(golden[0], tmp_path / "run")
+    arrays = (tmp_path / "run" / "checkpoints" / str(first_best(golden[0])) / "state").rglob("*")
+    largest = max((path for path in arrays if path.is_file()), key=lambda path: path.stat().st_size)
+    largest.write_bytes(bytes(largest.stat().st_size))
+    path = written(world, tmp_path)
+    assert main(["train", str(path), "checkpoint.strict=true"]) == 2
+    assert main(["train", str(path)]) == 0
+    assert "the best checkpoint cannot be used any more" in caplog.text
 
 
 @pytest.mark.slow
 def test_another_metric_counts_from_where_it_is_set(world, golden, tmp_path, caplog):
     shutil.copytree(golden[0], tmp_path / "run")
     changed = {"checkpoint": {"best_metric": "eval/margin", "best_mode": "max"}, "train": {"max_steps": 26}}
-    assert train(config_of(world, tmp_path, **changed)) == 0
+    steps = verified_steps(tmp_path / "run")
+    with pytest.raises(UsageError, match=r"--allow-change checkpoint\.best_metric"):
+        train(config_of(world, tmp_path, **changed))
+    assert verified_steps(tmp_path / "run") == steps, "the best one too"
+    assert train(config_of(world, tmp_path, **changed), allowed_changes=["checkpoint.best_metric"]) == 0
     assert "is another one than before" in caplog.text
     went_on = [line for line in evaluations(tmp_path / "run") if line["step"] > metrics_of(golden[0])[-1]["step"]]
     best = max(went_on, key=lambda line: line["eval/margin"])["step"]
@@ -401,6 +416,18 @@ def compiled(caplog):
     messages = (record.getMessage() for record in caplog.records if record.name.startswith("jax"))
     found = (message.partition("Compiling ")[2] for message in messages if message.startswith("Compiling "))
     return [name.split()[0].removeprefix("jit(").rstrip(")") for name in found]
+
+
+def test_samples_of_any_text_survive_another_start(world, golden, tmp_path):
+    """Within a JSON text stand characters that Python takes for ends of lines."""
+    shutil.copytree(golden[0], tmp_path / "run")
+    file = tmp_path / "run" / "samples.jsonl"
+    lines = file.read_text(encoding="utf-8").split("\n")
+    first = json.loads(lines[0]) | {"response": "a\u2028b\u0085c\u2029d"}
+    file.write_text("\n".join([json.dumps(first, ensure_ascii=False), *lines[1:]]), encoding="utf-8")
+    before = file.read_bytes()
+    assert main(["train", str(written(world, tmp_path))]) == 0
+    assert file.read_bytes() == before
 
 
 @pytest.mark.slow

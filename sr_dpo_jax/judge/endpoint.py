@@ -18,6 +18,7 @@ from typing import Any
 
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.judge.settings import Settings
+from sr_dpo_jax.storage import lines_of
 
 try:
     import openai
@@ -200,7 +201,7 @@ def _whole_lines(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = lines_of(path.read_text(encoding="utf-8"))
         if lines and not lines[-1].endswith("\n"):
             lines.pop()
             path.write_text("".join(lines), encoding="utf-8")

@@ -17,7 +17,7 @@ import yaml
 
 from sr_dpo_jax.data.rows import Pair, read_rows
 from sr_dpo_jax.errors import UsageError
-from sr_dpo_jax.storage import pairs_file
+from sr_dpo_jax.storage import lines_of, pairs_file
 
 Line = Mapping[str, Any]
 LISTED_LINES = 5
@@ -132,7 +132,7 @@ def _read_run(path: Path, label: str) -> Run:
     _name_not_finite(steps, problems)
     skipped = path / "skipped.jsonl"
     if skipped.is_file():
-        count = len(skipped.read_text(encoding="utf-8", errors="replace").splitlines())
+        count = len(lines_of(skipped.read_text(encoding="utf-8", errors="replace")))
         problems += [f"{count} step(s) were skipped because loss or gradient was not finite: skipped.jsonl"] * (
             count > 0
         )
@@ -172,7 +172,7 @@ def _read_samples(path: Path, problems: list[str]) -> list[Line]:
     """Strings stay strings here: a response may be the word nan."""
     if not path.is_file():
         return []
-    parts = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    parts = lines_of(path.read_text(encoding="utf-8", errors="replace"))
     lines = [_parse(part) for part in parts]
     texts = ("set", "id", "prompt", "response")
     whole = [line for line in lines if line is not None and isinstance(line.get("step"), int)]
@@ -236,7 +236,7 @@ def _read_lines(
         problems.append(f"{path.name} {reason}")
         return []
     kept, damaged = [], []
-    parts = [text] if whole else text.splitlines()
+    parts = [text] if whole else lines_of(text)
     for number, part in enumerate(parts, 1):
         line = _parse(part)
         if line is None or any(math.isnan(_number(line.get(name))) for name in needs):
