@@ -142,7 +142,7 @@ def _end(job: Job, step: int, selection: Selection) -> int:
     """Says how the run ended, and returns the exit code."""
     if selection.metric is not None:
         log.info("%s", selection.said)
-    if step == job.total_steps:
+    if step >= job.total_steps:  # a checkpoint may be from before train.max_steps was lowered
         return EXIT_DONE
     if selection.over:
         log.info(
