@@ -28,7 +28,7 @@ from sr_dpo_jax.preemption import EXIT_KILLED
 pytestmark = pytest.mark.faults
 
 STEPS, EVERY = 24, 4
-START_S = 180
+START_S = 400
 """Time for a start on a busy machine; promises are measured from the fault on."""
 
 
