@@ -84,7 +84,7 @@ Format = Literal["hh_rlhf", "ultrafeedback", "preference"]
 
 class EvalSet(Section):
     path: Sources
-    """One path or several; weights do not apply."""
+    """One path or several, without weights."""
     format: Format | None = None
     """Null: that of `data.format`."""
     split: str = "test"
@@ -104,7 +104,7 @@ class Data(Section):
     path: Sources
     """One path, or a list of paths and of {path, weight, revision}. Without weights each pair comes once an epoch."""
     eval_path: Sources | None = None
-    """Held-out pairs for `sr-dpo eval` and for evaluation while training; weights do not apply."""
+    """Held-out pairs for `sr-dpo eval` and for evaluation while training, without weights."""
     eval_pairs: Positive | None = None
     """Evaluates on so many pairs, the first of `eval_path`; null takes all."""
     eval_sets: EvalSets = ()
@@ -221,7 +221,8 @@ class Train(Section):
     """Better means better by more than this than the evaluation that was counted from."""
     wandb_project: str | None = None
     """Numbers and this configuration also go to this project of Weights & Biases (`pip install 'sr_dpo_jax[wandb]'`;
-    the key comes from WANDB_API_KEY), texts never do. Resuming continues the same W&B run."""
+    the key comes from WANDB_API_KEY), texts never do. Resuming continues the same W&B run. Only a missing package and a
+    missing or wrong key are refused: where W&B cannot be reached, the log says so and the run goes on without it."""
     max_skipped_steps: NonNegative = 10
     """A step whose loss or gradient is not finite changes nothing, and its pairs are written to `skipped.jsonl`. More
     such steps in a row than this end the run with exit code 1."""
@@ -254,7 +255,7 @@ class Checkpoint(Section):
     best_metric: str | None = None
     """Metric of an evaluation, such as eval/rewards/accuracies: an evaluation that is better than all before it is
     saved at once, and that checkpoint stays beside the newest ones until a better one is verified. Of equal ones the
-    first is best. For `--best` of export, eval and generate."""
+    first is best. For `--best` of export, eval, generate and lm-eval."""
     best_mode: Literal["max", "min"] = "max"
     """Whether the highest or the lowest `best_metric` is best."""
     strict: bool = False

@@ -20,7 +20,7 @@ class Server:
     """Runs by id as W&B keeps them: a step that it has, it does not take again."""
 
     def __init__(self):
-        self.inits, self.rows, self.finished = [], {}, 0
+        self.inits, self.rows, self.finished, self.failing = [], {}, 0, None
 
     def init(self, **arguments):
         self.inits.append(arguments)
@@ -31,7 +31,10 @@ class Server:
             starting_step = started
 
             def log(self, line, step):
+                if server.failing is not None and step >= 3:
+                    raise server.failing
                 assert step >= max(rows, default=0), "W&B takes steps in order, and would drop this one"
+                assert step not in rows or step >= started, "what the run had before it was resumed is written"
                 rows.setdefault(step, {}).update(line)
 
             def finish(self):
@@ -46,7 +49,14 @@ def server(monkeypatch):
     made = Server()
     module = types.ModuleType("wandb")
     module.init, module.Error, module.Settings = made.init, type("Error", (Exception,), {}), lambda **given: given
-    monkeypatch.setitem(sys.modules, "wandb", module)
+    names = ("AuthenticationError", "UsageError")
+    module.errors = types.SimpleNamespace(**{name: type(name, (module.Error,), {}) for name in names})
+    mailbox = types.ModuleType("wandb.sdk.mailbox")
+    mailbox.MailboxClosedError, mailbox.HandleAbandonedError = (type(name, (Exception,), {}) for name in ("M", "H"))
+    module.sdk = types.ModuleType("wandb.sdk")
+    module.sdk.mailbox = mailbox
+    for part in (module, module.sdk, mailbox):
+        monkeypatch.setitem(sys.modules, part.__name__, part)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     return made
@@ -70,16 +80,30 @@ def config_of(world, root):
     return make_config(root, model, data, train=train, **sections)
 
 
-def test_one_run_with_every_line_once_whatever_cut_it_off(world, server, tmp_path, monkeypatch):
-    config, add = config_of(world, tmp_path), loop._StepLines.add
+CUT_OFF = {
+    "in later steps": ("step", 8),  # steps 5 and 6 are in metrics.jsonl, and are done again
+    "behind a checkpoint": ("step", 5),  # step 4 is not done again, and no later step has sent its row
+    "between the lines of one step": ("evaluation", 6),
+}
 
-    def killed(self, step, *rest):
-        if step == 8:  # steps 5 and 6 are in W&B, and are done again
+
+@pytest.mark.parametrize("where", CUT_OFF)
+def test_one_run_with_every_line_once_whatever_cut_it_off(world, server, tmp_path, monkeypatch, where):
+    config, add, evaluate = config_of(world, tmp_path), loop._StepLines.add, loop._evaluate
+
+    def added(self, step, *rest):
+        if CUT_OFF[where] == ("step", step):
             raise KeyboardInterrupt
         add(self, step, *rest)
 
+    def evaluated(job, step, *rest):
+        if CUT_OFF[where] == ("evaluation", step):
+            raise KeyboardInterrupt
+        return evaluate(job, step, *rest)
+
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(loop._StepLines, "add", killed)
+        patched.setattr(loop._StepLines, "add", added)
+        patched.setattr(loop, "_evaluate", evaluated)
         train(config)
     assert train(config) == 0 and train(config) == 0, "a finished run opens none"
     first, second = server.inits
@@ -128,14 +152,46 @@ def test_offline_needs_no_key(server, monkeypatch):
     require_wandb()
 
 
-def test_what_wandb_refuses_is_said_without_the_key(world, server, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["AuthenticationError", "UsageError"])
+def test_a_key_that_is_refused_is_said_without_it(world, server, tmp_path, monkeypatch, name):
     def refuse(**_):
-        raise sys.modules["wandb"].Error(f"no access with {KEY}")
+        raise getattr(sys.modules["wandb"].errors, name)(f"no access with {KEY}")
 
     monkeypatch.setattr(sys.modules["wandb"], "init", refuse)
     with pytest.raises(UsageError, match=r"train\.wandb_project=alignment: W&B refuses") as refused:
         train(config_of(world, tmp_path))
     assert KEY not in str(refused.value)
+
+
+def outage(kind):
+    wandb = sys.modules["wandb"]
+    kinds = {"Error": wandb.Error, "closed": wandb.sdk.mailbox.MailboxClosedError, "pipe": BrokenPipeError}
+    return kinds[kind](f"timed out with {KEY}")
+
+
+@pytest.mark.parametrize("kind", ["Error", "closed", "pipe"])
+def test_a_run_goes_on_without_a_wandb_that_fails(world, server, tmp_path, kind, caplog, monkeypatch):
+    """At its start, on the way or at its end: said once, and the run is whole."""
+    config, init = config_of(world, tmp_path), server.init
+
+    def unreachable(**_):
+        raise outage(kind)
+
+    def ended_at_the_end(**arguments):
+        run = init(**arguments)
+        run.finish = unreachable
+        return run
+
+    if kind == "Error":
+        monkeypatch.setattr(sys.modules["wandb"], "init", unreachable)
+    elif kind == "closed":
+        monkeypatch.setattr(sys.modules["wandb"], "init", ended_at_the_end)
+    else:
+        server.failing = outage(kind)
+    assert train(config) == 0
+    assert {line["step"] for line in metrics_of(config.output_dir)} == set(range(1, 13))
+    said = [record.getMessage() for record in caplog.records if "W&B gets nothing more" in record.getMessage()]
+    assert len(said) == 1 and KEY not in said[0] and "timed out" in said[0]
 
 
 def test_without_the_package_the_extra_is_named(world, tmp_path, monkeypatch, capsys):
