@@ -6,6 +6,9 @@ Each value is a run of its own in output_dir/tune/KEY=VALUE, trained by `sr-dpo 
 no value inherits memory or compiled programs from another; all share one cache, so the reference is scored once. On
 several hosts each starts the same command, as for `sr-dpo train`.
 tune.json beside them holds what is finished: the same command goes on with the rest. Imports no jax.
+
+What decides is each run's last evaluation; with `checkpoint.best_metric` it is that of its best step, which `--best`
+takes.
 """
 
 import dataclasses
@@ -30,6 +33,7 @@ import rich.table
 from sr_dpo_jax import config as configuration
 from sr_dpo_jax.config import Config
 from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.selection import Selection
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +152,7 @@ def tune(path: str, overrides: Sequence[str], *, metric: str, eval_pairs: int | 
                 return code
             finished[candidate.digest] = {
                 "values": candidate.values,
-                "metrics": _last_evaluation(Path(candidate.config.output_dir) / "metrics.jsonl", metric),
+                "metrics": _evaluation(candidate.config, metric),
             }
             _write(state, metric, finished, chosen=None)
     results = {candidate.name: finished[candidate.digest] for candidate in grid}
@@ -221,15 +225,21 @@ class _Child:
             self._process.send_signal(signal.SIGTERM)
 
 
-def _last_evaluation(metrics_file: Path, metric: str) -> dict[str, float]:
-    """The evaluation at the end of a run, under its names in metrics.jsonl."""
+def _evaluation(config: Config, metric: str) -> dict[str, float]:
+    """The evaluation of a run's best step, else its last one, under its names in metrics.jsonl."""
+    metrics_file, section = Path(config.output_dir) / "metrics.jsonl", config.checkpoint
     lines = [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines()]
     found = [line for line in lines if f"{set_of(metric)}/loss" in line]
-    if not found or metric not in found[-1]:
+    selection = Selection(section.best_metric, section.best_mode, min_delta=0.0, patience=None)
+    for line in found:
+        if section.best_metric in line:
+            selection = selection.after(line["step"], float(line[section.best_metric]))
+    chosen = [line for line in found if selection.step in (None, line["step"])]
+    if not chosen or metric not in chosen[-1]:
         raise UsageError(
             f"{metrics_file}: holds no evaluation with {metric}; delete the run's directory to run it again"
         )
-    return {name: float(value) for name, value in found[-1].items()}
+    return {name: float(value) for name, value in chosen[-1].items()}
 
 
 def _read_finished(state: Path) -> dict[str, Any]:

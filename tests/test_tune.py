@@ -127,6 +127,33 @@ def test_finished_values_are_not_run_again(config, tmp_path, trained, capsys):
     assert main([*command, "optimizer.learning_rate=1e-2"]) == 0 and len(made) == 7, "another configuration"
 
 
+@pytest.mark.parametrize(
+    ("best", "accuracies", "expected"),
+    [
+        ([], (0.6, 0.9, 0.9, 0.7), 9),
+        (["checkpoint.best_metric=eval/margin"], (0.6, 0.9, 0.9, 0.7), 5),  # of equal ones the first
+        (["checkpoint.best_metric=eval/loss", "checkpoint.best_mode=min"], (0.6, 0.9, 0.9, 0.7), 3),
+    ],
+)
+def test_a_run_that_keeps_its_best_step_is_judged_by_it(config, tmp_path, monkeypatch, best, accuracies, expected):
+    def train(_child, candidate):
+        output = Path(candidate.config.output_dir)
+        output.mkdir(parents=True)
+        losses, steps = ("nan", 0.2, 0.5, 0.4), (1, 3, 5, 9)
+        margins = (0.1, 0.2, 0.3, 0.3)
+        lines = [
+            {"step": step, ACCURACY: accuracy, LOSS: loss, "eval/margin": margin}
+            for step, accuracy, loss, margin in zip(steps, accuracies, losses, margins, strict=True)
+        ]
+        (output / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"step": 9}]))
+        return 0
+
+    monkeypatch.setattr("sr_dpo_jax.tune._Child.train", train)
+    assert main(["tune", str(config), "objective.lam=1,2", *best, *(["train.eval_every_steps=1"] if best else [])]) == 0
+    found = json.loads((tmp_path / "run" / "tune" / "tune.json").read_text())["finished"].values()
+    assert {run["metrics"]["step"] for run in found} == {expected}
+
+
 @pytest.mark.parametrize("code", [1, 2, 75])
 def test_the_exit_code_of_a_run_is_passed_on(config, trained, code):
     trained[1]["objective.lam=1"] = code
