@@ -16,6 +16,8 @@ PREFERENCE_MEASURES = (
     "margin",
 )
 LOSSES = ("loss", "loss_per_token")
+GAINS = ("margin", "margins", "accuracies")
+"""Last parts of the names of metrics of which the lowest is never best."""
 RESERVED = (
     "augmented",
     "augmented_margin",
@@ -118,6 +120,14 @@ def _evaluation_problems(config: Any) -> list[str]:
         for name, _ in data.eval_sets
         if name in RESERVED
     ]
+    held_out = {"data.eval_path": data.eval_path or ()}
+    held_out |= {f"data.eval_sets.{name}.path": one.path for name, one in data.eval_sets}
+    found += [
+        f"  {key}.{number}.weight={source.weight}: every held-out pair is evaluated once; remove it"
+        for key, sources in held_out.items()
+        for number, source in enumerate(sources)
+        if source.weight != 1
+    ]
     needing = {"train.eval_every_steps": train.eval_every_steps, "train.samples": train.samples}
     found += [
         f"  {key}={value}: set data.eval_path or data.eval_sets, or remove it"
@@ -153,6 +163,9 @@ def _best_problems(config: Any) -> list[str]:
             f"  checkpoint.best_metric={metric}: only the end of the run is evaluated, so that there is nothing to "
             "choose from; set train.eval_every_steps, or remove it"
         )
-    if mode == "max" and metric.rpartition("/")[2] in LOSSES:
+    measure = metric.rpartition("/")[2]
+    if mode == "max" and measure in LOSSES:
         found.append(f"  checkpoint.best_mode=max: would choose the highest {metric}; set it to min")
+    if mode == "min" and measure in GAINS:
+        found.append(f"  checkpoint.best_mode=min: would choose the lowest {metric}; set it to max")
     return found

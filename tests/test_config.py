@@ -263,6 +263,21 @@ def test_frozen():
         ),
         (best("eval/b/margin", train={}), ["only the end of the run is evaluated", "set train.eval_every_steps"]),
         (best("eval/b/loss"), ["checkpoint.best_mode=max: would choose the highest eval/b/loss", "set it to min"]),
+        *(
+            (
+                best(f"eval/{measure}") | {"checkpoint": {"best_metric": f"eval/{measure}", "best_mode": "min"}},
+                [f"checkpoint.best_mode=min: would choose the lowest eval/{measure}", "set it to max"],
+            )
+            for measure in ("rewards/accuracies", "augmented/accuracies", "rewards/margins", "margin", "b/margin")
+        ),
+        (
+            {"data": {"eval_path": ["a", {"path": "b", "weight": 0.5}]}},
+            ["data.eval_path.1.weight=0.5", "every held-out pair is evaluated once", "remove it"],
+        ),
+        (
+            {"data": {"eval_sets": {"b": {"path": [{"path": "b", "weight": 2}]}}}},
+            ["data.eval_sets.b.path.0.weight=2", "remove it"],
+        ),
         ({"distributed": {"process_id": 0}}, ["distributed.process_id", "distributed.coordinator_address"]),
         ({"mesh": {"replica": -1}}, ["mesh=", "at most one of them is -1"]),
         ({"mesh": {"tensor": 0}}, ["mesh=", "sizes are positive"]),
