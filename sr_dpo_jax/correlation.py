@@ -28,13 +28,14 @@ STATISTICS = {
 }
 
 
-def rating_metrics(margins: dict[str, np.ndarray], difference: np.ndarray, *, seed: int) -> dict[str, float]:
+def rating_metrics(margins: dict[str, np.ndarray], difference: np.ndarray, *, seed: int, name: str) -> dict[str, float]:
     """Correlation of margins with rating differences, and accuracy by rating gap.
 
     Args:
       margins: `margin` and, where p is used, `augmented_margin`, each `[N]`, nats.
       difference: `[N]` rating differences, NaN where a pair is not rated.
       seed: of the bootstrap.
+      name: of the set, `eval` or `eval/NAME`; the keys below are those of `eval`.
 
     Returns:
       `eval/rated_pairs`; for each margin and each of pearson, spearman and kendall `eval/MARGIN/NAME`, with the ends of
@@ -48,10 +49,10 @@ def rating_metrics(margins: dict[str, np.ndarray], difference: np.ndarray, *, se
         return {}
     difference = difference[rated].astype(np.float64)
     margins = {name: values[rated].astype(np.float64) for name, values in margins.items()}
-    metrics: dict[str, float] = {"eval/rated_pairs": int(rated.sum())}
-    for name, values in margins.items():
-        metrics |= _correlations(name, values, difference, seed)
-    return metrics | _accuracy_by_gap(margins, difference)
+    metrics: dict[str, float] = {f"{name}/rated_pairs": int(rated.sum())}
+    for kind, values in margins.items():
+        metrics |= _correlations(f"{name}/{kind}", values, difference, seed)
+    return metrics | _accuracy_by_gap(name, margins, difference)
 
 
 def _correlations(name: str, margin: np.ndarray, difference: np.ndarray, seed: int) -> dict[str, float]:
@@ -63,11 +64,11 @@ def _correlations(name: str, margin: np.ndarray, difference: np.ndarray, seed: i
     elif np.ptp(margin) == 0:
         reason = "all margins are equal, as before the first update"
     if reason is not None:
-        log.warning("eval/%s: no correlation with ratings is defined: %s", name, reason)
+        log.warning("%s: no correlation with ratings is defined: %s", name, reason)
         return {}
     metrics = {}
     for statistic, function in STATISTICS.items():
-        key = f"eval/{name}/{statistic}"
+        key = f"{name}/{statistic}"
         metrics[key] = float(function(margin, difference).statistic)
         low, high = _interval(function, margin, difference, seed)
         if np.isfinite([low, high]).all():
@@ -98,20 +99,20 @@ def _interval(
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
-def _accuracy_by_gap(margins: dict[str, np.ndarray], difference: np.ndarray) -> dict[str, float]:
+def _accuracy_by_gap(name: str, margins: dict[str, np.ndarray], difference: np.ndarray) -> dict[str, float]:
     """Buckets end where quarters of the sorted differences end; equal differences are never parted."""
     edges = np.unique(np.quantile(difference, np.linspace(0, 1, GAP_BUCKETS + 1)[1:-1], method="inverted_cdf"))
     bucket = np.searchsorted(edges, difference, side="left")  # a difference equal to an edge belongs below it
     metrics: dict[str, float] = {}
     for number, value in enumerate(np.unique(bucket), 1):
         members = bucket == value
-        key = f"eval/rating_gap/{number}"
+        key = f"{name}/rating_gap/{number}"
         metrics |= {
             f"{key}/low": float(difference[members].min()),
             f"{key}/high": float(difference[members].max()),
             f"{key}/pairs": int(members.sum()),
         }
-        for name, accuracy in (("margin", "accuracy"), ("augmented_margin", "augmented_accuracy")):
-            if name in margins:
-                metrics[f"{key}/{accuracy}"] = float((margins[name][members] > 0).mean())
+        for kind, accuracy in (("margin", "accuracy"), ("augmented_margin", "augmented_accuracy")):
+            if kind in margins:
+                metrics[f"{key}/{accuracy}"] = float((margins[kind][members] > 0).mean())
     return metrics

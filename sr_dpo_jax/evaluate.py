@@ -130,8 +130,8 @@ def evaluate_command(config: Config, *, best: bool = False) -> dict[str, float]:
         metrics |= evaluate(one.objective, policy, one.reference, name=one.name)
         if jax.process_index() == 0 and one.reference is not None:
             difference = pairs.chosen_score - pairs.rejected_score
-            rated = rating_metrics(_margins(policy, one.reference), difference, seed=config.seed)
-            metrics |= {one.name + key.removeprefix("eval"): value for key, value in rated.items()}
+            margins = _margins(policy, one.reference)
+            metrics |= rating_metrics(margins, difference, seed=config.seed, name=one.name)
             root.mkdir(parents=True, exist_ok=True)
             write_scores(root / pairs_file(one.name), pairs, policy, one.reference)
     if jax.process_index() == 0:

@@ -148,5 +148,7 @@ def write_evaluation(
     ]
     write_lines(path / "eval_pairs.jsonl", pairs)
     if rated:
-        found = found | rating_metrics({"margin": margin, "augmented_margin": augmented}, difference, seed=0)
+        found = found | rating_metrics(
+            {"margin": margin, "augmented_margin": augmented}, difference, seed=0, name="eval"
+        )
     (path / "eval.json").write_text(json.dumps(found), encoding="utf-8")

@@ -34,7 +34,7 @@ def test_values_are_those_of_an_independent_computation():
     difference = rng.integers(0, 6, 60) / 2  # many ties
     margin = difference + rng.normal(size=60)
     augmented = np.round(difference**3 + rng.normal(size=60), 1)
-    found = rating_metrics({"margin": margin, "augmented_margin": augmented}, difference, seed=0)
+    found = rating_metrics({"margin": margin, "augmented_margin": augmented}, difference, seed=0, name="eval")
     for name, values in (("margin", margin), ("augmented_margin", augmented)):
         assert found[f"eval/{name}/pearson"] == pytest.approx(linear(values, difference), abs=1e-12)
         assert found[f"eval/{name}/spearman"] == pytest.approx(linear(ranks(values), ranks(difference)), abs=1e-12)
@@ -44,11 +44,11 @@ def test_values_are_those_of_an_independent_computation():
 def test_known_truth():
     """A margin that is the rating, one that is its reverse, and one of another scale: 1, −1, and ranks that agree."""
     difference = np.arange(1.0, 21.0)
-    found = rating_metrics({"margin": 3 * difference, "augmented_margin": -difference}, difference, seed=0)
+    found = rating_metrics({"margin": 3 * difference, "augmented_margin": -difference}, difference, seed=0, name="eval")
     for name in NAMES:
         assert found[f"eval/margin/{name}"] == pytest.approx(1) == found[f"eval/margin/{name}/low"]
         assert found[f"eval/augmented_margin/{name}"] == pytest.approx(-1)
-    found = rating_metrics({"margin": np.exp(difference)}, difference, seed=0)
+    found = rating_metrics({"margin": np.exp(difference)}, difference, seed=0, name="eval")
     assert found["eval/margin/pearson"] < 0.8
     assert found["eval/margin/spearman"] == found["eval/margin/kendall"] == pytest.approx(1)
 
@@ -60,7 +60,7 @@ def test_intervals_hold_the_truth_as_often_as_they_claim(monkeypatch):
     for repeat in range(20):
         x = rng.normal(size=150)
         y = 0.5 * x + np.sqrt(0.75) * rng.normal(size=150)
-        found = rating_metrics({"margin": x}, y, seed=repeat)
+        found = rating_metrics({"margin": x}, y, seed=repeat, name="eval")
         low, value, high = (found[f"eval/margin/pearson{end}"] for end in ("/low", "", "/high"))
         covered += low < 0.5 < high
         assert np.arctanh(high) - np.arctanh(low) == pytest.approx(2 * 1.96 / np.sqrt(147), rel=0.4)
@@ -71,7 +71,7 @@ def test_intervals_hold_the_truth_as_often_as_they_claim(monkeypatch):
 def test_the_seed_decides_the_interval_and_nothing_else():
     rng = np.random.default_rng(2)
     x, y = rng.normal(size=(2, 40))
-    first, again, other = (rating_metrics({"margin": x}, y, seed=seed) for seed in (0, 0, 1))
+    first, again, other = (rating_metrics({"margin": x}, y, seed=seed, name="eval") for seed in (0, 0, 1))
     assert first == again
     assert first["eval/margin/kendall"] == other["eval/margin/kendall"]
     assert first["eval/margin/kendall/low"] != other["eval/margin/kendall/low"]
@@ -80,23 +80,23 @@ def test_the_seed_decides_the_interval_and_nothing_else():
 def test_accuracy_by_rating_gap():
     difference = np.array([0.0, 0.5, 1, 1, 1, 2, 3, 4])
     margin = np.array([-1.0, 1, 1, -1, 1, 1, 1, 1])
-    found = rating_metrics({"margin": margin, "augmented_margin": -margin}, difference, seed=0)
+    found = rating_metrics({"margin": margin, "augmented_margin": -margin}, difference, seed=0, name="eval")
     buckets = [
         tuple(found[f"eval/rating_gap/{number}/{name}"] for name in ("low", "high", "pairs", "accuracy"))
         for number in (1, 2, 3, 4)
     ]
     assert buckets == [(0, 0.5, 2, 0.5), (1, 1, 3, pytest.approx(2 / 3)), (2, 2, 1, 1), (3, 4, 2, 1)]
     assert found["eval/rating_gap/4/augmented_accuracy"] == 0
-    alike = rating_metrics({"margin": margin}, np.array([1.0] * 7 + [2]), seed=0)
+    alike = rating_metrics({"margin": margin}, np.array([1.0] * 7 + [2]), seed=0, name="eval")
     assert (alike["eval/rating_gap/1/pairs"], alike["eval/rating_gap/2/pairs"]) == (7, 1)
     assert "eval/rating_gap/3/pairs" not in alike
 
 
 def test_only_rated_pairs_count():
     difference = np.array([np.nan, 1, 2, 3, np.nan])
-    found = rating_metrics({"margin": np.array([99.0, 1, 2, 3, -99])}, difference, seed=0)
+    found = rating_metrics({"margin": np.array([99.0, 1, 2, 3, -99])}, difference, seed=0, name="eval")
     assert found["eval/rated_pairs"] == 3 and found["eval/margin/pearson"] == pytest.approx(1)
-    assert rating_metrics({"margin": np.ones(2)}, np.full(2, np.nan), seed=0) == {}
+    assert rating_metrics({"margin": np.ones(2)}, np.full(2, np.nan), seed=0, name="eval") == {}
 
 
 @pytest.mark.parametrize(
@@ -108,10 +108,20 @@ def test_only_rated_pairs_count():
     ],
 )
 def test_what_is_not_defined_is_left_out_and_said(margin, difference, reason, caplog):
-    found = rating_metrics({"margin": np.array(margin, float)}, np.array(difference, float), seed=0)
+    found = rating_metrics({"margin": np.array(margin, float)}, np.array(difference, float), seed=0, name="eval")
     assert not [name for name in found if "pearson" in name or "nan" in str(found[name])]
     assert reason in caplog.text
     assert found["eval/rating_gap/1/pairs"] > 0
+
+
+def test_a_named_set_is_named(caplog):
+    """In every key and in every warning."""
+    difference = np.array([1.0, 2, 3, 4])
+    found = rating_metrics({"margin": difference, "augmented_margin": np.ones(4)}, difference, seed=0, name="eval/b")
+    assert "eval/b/margin/pearson" in found and "eval/b/rating_gap/1/accuracy" in found
+    assert all(name.startswith("eval/b/") for name in found)
+    assert "eval/b/augmented_margin: no correlation" in caplog.text
+    assert caplog.text.count("eval/") == caplog.text.count("eval/b/")
 
 
 @pytest.mark.slow
