@@ -5,12 +5,29 @@ import os
 import subprocess
 import sys
 
+import every_command_world
 import pytest
+from benchmarks import hh_run
 from runs import REPOSITORY, metrics_of
 
-pytestmark = pytest.mark.slow
+from sr_dpo_jax.data.rows import Pair, read_rows
+from sr_dpo_jax.data.tokens import load_tokenizer
 
 
+def test_the_world_is_made_without_the_real_pairs(tmp_path, monkeypatch):
+    for module in (every_command_world, hh_run):
+        monkeypatch.setattr(module, "HH_FILE", tmp_path / "absent.jsonl.gz")
+    monkeypatch.setattr(sys, "argv", ["every_command_world.py", str(tmp_path)])
+    every_command_world.main()
+    tokenizer = load_tokenizer(str(tmp_path / "base"))
+    for name, count in (("train", 192), ("held_out", 32), ("other", 32)):
+        pairs = list(read_rows(str(tmp_path / f"{name}.jsonl"), format="hh_rlhf", split="train"))
+        assert len(pairs) == count and all(isinstance(pair, Pair) for pair in pairs)
+    vocabulary = json.loads((tmp_path / "base" / "config.json").read_text())["vocab_size"]
+    assert max(tokenizer.encode(pairs[0].prompt)) < len(tokenizer) <= vocabulary
+
+
+@pytest.mark.slow
 def test_every_command_end_to_end(tmp_path):
     environment = {**os.environ, "SR_DPO": f"{sys.executable} -m sr_dpo_jax.cli", "PYTHON": sys.executable}
     environment |= {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}

@@ -28,8 +28,8 @@ LEARNING_RATE = 1e-4
 
 
 def make_tokenizer(directory: Path, data: Path, vocabulary_tokens: int = 8192) -> Path:
-    """A byte-level BPE trained on a file of HH transcripts."""
-    with gzip.open(data) as file:
+    """A byte-level BPE trained on a file of HH transcripts, compressed or not."""
+    with (gzip.open if data.suffix == ".gz" else open)(data) as file:
         rows = [json.loads(line) for line in file]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -45,9 +45,11 @@ def make_tokenizer(directory: Path, data: Path, vocabulary_tokens: int = 8192) -
     return directory
 
 
-def make_model(directory: Path, *, hidden: int, layers: int, vocabulary_tokens: int = 8192) -> Path:
-    """A tokenizer trained on the HH file, and the config.json of a Pythia-shaped model."""
-    make_tokenizer(directory, HH_FILE, vocabulary_tokens)
+def make_model(
+    directory: Path, *, hidden: int, layers: int, vocabulary_tokens: int = 8192, data: Path = HH_FILE
+) -> Path:
+    """A tokenizer trained on a file of HH transcripts, and the config.json of a Pythia-shaped model."""
+    make_tokenizer(directory, data, vocabulary_tokens)
     GPTNeoXConfig(
         vocab_size=vocabulary_tokens,
         hidden_size=hidden,
