@@ -165,6 +165,7 @@ def _add_benchmarks(command: Callable[..., argparse.ArgumentParser]) -> None:
     lm_eval.add_argument("--num-fewshot", type=int, metavar="N", help="default: what each task says")
     lm_eval.add_argument("--limit", type=int, metavar="N", help="first N examples of each task, for a trial")
     lm_eval.add_argument("--output", type=Path, metavar="FILE.json")
+    lm_eval.add_argument("--best", action="store_true", help=f"of a run, {BEST}")
 
 
 # Each command imports what it needs when it runs: `--help` and configuration errors need no jax.
@@ -229,6 +230,7 @@ def _lm_eval(options: argparse.Namespace) -> int:
         num_fewshot=options.num_fewshot,
         limit=options.limit,
         output=options.output,
+        best=options.best,
     )
     return 0
 

@@ -70,6 +70,7 @@ def lm_eval_command(
     num_fewshot: int | None,
     limit: int | None,
     output: Path | None,
+    best: bool = False,
 ) -> None:
     """Runs tasks, prints their metrics and writes them to `output`.
 
@@ -81,17 +82,20 @@ def lm_eval_command(
       num_fewshot: examples before each question, except in tasks that fix them to none; None: as each task says.
       limit: first examples of each task; None: all.
       output: a JSON file, or None.
+      best: the run's best checkpoint, in place of its latest.
 
     Raises:
-      UsageError: model, tasks or options cannot be used.
+      UsageError: model, tasks or options cannot be used, or there is no best checkpoint.
     """
+    if best and not (Path(model) / "config.yaml").is_file():
+        raise UsageError(f"{model}: is no run, and --best takes the best checkpoint of one; name a run's output_dir")
     _check(tasks, include_path, num_fewshot, limit, output)
     config = read_config(model, overrides)
     fewshot = {b.task: b.fewshot for b in PAPER} if tasks is None else dict.fromkeys(tasks, num_fewshot)
     loaded = load_tasks(fewshot, include_path)
     directory, tokenizer = read_model(config)
     assembly = assemble(config, directory)
-    params, step = latest_params(assembly, None)
+    params, step = latest_params(assembly, None, best=best)
     if step == 0 and (Path(model) / "config.yaml").is_file():
         raise UsageError(f"{model}: has no checkpoint; train first, or name a Hugging Face directory")
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # the harness would fork for its bootstrap, below jax's threads
