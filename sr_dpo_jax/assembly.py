@@ -225,18 +225,31 @@ def read_held_out(
 def _check_lengths(architecture: Architecture, pairs: TokenizedPairs) -> None:
     longest = int((pairs.prompt_tokens + np.maximum(pairs.chosen_tokens, pairs.rejected_tokens)).max())
     longest += len(pairs.augmentation)
-    limits = [kind.rope.exact_positions for kind in architecture.kinds if kind.rope.exact_positions is not None]
-    if limits and longest > min(limits):
-        raise UsageError(
-            f"the longest sequence has {longest} tokens, {len(pairs.augmentation)} of them p; beyond {min(limits)} the "
-            "rope scaling of model.path gives every length other frequencies, which a packed row cannot have; lower "
-            "data.max_length"
-        )
+    require_exact_positions(
+        architecture,
+        longest,
+        what=f"the longest sequence has {longest} tokens, {len(pairs.augmentation)} of them p",
+        remedy="lower data.max_length",
+    )
     if longest > architecture.context_tokens:
         log.warning(
             "the longest sequence has %d tokens with p, but model.path was made for %d (max_position_embeddings)",
             longest,
             architecture.context_tokens,
+        )
+
+
+def require_exact_positions(architecture: Architecture, longest_tokens: int, *, what: str, remedy: str) -> None:
+    """Refuses texts beyond the length up to which the model's rotary frequencies are those of every length.
+
+    Raises:
+      UsageError: `what` is too long, and the remedy.
+    """
+    limits = [kind.rope.exact_positions for kind in architecture.kinds if kind.rope.exact_positions is not None]
+    if limits and longest_tokens > min(limits):
+        raise UsageError(
+            f"{what}; beyond {min(limits)} the rope scaling of model.path gives every length other frequencies, which "
+            f"neither a packed row nor a cache of keys can have; {remedy}"
         )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sr_dpo_jax.assembly import Assembly
+from sr_dpo_jax.assembly import Assembly, require_exact_positions
 from sr_dpo_jax.data.plan import Shape, scoring_plan, scoring_shape
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.metrics import Progress
@@ -62,7 +62,13 @@ class ContinuationScorer:
             return np.zeros(0, np.float32), np.zeros(0, bool)
         tokens = np.array([len(request.context) + len(request.continuation) for request in requests])
         scored = np.array([len(request.continuation) for request in requests])
-        self._check_length(int(tokens.max()))
+        longest = int(tokens.max())
+        require_exact_positions(
+            self._assembly.directory.architecture,
+            longest,
+            what=f"a request has {longest} tokens",
+            remedy="lower the few-shot count",
+        )
         shape, step = self._shape_for(tokens, scored)
         plan = scoring_plan(tokens, scored, shape)
         feed = self._assembly.feed(_Packed(requests), plan, augmented=False, with_rejected=False)
@@ -105,12 +111,3 @@ class ContinuationScorer:
         step = make_continuation_step(self._assembly.graph, pairs=shape.pairs, mesh=self._assembly.mesh)
         self._compiled.append((shape, step))
         return shape, step
-
-    def _check_length(self, longest: int) -> None:
-        kinds = self._assembly.directory.architecture.kinds
-        limits = [kind.rope.exact_positions for kind in kinds if kind.rope.exact_positions is not None]
-        if limits and longest > min(limits):
-            raise UsageError(
-                f"a request has {longest} tokens; beyond {min(limits)} the rope scaling of model.path gives every "
-                "length other frequencies, which a packed row cannot have; lower the few-shot count"
-            )

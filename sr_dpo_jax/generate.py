@@ -23,7 +23,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from sr_dpo_jax import mesh as meshes
-from sr_dpo_jax.assembly import Assembly, assemble, read_model
+from sr_dpo_jax.assembly import Assembly, assemble, read_model, require_exact_positions
 from sr_dpo_jax.config import Config
 from sr_dpo_jax.data.fit import end_tokens
 from sr_dpo_jax.data.prompts import PromptLine, read_prompts
@@ -76,9 +76,11 @@ class Generator:
       longest_prompt_tokens: no prompt is longer.
       max_new_tokens: most tokens of a response, end-of-sequence included.
       stop: strings that end a response.
+      limit_key: what sets `max_new_tokens`, for errors.
 
     Raises:
-      UsageError: the slots do not divide over the devices.
+      UsageError: the slots do not divide over the devices, or responses may be longer than the model's rotary embedding
+        is known for.
     """
 
     def __init__(
@@ -91,7 +93,15 @@ class Generator:
         longest_prompt_tokens: int,
         max_new_tokens: int,
         stop: tuple[str, ...],
+        limit_key: str = "generation.max_new_tokens",
     ):
+        require_exact_positions(
+            assembly.directory.architecture,
+            longest_prompt_tokens + max_new_tokens,
+            what=f"{limit_key}={max_new_tokens}: the longest prompt has {longest_prompt_tokens} tokens, both "
+            f"{longest_prompt_tokens + max_new_tokens}",
+            remedy=f"lower {limit_key}, or shorten the prompts",
+        )
         self._tokenizer, self._sampling, self._stop = tokenizer, sampling, stop
         self._max_new_tokens, self._slots = max_new_tokens, slots
         self._prompt_tokens = -(-longest_prompt_tokens // PROMPT_MULTIPLE) * PROMPT_MULTIPLE

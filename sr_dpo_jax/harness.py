@@ -169,4 +169,5 @@ class MeshLM(TemplateLM):
             longest_prompt_tokens=max(len(prompt.ids) for prompt in prompts),
             max_new_tokens=generation.max_new_tokens,
             stop=generation.stop,
+            limit_key="max_gen_toks",
         )

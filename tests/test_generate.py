@@ -100,6 +100,19 @@ def test_a_killed_command_goes_on(model, tmp_path, monkeypatch, capsys):
     assert last["response"] == SEPARATED["response"]
 
 
+def test_responses_beyond_a_rope_that_changes_with_length_are_refused(tmp_path, capsys):
+    """Up to that length they are given, although the cache is rounded up beyond it."""
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+    short = model_directory(tmp_path / "model", "llama", max_position_embeddings=32, rope_parameters=rope)
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text('{"prompt": "sort the cat"}\n', encoding="utf-8")
+    assert main(command(tmp_path, short, prompts, output, slots=8, max_new_tokens=120)) == 2
+    said = capsys.readouterr().err
+    assert "generation.max_new_tokens=120: the longest prompt has" in said and "beyond 32" in said
+    assert not output.exists()
+    assert main(command(tmp_path, short, prompts, output, slots=8, max_new_tokens=4)) == 0
+
+
 def test_stop_strings_end_a_response_before_them(model, tmp_path):
     prompts, whole = prompts_file(tmp_path / "prompts.jsonl", 8), tmp_path / "whole.jsonl"
     assert main(command(tmp_path, model, prompts, whole, slots=8, max_new_tokens=24)) == 0

@@ -266,6 +266,40 @@ def test_bad_options_are_named(tmp_path, tasks, capsys, options, told):
     assert told in capsys.readouterr().err
 
 
+def test_a_generation_beyond_a_rope_that_changes_with_length_is_refused(tmp_path):
+    from lm_eval.api.instance import Instance
+
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 16}
+    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "factor": 2.0, **factors}
+    directory = model_directory(tmp_path / "model", "llama", max_position_embeddings=32, rope_parameters=rope)
+    ours = our_model(directory, "model.init=random")
+    with pytest.raises(UsageError, match=r"max_gen_toks=20: the longest prompt has .* beyond 16"):
+        ours.generate_until([Instance("generate_until", {}, ("a cat", {"max_gen_toks": 20, "until": []}), 0)])
+
+
+def test_the_best_checkpoint_can_be_asked_for(tmp_path, tasks, capsys, monkeypatch):
+    """The same parameters as those of `eval --best`, which `latest_params` gives; of a model that is no run, none."""
+    from sr_dpo_jax import leaderboard
+
+    directory = model_directory(tmp_path / "model", max_position_embeddings=CONTEXT_TOKENS)
+    config = make_config(tmp_path, directory, tmp_path / "pairs.jsonl", model={"init": "random"})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    arguments = ["--tasks", "toy_choice", "--include-path", str(tasks)]
+    asked = []
+
+    def params(*_, best):
+        asked.append(best)
+        raise UsageError("stopped here")
+
+    monkeypatch.setattr(leaderboard, "latest_params", params)
+    for options in ([], ["--best"]):
+        assert main(["lm-eval", config.output_dir, *arguments, *options]) == 2
+    assert asked == [False, True]
+    assert main(["lm-eval", str(directory), *arguments, "--best"]) == 2
+    assert "is no run" in capsys.readouterr().err
+
+
 def test_generation_settings_that_are_not_known_are_refused(tmp_path):
     from lm_eval.api.instance import Instance
 
