@@ -33,6 +33,7 @@ from sr_dpo_jax.decode import Sampling, State, make_programs, make_state
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.evaluate import latest_params
 from sr_dpo_jax.metrics import Progress
+from sr_dpo_jax.model.architecture import Architecture
 from sr_dpo_jax.storage import lines_of
 from sr_dpo_jax.train_step import Params
 
@@ -43,6 +44,7 @@ Finished = dict[tuple[int, int], dict[str, Any]]
 TOKENS_A_CALL = 16
 """Between two looks at what has finished: a slot idles for half of this, and the host is asked a sixteenth as often."""
 PROMPT_MULTIPLE = 64
+LIMIT_KEY = "generation.max_new_tokens"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,15 +95,9 @@ class Generator:
         longest_prompt_tokens: int,
         max_new_tokens: int,
         stop: tuple[str, ...],
-        limit_key: str = "generation.max_new_tokens",
+        limit_key: str = LIMIT_KEY,
     ):
-        require_exact_positions(
-            assembly.directory.architecture,
-            longest_prompt_tokens + max_new_tokens,
-            what=f"{limit_key}={max_new_tokens}: the longest prompt has {longest_prompt_tokens} tokens, both "
-            f"{longest_prompt_tokens + max_new_tokens}",
-            remedy=f"lower {limit_key}, or shorten the prompts",
-        )
+        _require_room(assembly.directory.architecture, longest_prompt_tokens, max_new_tokens, limit_key)
         self._tokenizer, self._sampling, self._stop = tokenizer, sampling, stop
         self._max_new_tokens, self._slots = max_new_tokens, slots
         self._prompt_tokens = -(-longest_prompt_tokens // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
@@ -188,7 +184,9 @@ def generate_command(config: Config, prompts_file: Path, output: Path, *, best: 
     lines = read_prompts(str(prompts_file))
     encoder = PairEncoder(tokenizer, augmentation_prompt=None)
     vocabulary_tokens = directory.architecture.vocabulary_tokens
-    _encode(encoder, lines, vocabulary_tokens, turn=0, finished={}, where=prompts_file)  # before any device is touched
+    # Refused before any device is touched, or a partial file begun.
+    first = _encode(encoder, lines, vocabulary_tokens, turn=0, finished={}, where=prompts_file)
+    _require_room(directory.architecture, max(map(len, first.values())), config.generation.max_new_tokens)
     assembly = assemble(config, directory)
     params, step = latest_params(assembly, None, best=best)
     settings = _settings(config, assembly, lines, step)
@@ -227,6 +225,18 @@ def make_generator(
         longest_prompt_tokens=longest_prompt_tokens,
         max_new_tokens=section.max_new_tokens,
         stop=section.stop,
+    )
+
+
+def _require_room(
+    architecture: Architecture, longest_prompt_tokens: int, max_new_tokens: int, limit_key: str = LIMIT_KEY
+) -> None:
+    longest = longest_prompt_tokens + max_new_tokens
+    require_exact_positions(
+        architecture,
+        longest,
+        what=f"{limit_key}={max_new_tokens}: the longest prompt has {longest_prompt_tokens} tokens, both {longest}",
+        remedy=f"lower {limit_key}, or shorten the prompts",
     )
 
 
