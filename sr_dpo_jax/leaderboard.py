@@ -118,11 +118,14 @@ def lm_eval_command(
     }
     if jax.process_index() == 0:
         if output is not None:
-            text = json.dumps(result, indent=2, ensure_ascii=False, default=str) + "\n"
-            partial = output.with_name(output.name + ".partial")
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(output)
+            _write(output, result)
         print_result(result)
+
+
+def _write(output: Path, result: dict[str, Any]) -> None:
+    partial = output.with_name(output.name + ".partial")
+    partial.write_text(json.dumps(result, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    partial.replace(output)
 
 
 def read_config(model: str, overrides: Sequence[str]) -> Config:

@@ -12,6 +12,7 @@ from typing import Any
 from sr_dpo_jax.config import Config
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.redaction import redact
+from sr_dpo_jax.storage import lines_of
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +136,7 @@ def _recorded(metrics_file: Path, *, first_step: int) -> list[dict[str, Any]]:
     if not metrics_file.exists():
         return []
     found = []
-    for text in metrics_file.read_text(encoding="utf-8").splitlines():
+    for text in lines_of(metrics_file.read_text(encoding="utf-8")):
         try:
             line = json.loads(text)
             if line["step"] >= first_step:
