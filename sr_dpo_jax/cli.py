@@ -112,9 +112,19 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
     report.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE.html")
     report.add_argument("--with-texts", action="store_true", help="shows the texts of sample pairs too")
-    demo = command("demo", _demo, "SFT, DPO and Sr-DPO of a small model on a small world, in minutes")
-    demo.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="DIR")
+    _add_demo(command)
     return made
+
+
+def _add_demo(command: Callable[..., argparse.ArgumentParser]) -> None:
+    demo = command("demo", _demo, "the method in a world where the quality of responses is computed, in minutes")
+    demo.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="DIR")
+    demo.add_argument("--full", action="store_true", help="the paper's protocol: every objective, λ and 5 seeds, hours")
+    demo.add_argument("--seeds", type=int, metavar="N", help="default: 1, with --full 5")
+    demo.add_argument("--pairs", type=int, metavar="N", help="size of the preference set")
+    demo.add_argument("--rated-share", type=float, metavar="S", help="of the base text, with instruction and rating")
+    demo.add_argument("--label-noise", type=float, metavar="S", help="share of pairs labelled the wrong way round")
+    demo.add_argument("--gaps", metavar="1,1,1", help="weights of pairs of close, clear and far quality")
 
 
 def _add_models(
@@ -308,9 +318,13 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from sr_dpo_jax.demo import demo
+    from sr_dpo_jax.world.corpus import Knobs, parse_gaps
+    from sr_dpo_jax.world.demo import demo
 
-    return demo(options.output)
+    turned = {name: getattr(options, name) for name in ("pairs", "rated_share", "label_noise")}
+    turned["gaps"] = None if options.gaps is None else parse_gaps(options.gaps)
+    knobs = Knobs(**{name: value for name, value in turned.items() if value is not None})
+    return demo(options.output, full=options.full, seeds=options.seeds, knobs=knobs)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from matplotlib.figure import Figure
@@ -15,7 +16,7 @@ from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.report import figures, pair_figures, tables
 from sr_dpo_jax.report.read import Run, read_runs, texts_of
 
-POINTS_AN_INCH, PIXELS_A_POINT = 72, 96 / 72
+PIXELS_AN_INCH, PIXELS_A_POINT = 96, 96 / 72
 
 log = logging.getLogger(__name__)
 
@@ -198,13 +199,18 @@ def _drawn(picture: Picture, runs: Sequence[Run]) -> dict[str, object]:
     drawn = figures.svg(picture.draw, runs)
     if drawn is None:
         return {"picture": picture, "image": None, "wide": False}
+    image = embedded(drawn)
+    return {"picture": picture, "image": image, "wide": image["width"] > 1.5 * figures.WIDTH * PIXELS_AN_INCH}
+
+
+def embedded(drawn: str) -> dict[str, Any]:
+    """An SVG as `source` of an image, with `width` and `height` in CSS pixels."""
     width, height = (float(drawn.partition(f'{name}="')[2].partition("pt")[0]) for name in ("width", "height"))
-    image = {
+    return {
         "source": _data_uri(drawn),
         "width": round(width * PIXELS_A_POINT),
         "height": round(height * PIXELS_A_POINT),
     }
-    return {"picture": picture, "image": image, "wide": width > 1.5 * figures.WIDTH * POINTS_AN_INCH}
 
 
 def _data_uri(drawn: str) -> str:

@@ -1,0 +1,120 @@
+"""What a run's files say: true quality of its responses, and its margins against the true gap. Imports no jax.
+
+    true gap             quality of the chosen response − quality of the rejected one, held-out pairs
+    margin m, m̂          as everywhere: log-ratios of the policy to its reference, without and with p in front
+    preference d, d̂      the same without a reference, log π(y⁺|x) − log π(y⁻|x): what a model knows before it has one
+
+For the base model there is d and d̂; for the SFT model also m and m̂ with the base model as reference; after preference
+training m and m̂ with the SFT model as reference, and Δ = β·m̂.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sr_dpo_jax.world.statistics import spearman
+from sr_dpo_jax.world.tasks import RATINGS, quality
+
+LEAST_GAP = 20.0
+"""Points of quality from which on a pair counts for `accuracy`'s demanding form."""
+CURVES = ("margin", "augmented/margin", "rewards/accuracies", "augmented/accuracies", "loss")
+STATISTICS = ("pearson", "spearman", "kendall")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def qualities(responses: Path) -> np.ndarray:
+    """True quality of each response of a file that `sr-dpo generate` wrote, `[N]`."""
+    return np.array([quality(line["response"], line["answer"].split()) for line in read_lines(responses)])
+
+
+def knowledge(rated: Path) -> dict[str, Any]:
+    """Whether quality rises with the rating asked for: mean quality at each rating, and Spearman's correlation."""
+    lines, found = read_lines(rated), qualities(rated)
+    ratings = np.array([line["rating"] for line in lines])
+    kinds = np.array([line["kind"] for line in lines])
+    means = [float(found[ratings == rating].mean()) for rating in RATINGS]
+    cells = [
+        (rating, found[(ratings == rating) & (kinds == kind)].mean())
+        for rating in RATINGS
+        for kind in dict.fromkeys(kinds.tolist())
+    ]
+    return {
+        "ratings": list(RATINGS),
+        "mean_quality": means,
+        "spearman": spearman(RATINGS, means),
+        "spearman_by_task": spearman(*zip(*cells, strict=True)),
+        "spearman_of_responses": spearman(ratings, found),
+    }
+
+
+def preferences(scores: Path) -> dict[str, np.ndarray]:
+    """d and d̂ of each held-out pair from a file of `sr-dpo score`, `[N]`, nats, and the true gap."""
+    lines = read_lines(scores)
+
+    def difference(kind: str) -> np.ndarray:
+        return np.array([line[f"logp_chosen{kind}"] - line[f"logp_rejected{kind}"] for line in lines])
+
+    gap = np.array([line["chosen_score"] - line["rejected_score"] for line in lines])
+    return {"plain": difference(""), "augmented": difference("_augmented"), "gap": gap}
+
+
+def against_gap(margin: np.ndarray, gap: np.ndarray) -> dict[str, float]:
+    """How well margins order pairs: shares above 0, of all and of clear pairs, and Spearman's correlation."""
+    clear = gap >= LEAST_GAP
+    return {
+        "accuracy": float((margin > 0).mean()),
+        "accuracy_of_clear": float((margin[clear] > 0).mean()) if clear.any() else np.nan,
+        "spearman": spearman(margin, gap),
+        "mean": float(margin.mean()),
+    }
+
+
+def stage_measures(scores: Path, reference: Path | None) -> dict[str, Any]:
+    """What a model before preference training knows; with its reference's scores also its margins against it."""
+    of = preferences(scores)
+    found = {kind: against_gap(of[kind], of["gap"]) for kind in ("plain", "augmented")}
+    if reference is not None:
+        base = preferences(reference)
+        for kind in ("plain", "augmented"):
+            found[f"{kind}_margin"] = against_gap(of[kind] - base[kind], of["gap"])
+    return found
+
+
+def arm_measures(run: Path, *, beta: float, lam: float | None, ipo: bool) -> dict[str, float]:
+    """Numbers of one preference run, from eval.json, eval_pairs.jsonl and metrics.jsonl."""
+    evaluation = json.loads((run / "eval.json").read_text(encoding="utf-8"))
+    pairs = read_lines(run / "eval_pairs.jsonl")
+    margin, augmented, gap = (
+        np.array([pair[name] for pair in pairs]) for name in ("margin", "augmented_margin", "rating_difference")
+    )
+    plain, refined = against_gap(margin, gap), against_gap(augmented, gap)
+    found = {
+        "margin": plain["mean"],
+        "augmented_margin": refined["mean"],
+        "accuracy": plain["accuracy"],
+        "augmented_accuracy": refined["accuracy"],
+        "augmented_accuracy_of_clear": refined["accuracy_of_clear"],
+        "margins_agree": float(np.corrcoef(margin, augmented)[0, 1]),
+    }
+    for name in STATISTICS:
+        found[name] = evaluation[f"eval/margin/{name}"]
+        found[f"augmented_{name}"] = evaluation[f"eval/augmented_margin/{name}"]
+    if lam is not None:
+        shifted = margin if ipo else beta * margin
+        found["shift_share"] = float(np.abs(lam * beta * augmented).mean() / np.abs(shifted).mean())
+    steps = [line for line in read_lines(run / "metrics.jsonl") if "step_time_s" in line]
+    found["step_time_s"] = float(np.median([line["step_time_s"] for line in steps]))
+    return found
+
+
+def curves(run: Path) -> dict[str, list[float]]:
+    """Held-out metrics over the steps of training."""
+    lines = [line for line in read_lines(run / "metrics.jsonl") if "eval/loss" in line]
+    return {"step": [line["step"] for line in lines]} | {
+        name: [line[f"eval/{name}"] for line in lines] for name in CURVES
+    }

@@ -1,0 +1,64 @@
+"""results.json -> one self-contained HTML page: no script, no network."""
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from sr_dpo_jax import __version__
+from sr_dpo_jax.report.figures import svg
+from sr_dpo_jax.report.page import embedded
+from sr_dpo_jax.world import figures
+from sr_dpo_jax.world.results import Results, tables
+
+FIGURES = {
+    "What the base model knows": (
+        figures.knowledge,
+        "The instruction asks for a response of rating k. Responses that follow it lie on the broken line.",
+    ),
+    "True quality of responses": (
+        figures.quality,
+        "Greedy responses show what a model can do, sampled ones (temperature 1) what it does. Bars are 95 % intervals "
+        "over seeds.",
+    ),
+    "Win, tie and lose": (figures.outcomes, "Each refined arm against the plain objective on the same pairs."),
+    "Margins over training (figure 1)": (
+        figures.margins,
+        "Held-out pairs, without p and with it. Means over seeds.",
+    ),
+    "Accuracy over training (figure 1)": (
+        figures.accuracies,
+        "The share of held-out pairs whose better response has the larger log-ratio. Means over seeds.",
+    ),
+    "More pairs (figure 3)": (figures.more_pairs, "Quality that falls as more pairs are seen is over-fitting."),
+    "Shuffled labels": (figures.shuffled, "Where labels are drawn by a coin nothing can be learned from them."),
+}
+
+
+def write_page(results: Results, path: Path) -> None:
+    """Writes the page whole, or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(render(results), encoding="utf-8")
+    partial.replace(path)
+
+
+def render(results: Results) -> str:
+    """The page as HTML."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    template = environment.from_string(files("sr_dpo_jax.world").joinpath("page.html").read_text(encoding="utf-8"))
+    return template.render(
+        setting=results["setting"],
+        pictures=[picture for title in FIGURES if (picture := _drawn(title, results)) is not None],
+        tables=tables(results),
+        version=__version__,
+    )
+
+
+def _drawn(title: str, results: Results) -> dict[str, Any] | None:
+    draw, caption = FIGURES[title]
+    drawn = svg(lambda _: draw(results), [])
+    if drawn is None:
+        return None
+    image = embedded(drawn)
+    return {"title": title, "caption": caption, "wide": image["width"] > image["height"] * 2.5, "image": image}

@@ -1,0 +1,60 @@
+"""Means over seeds with intervals, and paired tests. Plain NumPy and SciPy.
+
+Seeds, not prompts, are what repeats: all arms of a seed share its SFT model, so arms are compared seed by seed.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import scipy.stats
+
+CONFIDENCE = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean:
+    """A mean with its 95 % interval by Student's t; NaN ends where one value gives none."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Paired:
+    """Mean of the differences first − second, its interval, and p of the paired t test (NaN for one pair)."""
+
+    difference: Mean
+    p: float
+
+
+def mean_of(values: Sequence[float]) -> Mean:
+    """Mean of one value or more."""
+    array = np.asarray(values, np.float64)
+    if len(array) < 2:
+        return Mean(float(array.mean()), np.nan, np.nan)
+    half = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, len(array) - 1) * array.std(ddof=1) / np.sqrt(len(array))
+    return Mean(float(array.mean()), float(array.mean() - half), float(array.mean() + half))
+
+
+def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
+    """The same seeds in both, in the same order."""
+    differences = np.subtract(first, second, dtype=np.float64)
+    if len(differences) < 2:
+        return Paired(mean_of(differences), np.nan)
+    if np.ptp(differences) == 0:  # the t statistic divides by their spread
+        return Paired(mean_of(differences), 1.0 if differences[0] == 0 else 0.0)
+    return Paired(mean_of(differences), float(scipy.stats.ttest_rel(first, second).pvalue))
+
+
+def spearman(first: Sequence[float], second: Sequence[float]) -> float:
+    """Rank correlation; NaN where one of the two never changes."""
+    if np.ptp(first) == 0 or np.ptp(second) == 0:
+        return np.nan
+    return float(scipy.stats.spearmanr(first, second).statistic)
+
+
+def outcomes(first: np.ndarray, second: np.ndarray) -> tuple[float, float, float]:
+    """Shares of prompts on which the first response is better, as good, and worse."""
+    return float((first > second).mean()), float((first == second).mean()), float((first < second).mean())
