@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -17,7 +18,6 @@ from transformers import AutoConfig
 from sr_dpo_jax import config as configuration
 from sr_dpo_jax import integrity
 from sr_dpo_jax.config import Config
-from sr_dpo_jax.demo import make_pairs
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
@@ -38,7 +38,45 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """What makes each family's tiny model unlike a plain one."""
 BOS_FAMILIES = ("llama", "mistral", "gemma2", "gemma3_text")
 
+WORDS = (
+    "acorn birch cedar daisy elder fern grape hazel iris jasmine kelp lemon maple "
+    "nettle olive plum quince rose sage thyme umbel violet willow yarrow zinnia"
+).split()
+TASKS = {
+    "Copy": lambda words: words,
+    "Reverse": lambda words: words[::-1],
+    "Sort": sorted,
+    "First and last": lambda words: [words[0], words[-1]],
+}
+
 TIMES = ("pairs_per_second", "tokens_per_second", "tokens_per_second_per_chip", "step_time_s")
+
+
+def make_pairs(count: int, seed: int) -> list[dict[str, str]]:
+    """Rows of prompt, chosen and rejected text, drawn from `seed`."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        task, words = rng.choice(list(TASKS)), rng.sample(WORDS, rng.randint(3, 6))
+        right = TASKS[task](words)
+        wrong = _spoil(right, rng)
+        prompt = f"{task}: {' '.join(words)}\nAnswer:"
+        rows.append({"prompt": prompt, "chosen": " " + " ".join(right), "rejected": " " + " ".join(wrong)})
+    return rows
+
+
+def _spoil(words: list[str], rng: random.Random) -> list[str]:
+    """Swaps two words, drops one or puts a foreign one in: always another list."""
+    wrong = list(words)
+    match rng.randrange(3):
+        case 0:
+            first, second = rng.sample(range(len(wrong)), 2)
+            wrong[first], wrong[second] = wrong[second], wrong[first]
+        case 1:
+            del wrong[rng.randrange(len(wrong))]
+        case 2:
+            wrong[rng.randrange(len(wrong))] = rng.choice([word for word in WORDS if word not in words])
+    return wrong
 
 
 def model_directory(directory: Path, family: str = "gpt_neox", *, vocabulary_tokens: int = 320, **fields: Any) -> Path:

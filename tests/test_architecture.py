@@ -56,8 +56,17 @@ def test_there_is_something_to_read():
         ("openai", {"judge/endpoint.py"}),
         ("wandb", {"wandb_run.py"}),
         ("lm_eval", {"harness.py", "leaderboard.py"}),
-        ("matplotlib", {"report/figures.py", "report/page.py", "report/pair_figures.py"}),
-        ("scipy", {"correlation.py", "judge/outcomes.py", "report/pair_figures.py", "report/tables.py"}),
+        ("matplotlib", {"report/figures.py", "report/page.py", "report/pair_figures.py", "world/figures.py"}),
+        (
+            "scipy",
+            {
+                "correlation.py",
+                "judge/outcomes.py",
+                "report/pair_figures.py",
+                "report/tables.py",
+                "world/statistics.py",
+            },
+        ),
         ("torch", set()),
         ("trl", set()),
         ("pickle", set()),
@@ -82,7 +91,7 @@ def test_described_devices_stay_in_aot():
     assert found == {"aot_machine.py"}
 
 
-@pytest.mark.parametrize("first", ["config.py", "tune.py", "report/page.py"])
+@pytest.mark.parametrize("first", ["config.py", "tune.py", "report/page.py", "world/page.py"])
 def test_no_device_is_touched(first):
     """What reads the configuration, starts runs or compares them imports no jax, nor does anything that it imports.
 

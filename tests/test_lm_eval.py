@@ -7,11 +7,10 @@ import sys
 import jax
 import pytest
 import yaml
-from runs import BOS_FAMILIES, FAMILIES, REPOSITORY, make_config, model_directory, preference_file
+from runs import BOS_FAMILIES, FAMILIES, REPOSITORY, make_config, make_pairs, model_directory, preference_file
 from test_parity import random_weights
 
 from sr_dpo_jax.cli import main
-from sr_dpo_jax.demo import make_pairs
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.loop import train
 

@@ -38,16 +38,13 @@ def knowledge(rated: Path) -> dict[str, Any]:
     ratings = np.array([line["rating"] for line in lines])
     kinds = np.array([line["kind"] for line in lines])
     means = [float(found[ratings == rating].mean()) for rating in RATINGS]
-    cells = [
-        (rating, found[(ratings == rating) & (kinds == kind)].mean())
-        for rating in RATINGS
-        for kind in dict.fromkeys(kinds.tolist())
-    ]
+    cells = sorted(set(zip(ratings.tolist(), kinds.tolist(), strict=True)))
+    of_cells = [found[(ratings == rating) & (kinds == kind)].mean() for rating, kind in cells]
     return {
         "ratings": list(RATINGS),
         "mean_quality": means,
         "spearman": spearman(RATINGS, means),
-        "spearman_by_task": spearman(*zip(*cells, strict=True)),
+        "spearman_by_task": spearman([rating for rating, _ in cells], of_cells),
         "spearman_of_responses": spearman(ratings, found),
     }
 
