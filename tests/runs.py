@@ -38,10 +38,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """What makes each family's tiny model unlike a plain one."""
 BOS_FAMILIES = ("llama", "mistral", "gemma2", "gemma3_text")
 
-WORDS = (
-    "acorn birch cedar daisy elder fern grape hazel iris jasmine kelp lemon maple "
-    "nettle olive plum quince rose sage thyme umbel violet willow yarrow zinnia"
-).split()
+_WORDS = """
+    acorn birch cedar daisy elder fern grape hazel iris jasmine kelp lemon maple
+    nettle olive plum quince rose sage thyme umbel violet willow yarrow zinnia
+"""
+WORDS = _WORDS.split()
 TASKS = {
     "Copy": lambda words: words,
     "Reverse": lambda words: words[::-1],

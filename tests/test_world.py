@@ -127,7 +127,7 @@ def test_what_the_base_model_reads_is_what_training_puts_before_a_prompt():
     tokenizer = make_tokenizer()
     encoder = PairEncoder(tokenizer, augmentation_prompt=PAPER_PROMPT)
     augmentation = encoder.encode([_pair("Sort: fig oak\nAnswer:")])[0].augmentation
-    for row in base_rows(200, rated_share=1.0, seed=3):
+    for row in base_rows(200, rated_share=1.0, rating_noise=0.0, seed=3):
         ids = tokenizer(row["prompt"])["input_ids"]
         assert tokenizer.convert_tokens_to_ids(UNKNOWN) not in ids + tokenizer(row["chosen"])["input_ids"]
         assert tokenizer.decode(ids) == row["prompt"]
@@ -146,7 +146,7 @@ def _pair(prompt):
 
 def test_the_same_seed_draws_the_same_rows_and_another_one_others(tmp_path):
     def drawn(seed):
-        return base_rows(50, rated_share=0.5, seed=seed)
+        return base_rows(50, rated_share=0.5, rating_noise=0.4, seed=seed)
 
     assert drawn(1) == drawn(1) != drawn(2)
     pairs = [preference_rows(50, gaps=(1, 1, 1), label_noise=0.2, seed=seed) for seed in ("a", "a", "b")]
@@ -162,7 +162,7 @@ def within_chance(count: int, trials: int, share: float) -> bool:
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_the_share_of_rated_text_is_as_asked(share):
-    rows = base_rows(2000, rated_share=share, seed=0)
+    rows = base_rows(2000, rated_share=share, rating_noise=0.0, seed=0)
     rated = [row for row in rows if not row["prompt"].startswith(TASKS)]
     assert within_chance(len(rated), len(rows), share)
     right = sum(row["score_chosen"] == 100 for row in rows)
@@ -172,6 +172,15 @@ def test_the_share_of_rated_text_is_as_asked(share):
         assert row["prompt"].startswith(f"Please generate a response with a usefulness rating of {rating} out of 100")
         assert quality(row["chosen"], row["answer"].split()) == row["score_chosen"]
     assert not rated or {row["score_chosen"] for row in rated} == {0, 25, 50, 75, 100}
+
+
+@pytest.mark.parametrize("noise", [0.2, 1.0])
+def test_so_many_ratings_say_nothing(noise):
+    rows = base_rows(2000, rated_share=1.0, rating_noise=noise, seed=0)
+    asked = [int(row["prompt"].partition("rating of ")[2].split()[0]) for row in rows]
+    wrong = sum(rating != max(1, row["score_chosen"]) for rating, row in zip(asked, rows, strict=True))
+    by_chance = 1 - 1 / len(RATINGS)
+    assert within_chance(wrong, len(rows), noise * by_chance)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.25, 0.5, 1.0])
@@ -191,7 +200,9 @@ def test_label_noise_is_as_asked_and_scores_stay_true(noise):
 def test_gaps_are_as_asked(gaps):
     rows = preference_rows(3000, gaps=gaps, label_noise=0.0, seed="g")
     found = np.array([row["score_chosen"] - row["score_rejected"] for row in rows])
-    counts = [((found > low) & (found <= high)).sum() for low, high in ((0, 100 / 3), (100 / 3, 200 / 3), (200 / 3, 100))]
+    counts = [
+        ((found > low) & (found <= high)).sum() for low, high in ((0, 100 / 3), (100 / 3, 200 / 3), (200 / 3, 100))
+    ]
     assert sum(counts) == len(rows)
     for count, weight in zip(counts, gaps, strict=True):
         assert within_chance(int(count), len(rows), weight / sum(gaps))
@@ -214,6 +225,7 @@ def test_held_out_tasks_stand_nowhere_else():
     ("knobs", "said"),
     [
         (Knobs(rated_share=1.1), "--rated-share 1.1"),
+        (Knobs(rating_noise=2.0), "--rating-noise 2.0"),
         (Knobs(label_noise=-0.1), "--label-noise -0.1"),
         (Knobs(label_noise=float("nan")), "--label-noise nan"),
         (Knobs(gaps=(0, 0, 0)), "--gaps"),

@@ -1,7 +1,8 @@
 """The texts of the world: base text, SFT rows, preference pairs and held-out pairs, each drawn from a seed.
 
     base text    half of it (`rated_share`) with the instruction and a rating k before the task, and a response of
-                 quality k; the rest without it, answered at any quality: what the method calls intrinsic knowledge
+                 quality k, but for a share of ratings that say nothing (`rating_noise`); the rest without it, answered
+                 at any quality: what the method calls intrinsic knowledge
     pairs        two responses to one task, better and worse; `gaps` says how far apart, `label_noise` how often they
                  are labelled the wrong way round
     SFT rows     pairs of which only the chosen response is learned, as in the paper
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sr_dpo_jax.errors import UsageError
-from sr_dpo_jax.world.tasks import Task, corrupt, draw_task, instruction, quality, rating_of
+from sr_dpo_jax.world.tasks import RATINGS, Task, corrupt, draw_task, instruction, quality, rating_of
 
 GAP_KINDS = ("close", "clear", "far")
 """Up to a third of the scale apart, up to two thirds, and more."""
@@ -32,6 +33,9 @@ class Knobs:
 
     rated_share: float = 0.5
     """Share of the base text with the instruction and a rating: how well the base model knows quality."""
+    rating_noise: float = 0.4
+    """Share of the rated text whose rating is drawn by chance: how strictly a rating binds. At 0 the instruction alone
+    decides how good a response is, and what is learned without it does not reach responses with it."""
     label_noise: float = 0.0
     """Share of preference pairs that are labelled the wrong way round."""
     gaps: tuple[float, float, float] = (1.0, 1.0, 1.0)
@@ -41,9 +45,10 @@ class Knobs:
 
     def check(self) -> None:
         """Raises UsageError where a knob is out of its range."""
-        for name, share in (("--rated-share", self.rated_share), ("--label-noise", self.label_noise)):
+        for name in ("rated_share", "rating_noise", "label_noise"):
+            share = getattr(self, name)
             if not 0 <= share <= 1:
-                raise UsageError(f"{name} {share}: is a share, 0 to 1")
+                raise UsageError(f"--{name.replace('_', '-')} {share}: is a share, 0 to 1")
         if min(self.gaps) < 0 or not 0 < sum(self.gaps) < float("inf"):
             raise UsageError(f"--gaps {','.join(map(str, self.gaps))}: weights are 0 or more, and one of them is not 0")
         if self.pairs < 1:
@@ -59,7 +64,7 @@ def parse_gaps(text: str) -> tuple[float, float, float]:
     return close, clear, far
 
 
-def base_rows(count: int, *, rated_share: float, seed: int) -> list[dict[str, Any]]:
+def base_rows(count: int, *, rated_share: float, rating_noise: float, seed: int) -> list[dict[str, Any]]:
     """Texts for the base model. `rejected` is a response of another quality, which SFT does not read."""
     rng = random.Random(f"base {seed}")
     rows = []
@@ -69,7 +74,10 @@ def base_rows(count: int, *, rated_share: float, seed: int) -> list[dict[str, An
         response = corrupt(task.answer, edits, rng)
         prompt = task.prompt
         if rng.random() < rated_share:
-            prompt = instruction(rating_of(quality(" ".join(response), task.answer))) + prompt
+            rating = rating_of(quality(" ".join(response), task.answer))
+            if rng.random() < rating_noise:
+                rating = rng.choice(RATINGS)
+            prompt = instruction(rating) + prompt
         rows.append(_row(task, response, corrupt(task.answer, len(task.answer), rng), prompt=prompt))
     return rows
 

@@ -122,7 +122,8 @@ def _curves(results: Results, keys: tuple[str, str], name: str, data: str) -> Fi
                     curve["step"], curve[key], style, marker=".", color=COLOURS[index % len(COLOURS)], label=described
                 )
         axes.set(title=title, xlabel="step", ylabel=f"held-out {name}")
-        axes.legend(fontsize=7, ncols=2)
+        if chosen:
+            axes.legend(fontsize=7, ncols=2)
     return figure
 
 

@@ -22,6 +22,7 @@ from sr_dpo_jax.world.statistics import Mean, mean_of, outcomes, paired
 
 DECODINGS = ("sampled", "greedy")
 DIGITS = 5
+KNOBS = ("rated_share", "rating_noise", "label_noise", "gaps")
 Results = dict[str, Any]
 
 
@@ -46,6 +47,7 @@ def collect(layout: Layout, setting: Setting, knobs: Knobs, seeds: Sequence[int]
             "held_out_pairs": setting.held_out_pairs,
             "more_factor": setting.more_factor,
             "rated_share": knobs.rated_share,
+            "rating_noise": knobs.rating_noise,
             "label_noise": knobs.label_noise,
             "gaps": list(knobs.gaps),
             "pairs": knobs.pairs,
@@ -139,11 +141,11 @@ def tables(results: Results) -> dict[str, Table]:
 def markdown(results: Results) -> str:
     """The tables as Markdown, each under its title."""
     setting = results["setting"]
+    knobs = ", ".join(f"{name.replace('_', ' ')} {setting[name]}" for name in KNOBS)
     intro = (
-        f"{setting['seeds']} seed(s), {setting['pairs']} pairs, {setting['held_out_pairs']} held-out pairs, "
-        f"base model of {setting['base_texts']} texts; knobs: rated share {setting['rated_share']:g}, label noise "
-        f"{setting['label_noise']:g}, gaps {', '.join(f'{weight:g}' for weight in setting['gaps'])}. Means over seeds "
-        "with 95 % intervals (Student's t); p of paired t tests over seeds."
+        f"{setting['seeds']} seed(s); {setting['pairs']} pairs; {setting['held_out_pairs']} held-out pairs; base model "
+        f"of {setting['base_texts']} texts; {knobs}. Means over seeds with 95 % intervals (Student's t); p of paired t "
+        "tests over seeds."
     )
     parts = [intro, *(f"### {title}\n\n{table.markdown()}" for title, table in tables(results).items())]
     return "\n\n".join(parts) + "\n"

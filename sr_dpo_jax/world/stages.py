@@ -60,8 +60,9 @@ def make_base(layout: Layout, setting: Setting, knobs: Knobs) -> None:
     _write_once(layout.data("rated"), rated)
     base = base_config(layout, setting)
     if not layout.data("base").exists():
-        rows = setting.base_steps * setting.base_pairs_per_step
-        write_rows(layout.data("base"), base_rows(rows, rated_share=knobs.rated_share, seed=0))
+        count = setting.base_steps * setting.base_pairs_per_step
+        rows = base_rows(count, rated_share=knobs.rated_share, rating_noise=knobs.rating_noise, seed=0)
+        write_rows(layout.data("base"), rows)
     if not layout.base_model.exists():
         _train(base)
         export(layout.base_run, layout.base_model)

@@ -1,0 +1,17 @@
+"""`sr-dpo demo` in a process of its own, with a setting too small for the command line: FIELDS.json PAIRS OUTPUT_DIR."""
+
+import dataclasses
+import json
+import logging
+import sys
+from pathlib import Path
+
+from sr_dpo_jax.world.corpus import Knobs
+from sr_dpo_jax.world.demo import run_setting
+from sr_dpo_jax.world.protocol import FULL
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO)
+    fields, pairs, output = json.loads(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    arms = tuple(arm for arm in FULL.arms if arm.name in fields.pop("arms"))
+    sys.exit(run_setting(output, dataclasses.replace(FULL, arms=arms, **fields), Knobs(pairs=pairs)))
