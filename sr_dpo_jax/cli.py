@@ -122,6 +122,7 @@ def _add_demo(command: Callable[..., argparse.ArgumentParser]) -> None:
     demo.add_argument("--full", action="store_true", help="the paper's protocol: every objective, λ and 5 seeds, hours")
     demo.add_argument("--seeds", type=int, metavar="N", help="default: 1, with --full 5")
     demo.add_argument("--pairs", type=int, metavar="N", help="size of the preference set")
+    demo.add_argument("--beta", type=float, metavar="B", help="β of every objective")
     demo.add_argument("--rated-share", type=float, metavar="S", help="of the base text, with instruction and rating")
     demo.add_argument("--rating-noise", type=float, metavar="S", help="share of ratings there that are drawn by chance")
     demo.add_argument("--label-noise", type=float, metavar="S", help="share of pairs labelled the wrong way round")
@@ -322,7 +323,7 @@ def _demo(options: argparse.Namespace) -> int:
     from sr_dpo_jax.world.corpus import Knobs, parse_gaps
     from sr_dpo_jax.world.demo import demo
 
-    turned = {name: getattr(options, name) for name in ("pairs", "rated_share", "rating_noise", "label_noise")}
+    turned = {name: getattr(options, name) for name in ("pairs", "beta", "rated_share", "rating_noise", "label_noise")}
     turned["gaps"] = None if options.gaps is None else parse_gaps(options.gaps)
     knobs = Knobs(**{name: value for name, value in turned.items() if value is not None})
     return demo(options.output, full=options.full, seeds=options.seeds, knobs=knobs)

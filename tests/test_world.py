@@ -95,18 +95,18 @@ def test_answers_are_right():
     for _ in range(400):
         task = draw_task(rng)
         seen[task.kind] += 1
-        asked = task.prompt.removeprefix(f"{task.kind}: ").removesuffix("\nAnswer:").split()
-        if task.kind == "Count":
+        asked = task.prompt.removeprefix(f" {task.kind}: ").removesuffix(" answer:").split()
+        if task.kind == "count":
             counted = Counter(asked)
             numbers = {1: "one", 2: "two", 3: "three"}
             expected = [part for word, count in counted.items() for part in (word, numbers[count])]
-        elif task.kind.startswith("Look up"):
+        elif task.kind.startswith("lookup"):
             split = asked.index("in")
             keys, values = asked[:split:2], asked[1:split:2]
             expected = [values[keys.index(query)] for query in asked[split + 1 :]]
         else:
-            expected = sorted(asked) if "Sort" in task.kind else asked
-        if task.kind in ("Reverse", "Sort and reverse", "Look up and reverse"):
+            expected = sorted(asked) if "sort" in task.kind else asked
+        if task.kind in ("reverse", "sort+reverse", "lookup+reverse"):
             expected = list(reversed(expected))
         assert task.answer == tuple(expected), task.prompt
         assert len(task.answer) == LIST_WORDS
@@ -126,7 +126,7 @@ def test_what_the_base_model_reads_is_what_training_puts_before_a_prompt():
     """p ⊕ x as text has the ids that the pairs' encoder concatenates, and no word of the world is unknown."""
     tokenizer = make_tokenizer()
     encoder = PairEncoder(tokenizer, augmentation_prompt=PAPER_PROMPT)
-    augmentation = encoder.encode([_pair("Sort: fig oak\nAnswer:")])[0].augmentation
+    augmentation = encoder.encode([_pair(" sort: fig oak answer:")])[0].augmentation
     for row in base_rows(200, rated_share=1.0, rating_noise=0.0, seed=3):
         ids = tokenizer(row["prompt"])["input_ids"]
         assert tokenizer.convert_tokens_to_ids(UNKNOWN) not in ids + tokenizer(row["chosen"])["input_ids"]
@@ -163,7 +163,7 @@ def within_chance(count: int, trials: int, share: float) -> bool:
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_the_share_of_rated_text_is_as_asked(share):
     rows = base_rows(2000, rated_share=share, rating_noise=0.0, seed=0)
-    rated = [row for row in rows if not row["prompt"].startswith(TASKS)]
+    rated = [row for row in rows if not row["prompt"].startswith(" ")]
     assert within_chance(len(rated), len(rows), share)
     right = sum(row["score_chosen"] == 100 for row in rows)
     assert within_chance(right, len(rows), RIGHT_SHARE)
@@ -232,6 +232,7 @@ def test_held_out_tasks_stand_nowhere_else():
         (Knobs(gaps=(1, -1, 1)), "--gaps"),
         (Knobs(gaps=(1, float("nan"), 1)), "--gaps"),
         (Knobs(pairs=0), "--pairs 0"),
+        (Knobs(beta=0.0), "--beta 0"),
     ],
 )
 def test_knobs_out_of_range_are_refused(knobs, said):

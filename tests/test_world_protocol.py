@@ -1,4 +1,4 @@
-"""The protocol end to end in a very small setting, killed and resumed; the tables; the findings page and its numbers."""
+"""The protocol end to end in a very small setting, killed and resumed; the tables; the findings page."""
 
 import json
 import os
@@ -76,7 +76,10 @@ def test_the_protocol_end_to_end(finished):
             assert arm["accuracy"][seed] == pytest.approx(evaluation["eval/rewards/accuracies"], rel=1e-4)
             assert arm["augmented_margin"][seed] == pytest.approx(evaluation["eval/augmented/margin"], rel=1e-3)
             assert metrics_of(run)[0]["margin"] == 0, "starts at its reference"
-    assert results["arms"]["dpo-more"]["curves"]["step"] == [2, 4] and results["arms"]["dpo"]["curves"]["step"] == [1, 2]
+    assert results["arms"]["dpo-more"]["curves"]["step"] == [2, 4] and results["arms"]["dpo"]["curves"]["step"] == [
+        1,
+        2,
+    ]
     for shares in (results["outcomes"]["sr_dpo-0.5"][decoding] for decoding in ("greedy", "sampled")):
         assert np.add(np.add(shares["win"], shares["tie"]), shares["lose"]) == pytest.approx(1, abs=1e-4)
     assert results["outcomes"]["sr_dpo-0.5-more"]["against"] == "dpo-more"
@@ -181,7 +184,7 @@ def made_up(seeds: int) -> measured.Results:
             shares = {"win": [0.5] * seeds, "tie": [0.3] * seeds, "lose": [0.2] * seeds}
             outcomes[arm.name] = {"against": baseline, "sampled": shares, "greedy": shares}
     setting = {"seeds": seeds, "pairs": 64, "held_out_pairs": 32, "base_texts": 100, "more_factor": 4}
-    setting |= {"rated_share": 0.5, "rating_noise": 0.4, "label_noise": 0.0, "gaps": [1, 1, 1]}
+    setting |= {"rated_share": 0.5, "rating_noise": 0.4, "label_noise": 0.0, "gaps": [1, 1, 1], "beta": 0.5}
     known = {"ratings": [1, 100], "mean_quality": [1.0, 90.0], "spearman": 1.0, "spearman_by_task": 0.9}
     return {
         "setting": setting,

@@ -1,4 +1,4 @@
-"""`sr-dpo demo` in a process of its own, with a setting too small for the command line: FIELDS.json PAIRS OUTPUT_DIR."""
+"""`sr-dpo demo` in its own process, with a setting too small for the command line: FIELDS.json PAIRS OUTPUT_DIR."""
 
 import dataclasses
 import json

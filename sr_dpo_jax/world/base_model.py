@@ -6,7 +6,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPTNeoXConfig, PreTrainedTokenizerFast
 
-from sr_dpo_jax.world.tasks import ANSWER, NUMBERS, RATINGS, TASKS, WORDS, instruction_parts
+from sr_dpo_jax.world.tasks import OTHER_WORDS, WORDS, instruction_parts
 
 END, UNKNOWN = "<|end|>", "<|unknown|>"
 HIDDEN, LAYERS, HEADS = 144, 4, 4
@@ -39,13 +39,11 @@ def write_base_model(directory: Path) -> None:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A token for each word with the space before it, for each name of a task and for each piece of the instruction.
+    """A token for each word with the space before it, and for each piece of the instruction.
 
     The pieces make p five tokens long instead of fifty, which is most of what the base model would have to read.
     """
-    words = [f" {word}" for word in ("in", *NUMBERS, *WORDS)]
-    pieces = [*instruction_parts(), *map(str, RATINGS), *(f"{name}:" for name in TASKS), ANSWER, *words]
-    tokens = list(dict.fromkeys([END, UNKNOWN, *pieces]))
+    tokens = [END, UNKNOWN, *instruction_parts(), *(f" {word}" for word in (*OTHER_WORDS, *WORDS))]
     tokenizer = Tokenizer(models.WordLevel({token: number for number, token in enumerate(tokens)}, UNKNOWN))
     longest_first = sorted(tokens[2:], key=lambda token: (-len(token), token))
     pattern = "|".join(_escaped(token) for token in longest_first)

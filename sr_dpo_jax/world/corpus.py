@@ -40,8 +40,11 @@ class Knobs:
     """Share of preference pairs that are labelled the wrong way round."""
     gaps: tuple[float, float, float] = (1.0, 1.0, 1.0)
     """Weights of close, clear and far pairs."""
-    pairs: int = 1024
+    pairs: int = 2048
     """Size of the preference set."""
+    beta: float = 0.5
+    """β of every objective. The paper's 0.1 is for responses of a hundred tokens; margins of five tokens stay below
+    1/0.1, where the weight of a pair is one half whatever its margin and a shift changes nothing."""
 
     def check(self) -> None:
         """Raises UsageError where a knob is out of its range."""
@@ -51,6 +54,8 @@ class Knobs:
                 raise UsageError(f"--{name.replace('_', '-')} {share}: is a share, 0 to 1")
         if min(self.gaps) < 0 or not 0 < sum(self.gaps) < float("inf"):
             raise UsageError(f"--gaps {','.join(map(str, self.gaps))}: weights are 0 or more, and one of them is not 0")
+        if not 0 < self.beta < float("inf"):
+            raise UsageError(f"--beta {self.beta}: must be above 0")
         if self.pairs < 1:
             raise UsageError(f"--pairs {self.pairs}: must be 1 or more")
 

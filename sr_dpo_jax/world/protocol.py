@@ -146,7 +146,7 @@ def arm_config(layout: Layout, setting: Setting, knobs: Knobs, seed: int, arm: A
     """One preference run from the seed's SFT model."""
     pairs = knobs.pairs * (setting.more_factor if arm.data == MORE else 1)
     steps = pairs // setting.pairs_per_step
-    objective = {"name": arm.objective} | ({} if arm.lam is None else {"lam": arm.lam})
+    objective = {"name": arm.objective, "beta": knobs.beta} | ({} if arm.lam is None else {"lam": arm.lam})
     return _config(
         layout,
         layout.run(seed, arm.name),

@@ -17,18 +17,18 @@ from sr_dpo_jax import __version__
 from sr_dpo_jax.report.tables import NONE, Table, number
 from sr_dpo_jax.world import measure
 from sr_dpo_jax.world.corpus import Knobs
-from sr_dpo_jax.world.protocol import MORE, PAIRS, SHUFFLED, Arm, Layout, Setting, arm_config
+from sr_dpo_jax.world.protocol import MORE, PAIRS, SHUFFLED, Arm, Layout, Setting
 from sr_dpo_jax.world.statistics import Mean, mean_of, outcomes, paired
 
 DECODINGS = ("sampled", "greedy")
 DIGITS = 5
-KNOBS = ("rated_share", "rating_noise", "label_noise", "gaps")
+KNOBS = ("rated_share", "rating_noise", "label_noise", "gaps", "beta")
 Results = dict[str, Any]
 
 
 def collect(layout: Layout, setting: Setting, knobs: Knobs, seeds: Sequence[int]) -> Results:
     """Everything that was measured on the seeds that are finished."""
-    arms = {arm.name: _arm(layout, setting, knobs, seeds, arm) for arm in setting.arms}
+    arms = {arm.name: _arm(layout, knobs, seeds, arm) for arm in setting.arms}
     base_scores = layout.base_run / "scores.jsonl"
     sft = [layout.run(seed, "sft") for seed in seeds]
     stages = {
@@ -51,6 +51,7 @@ def collect(layout: Layout, setting: Setting, knobs: Knobs, seeds: Sequence[int]
             "label_noise": knobs.label_noise,
             "gaps": list(knobs.gaps),
             "pairs": knobs.pairs,
+            "beta": knobs.beta,
         },
         "versions": {"sr_dpo_jax": __version__, "jax": version("jax")},
         "knowledge": measure.knowledge(layout.base_run / "rated.jsonl"),
@@ -80,11 +81,10 @@ def write(results: Results, path: Path) -> None:
     partial.replace(path)
 
 
-def _arm(layout: Layout, setting: Setting, knobs: Knobs, seeds: Sequence[int], arm: Arm) -> dict[str, Any]:
+def _arm(layout: Layout, knobs: Knobs, seeds: Sequence[int], arm: Arm) -> dict[str, Any]:
     runs = [layout.run(seed, arm.name) for seed in seeds]
-    beta = arm_config(layout, setting, knobs, seeds[0], arm).objective.beta
     ipo = arm.objective in ("ipo", "sr_ipo")
-    numbers = _columns([measure.arm_measures(run, beta=beta, lam=arm.lam, ipo=ipo) for run in runs])
+    numbers = _columns([measure.arm_measures(run, beta=knobs.beta, lam=arm.lam, ipo=ipo) for run in runs])
     histories = [measure.curves(run) for run in runs]
     means = {name: np.mean([history[name] for history in histories], axis=0).tolist() for name in histories[0]}
     about = {"objective": arm.objective, "lam": arm.lam, "data": arm.data}

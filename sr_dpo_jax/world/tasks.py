@@ -24,15 +24,19 @@ _WORDS = """
 WORDS = tuple(_WORDS.split())
 """In alphabetical order, none twice."""
 NUMBERS = ("one", "two", "three")
-TASKS = ("Copy", "Reverse", "Sort", "Count", "Look up", "Sort and reverse", "Look up and reverse")
+TASKS = ("copy", "reverse", "sort", "count", "lookup", "sort+reverse", "lookup+reverse")
 LIST_WORDS = 4
 """Of the list that a task is done on, and of every right answer: what stands where is then learned in minutes."""
 TABLE_ENTRIES = 3
 RATINGS = (1, 25, 50, 75, 100)
-_ASKED = "100"
-_MENTIONS = (f"rating of {_ASKED} out", f"The term {_ASKED} indicates")
+IN, ANSWER = "in", "answer:"
+OTHER_WORDS = (IN, ANSWER, *NUMBERS, *(f"{kind}:" for kind in TASKS), *map(str, RATINGS))
+"""Words of prompts that are no words of lists; wrong responses hold some, so that a model knows them as wrong."""
+OTHER_SHARE = 0.2
+"""Of the words that are put in where a response is spoiled."""
+_ASKED = " 100"
+_MENTIONS = (f"rating of{_ASKED} out", f"The term{_ASKED} indicates")
 """Where p names the rating; its other 100s name the end of the scale."""
-ANSWER = "\nAnswer:"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,23 +52,23 @@ def draw_task(rng: random.Random) -> Task:
     """A task of a random kind on random words."""
     kind = rng.choice(TASKS)
     match kind:
-        case "Count":
+        case "count":
             first, second = rng.sample(WORDS, 2)
             asked = [first, second, *rng.choices((first, second), k=LIST_WORDS - 2)]
             rng.shuffle(asked)
             answer = _counts(asked)
-        case "Look up" | "Look up and reverse":
+        case "lookup" | "lookup+reverse":
             keys, values = rng.sample(WORDS, TABLE_ENTRIES), rng.sample(WORDS, TABLE_ENTRIES)
             queries = rng.choices(keys, k=LIST_WORDS)
             table = dict(zip(keys, values, strict=True))
-            asked = [word for pair in table.items() for word in pair] + ["in"] + queries
+            asked = [word for pair in table.items() for word in pair] + [IN] + queries
             answer = [table[query] for query in queries]
         case _:
             asked = rng.sample(WORDS, LIST_WORDS)
-            answer = sorted(asked) if kind.startswith("Sort") else list(asked)
-    if kind.lower().endswith("reverse"):
+            answer = sorted(asked) if kind.startswith("sort") else list(asked)
+    if kind.endswith("reverse"):
         answer = answer[::-1]
-    return Task(kind, f"{kind}: {' '.join(asked)}{ANSWER}", tuple(answer))
+    return Task(kind, f" {kind}: {' '.join(asked)} {ANSWER}", tuple(answer))
 
 
 def _counts(words: Sequence[str]) -> list[str]:
@@ -100,11 +104,11 @@ def corrupt(answer: Sequence[str], edits: int, rng: random.Random) -> tuple[str,
     Half of the time nothing is cut off. At least one word is left. The edit distance from the answer is `edits`
     exactly, for no word that is put in stands in the answer.
     """
-    foreign = [word for word in WORDS if word not in answer]
+    foreign = {words: [word for word in words if word not in answer] for words in (WORDS, OTHER_WORDS)}
     cut = rng.randint(0, min(edits, len(answer) - 1)) if rng.random() < 0.5 else 0
     kept = list(answer[: len(answer) - cut])
     for place in rng.sample(range(len(kept)), edits - cut):
-        kept[place] = rng.choice(foreign)
+        kept[place] = rng.choice(foreign[OTHER_WORDS if rng.random() < OTHER_SHARE else WORDS])
     return tuple(kept)
 
 
@@ -123,7 +127,7 @@ def instruction(rating: int) -> str:
         raise UsageError(f"rating {rating}: the world knows {', '.join(map(str, RATINGS))}")
     text = PAPER_PROMPT
     for mention in _MENTIONS:
-        text = text.replace(mention, mention.replace(_ASKED, str(rating)))
+        text = text.replace(mention, mention.replace(_ASKED, f" {rating}"))
     return text
 
 
