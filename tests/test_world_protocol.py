@@ -43,13 +43,15 @@ def finished(tmp_path_factory):
     """A demo that was terminated in its first preference run, and gone on with by the same command."""
     output = tmp_path_factory.mktemp("world") / "demo"
     first = start(output)
+    before = ""
     for line in first.stdout:
+        before += line
         if re.search(r"seed 0: dpo\b", line):
             break
     time.sleep(1)
     first.send_signal(signal.SIGTERM)
     said, _ = first.communicate(timeout=300)
-    assert first.returncode == 75, said[-3000:]
+    assert first.returncode == 75, before[-3000:] + said[-3000:]
     assert not (output / "results.json").exists()
     second = start(output)
     said, _ = second.communicate(timeout=600)

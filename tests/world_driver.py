@@ -13,5 +13,6 @@ from sr_dpo_jax.world.protocol import FULL
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
     fields, pairs, output = json.loads(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    arms = tuple(arm for arm in FULL.arms if arm.name in fields.pop("arms"))
+    named = fields.pop("arms")
+    arms = tuple(arm for arm in FULL.arms if arm.name in named)
     sys.exit(run_setting(output, dataclasses.replace(FULL, arms=arms, **fields), Knobs(pairs=pairs)))
