@@ -23,7 +23,7 @@ from sr_dpo_jax.world.tasks import RATINGS, Task, corrupt, draw_task, instructio
 
 GAP_KINDS = ("close", "clear", "far")
 """Up to a third of the scale apart, up to two thirds, and more."""
-RIGHT_SHARE = 0.4
+RIGHT_SHARE = 0.5
 """Of the base text's responses, those that are right; the others have one word wrong, two, ... or all."""
 
 
