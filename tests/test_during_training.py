@@ -12,6 +12,7 @@ import pytest
 import yaml
 from runs import (
     make_config,
+    make_pairs,
     metrics_of,
     model_directory,
     preference_file,
@@ -25,7 +26,6 @@ from runs import (
 from sr_dpo_jax import checkpoint, integrity, loop
 from sr_dpo_jax.cli import main
 from sr_dpo_jax.config_checks import RESERVED, evaluation_metrics
-from sr_dpo_jax.demo import make_pairs
 from sr_dpo_jax.errors import RunError, UsageError
 from sr_dpo_jax.loop import train
 
