@@ -73,7 +73,7 @@ def test_the_answer_itself_and_nothing_else_is_right(answer):
 
 @given(st.integers(0, 2**32), st.data())
 def test_each_edit_costs_the_same(seed, data):
-    answer = draw_task(random.Random(seed)).answer
+    answer = draw_task(random.Random(seed), TASKS).answer
     rng = random.Random(data.draw(st.integers(0, 2**32)))
     found = [quality(" ".join(corrupt(answer, edits, rng)), answer) for edits in range(len(answer) + 1)]
     assert found == [100 * (len(answer) - edits) / len(answer) for edits in range(len(answer) + 1)]
@@ -93,7 +93,7 @@ def test_answers_are_right():
     rng = random.Random(0)
     seen = Counter()
     for _ in range(400):
-        task = draw_task(rng)
+        task = draw_task(rng, TASKS)
         seen[task.kind] += 1
         asked = task.prompt.removeprefix(f" {task.kind}: ").removesuffix(" answer:").split()
         if task.kind == "count":
@@ -127,7 +127,7 @@ def test_what_the_base_model_reads_is_what_training_puts_before_a_prompt():
     tokenizer = make_tokenizer()
     encoder = PairEncoder(tokenizer, augmentation_prompt=PAPER_PROMPT)
     augmentation = encoder.encode([_pair(" sort: fig oak answer:")])[0].augmentation
-    for row in base_rows(200, rated_share=1.0, rating_noise=0.0, seed=3):
+    for row in base_rows(200, kinds=TASKS, rated_share=1.0, rating_noise=0.0, seed=3):
         ids = tokenizer(row["prompt"])["input_ids"]
         assert tokenizer.convert_tokens_to_ids(UNKNOWN) not in ids + tokenizer(row["chosen"])["input_ids"]
         assert tokenizer.decode(ids) == row["prompt"]
@@ -146,10 +146,10 @@ def _pair(prompt):
 
 def test_the_same_seed_draws_the_same_rows_and_another_one_others(tmp_path):
     def drawn(seed):
-        return base_rows(50, rated_share=0.5, rating_noise=0.4, seed=seed)
+        return base_rows(50, kinds=TASKS, rated_share=0.5, rating_noise=0.4, seed=seed)
 
     assert drawn(1) == drawn(1) != drawn(2)
-    pairs = [preference_rows(50, gaps=(1, 1, 1), label_noise=0.2, seed=seed) for seed in ("a", "a", "b")]
+    pairs = [preference_rows(50, kinds=TASKS, gaps=(1, 1, 1), label_noise=0.2, seed=seed) for seed in ("a", "a", "b")]
     assert pairs[0] == pairs[1] != pairs[2]
     write_rows(tmp_path / "rows.jsonl", pairs[0])
     assert read_rows(tmp_path / "rows.jsonl") == pairs[0]
@@ -162,7 +162,7 @@ def within_chance(count: int, trials: int, share: float) -> bool:
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_the_share_of_rated_text_is_as_asked(share):
-    rows = base_rows(2000, rated_share=share, rating_noise=0.0, seed=0)
+    rows = base_rows(2000, kinds=TASKS, rated_share=share, rating_noise=0.0, seed=0)
     rated = [row for row in rows if not row["prompt"].startswith(" ")]
     assert within_chance(len(rated), len(rows), share)
     right = sum(row["score_chosen"] == 100 for row in rows)
@@ -176,7 +176,7 @@ def test_the_share_of_rated_text_is_as_asked(share):
 
 @pytest.mark.parametrize("noise", [0.2, 1.0])
 def test_so_many_ratings_say_nothing(noise):
-    rows = base_rows(2000, rated_share=1.0, rating_noise=noise, seed=0)
+    rows = base_rows(2000, kinds=TASKS, rated_share=1.0, rating_noise=noise, seed=0)
     asked = [int(row["prompt"].partition("rating of ")[2].split()[0]) for row in rows]
     wrong = sum(rating != max(1, row["score_chosen"]) for rating, row in zip(asked, rows, strict=True))
     by_chance = 1 - 1 / len(RATINGS)
@@ -185,20 +185,20 @@ def test_so_many_ratings_say_nothing(noise):
 
 @pytest.mark.parametrize("noise", [0.0, 0.25, 0.5, 1.0])
 def test_label_noise_is_as_asked_and_scores_stay_true(noise):
-    rows = preference_rows(2000, gaps=(1, 1, 1), label_noise=noise, seed="x")
+    rows = preference_rows(2000, kinds=TASKS, gaps=(1, 1, 1), label_noise=noise, seed="x")
     wrong = sum(row["score_chosen"] < row["score_rejected"] for row in rows)
     assert within_chance(wrong, len(rows), noise)
     for row in rows[:200]:
         for side in ("chosen", "rejected"):
             assert quality(row[side], row["answer"].split()) == row[f"score_{side}"]
             assert row[side].startswith(" ") and row[side].strip()
-    clean = preference_rows(2000, gaps=(1, 1, 1), label_noise=0.0, seed="x")
+    clean = preference_rows(2000, kinds=TASKS, gaps=(1, 1, 1), label_noise=0.0, seed="x")
     assert [row["prompt"] for row in rows] == [row["prompt"] for row in clean], "noise flips labels and nothing else"
 
 
 @pytest.mark.parametrize("gaps", [(1.0, 1.0, 1.0), (6.0, 3.0, 1.0), (0.0, 0.0, 2.0)])
 def test_gaps_are_as_asked(gaps):
-    rows = preference_rows(3000, gaps=gaps, label_noise=0.0, seed="g")
+    rows = preference_rows(3000, kinds=TASKS, gaps=gaps, label_noise=0.0, seed="g")
     found = np.array([row["score_chosen"] - row["score_rejected"] for row in rows])
     counts = [
         ((found > low) & (found <= high)).sum() for low, high in ((0, 100 / 3), (100 / 3, 200 / 3), (200 / 3, 100))
@@ -214,10 +214,17 @@ def test_kinds_of_gaps():
     assert [gap_kind(edits, 6) for edits in range(1, 7)] == [0, 0, 1, 1, 2, 2]
 
 
+def test_only_the_kinds_of_tasks_that_are_asked_for_come_up():
+    kinds = ("sort", "count")
+    rows = base_rows(50, kinds=kinds, rated_share=0.5, rating_noise=0.0, seed=1)
+    rows += preference_rows(50, kinds=kinds, gaps=(1, 1, 1), label_noise=0.0, seed="k")
+    assert {row["kind"] for row in rows} == set(kinds)
+
+
 def test_held_out_tasks_stand_nowhere_else():
-    held_out = preference_rows(100, gaps=(1, 1, 1), label_noise=0.0, seed="h")
+    held_out = preference_rows(100, kinds=TASKS, gaps=(1, 1, 1), label_noise=0.0, seed="h")
     prompts = {row["prompt"] for row in held_out}
-    again = preference_rows(100, gaps=(1, 1, 1), label_noise=0.0, seed="h", without=prompts)
+    again = preference_rows(100, kinds=TASKS, gaps=(1, 1, 1), label_noise=0.0, seed="h", without=prompts)
     assert not prompts & {row["prompt"] for row in again}
 
 
@@ -288,7 +295,7 @@ def test_knowledge_reads_the_rating_and_the_words(tmp_path):
         lines = []
         for rating, edits in zip(RATINGS, (4, 3, 2, 1, 0)[::order], strict=True):
             for _ in range(20):
-                task = draw_task(rng)
+                task = draw_task(rng, TASKS)
                 response = " ".join(corrupt(task.answer, edits, rng))
                 answer = " ".join(task.answer)
                 lines.append({"rating": rating, "kind": task.kind, "answer": answer, "response": response})

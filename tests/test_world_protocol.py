@@ -185,7 +185,14 @@ def made_up(seeds: int) -> measured.Results:
         if baseline is not None:
             shares = {"win": [0.5] * seeds, "tie": [0.3] * seeds, "lose": [0.2] * seeds}
             outcomes[arm.name] = {"against": baseline, "sampled": shares, "greedy": shares}
-    setting = {"seeds": seeds, "pairs": 64, "held_out_pairs": 32, "base_texts": 100, "more_factor": 4}
+    setting = {
+        "seeds": seeds,
+        "tasks": ["copy"],
+        "pairs": 64,
+        "held_out_pairs": 32,
+        "base_texts": 100,
+        "more_factor": 4,
+    }
     setting |= {"rated_share": 0.5, "rating_noise": 0.4, "label_noise": 0.0, "gaps": [1, 1, 1], "beta": 0.5}
     known = {"ratings": [1, 100], "mean_quality": [1.0, 90.0], "spearman": 1.0, "spearman_by_task": 0.9}
     return {

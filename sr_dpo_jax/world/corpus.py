@@ -14,7 +14,7 @@ Rows are of the format `preference`; their scores are the true qualities, also w
 import dataclasses
 import json
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +69,14 @@ def parse_gaps(text: str) -> tuple[float, float, float]:
     return close, clear, far
 
 
-def base_rows(count: int, *, rated_share: float, rating_noise: float, seed: int) -> list[dict[str, Any]]:
+def base_rows(
+    count: int, *, kinds: Sequence[str], rated_share: float, rating_noise: float, seed: int
+) -> list[dict[str, Any]]:
     """Texts for the base model. `rejected` is a response of another quality, which SFT does not read."""
     rng = random.Random(f"base {seed}")
     rows = []
     for _ in range(count):
-        task = draw_task(rng)
+        task = draw_task(rng, kinds)
         edits = 0 if rng.random() < RIGHT_SHARE else rng.randint(1, len(task.answer))
         response = corrupt(task.answer, edits, rng)
         prompt = task.prompt
@@ -88,12 +90,19 @@ def base_rows(count: int, *, rated_share: float, rating_noise: float, seed: int)
 
 
 def preference_rows(
-    count: int, *, gaps: tuple[float, float, float], label_noise: float, seed: str, without: Collection[str] = ()
+    count: int,
+    *,
+    kinds: Sequence[str],
+    gaps: tuple[float, float, float],
+    label_noise: float,
+    seed: str,
+    without: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """Pairs of responses.
 
     Args:
       count: how many.
+      kinds: of tasks.
       gaps: weights of close, clear and far pairs.
       label_noise: share of pairs whose chosen response is the worse one.
       seed: decides all of it.
@@ -102,7 +111,7 @@ def preference_rows(
     rng = random.Random(f"pairs {seed}")
     rows: list[dict[str, Any]] = []
     while len(rows) < count:
-        task = draw_task(rng)
+        task = draw_task(rng, kinds)
         words = len(task.answer)
         (kind,) = rng.choices(range(len(GAP_KINDS)), gaps)
         gap = rng.choice([edits for edits in range(1, words + 1) if gap_kind(edits, words) == kind])

@@ -16,6 +16,7 @@ from typing import Any
 from sr_dpo_jax import config as configuration
 from sr_dpo_jax.config import Config
 from sr_dpo_jax.world.corpus import Knobs
+from sr_dpo_jax.world.tasks import TASKS
 
 LAMBDAS = (0.1, 0.3, 0.5, 1.0)
 PAIRS, MORE, SHUFFLED = "pairs", "more", "shuffled"
@@ -36,6 +37,7 @@ class Setting:
     """How large everything is."""
 
     name: str
+    tasks: tuple[str, ...]
     base_steps: int
     seeds: int
     arms: tuple[Arm, ...]
@@ -55,7 +57,8 @@ def _refined(objective: str, lam: float, data: str = PAIRS) -> Arm:
 
 SMALL = Setting(
     name="small",
-    base_steps=900,
+    tasks=("copy", "reverse", "sort", "count", "sort+reverse"),  # looking up takes longest to learn
+    base_steps=700,
     seeds=1,
     arms=(Arm("dpo", "dpo"), Arm("ipo", "ipo"), _refined("sr_dpo", 0.5), _refined("sr_ipo", 0.5)),
     held_out_pairs=256,
@@ -64,6 +67,7 @@ SMALL = Setting(
 )
 FULL = Setting(
     name="full",
+    tasks=TASKS,
     base_steps=4000,
     seeds=5,
     arms=(

@@ -42,6 +42,7 @@ def collect(layout: Layout, setting: Setting, knobs: Knobs, seeds: Sequence[int]
         "setting": {
             "name": setting.name,
             "seeds": len(seeds),
+            "tasks": list(setting.tasks),
             "base_steps": setting.base_steps,
             "base_texts": setting.base_steps * setting.base_pairs_per_step,
             "held_out_pairs": setting.held_out_pairs,
@@ -143,7 +144,8 @@ def markdown(results: Results) -> str:
     setting = results["setting"]
     knobs = ", ".join(f"{name.replace('_', ' ')} {setting[name]}" for name in KNOBS)
     intro = (
-        f"{setting['seeds']} seed(s); {setting['pairs']} pairs; {setting['held_out_pairs']} held-out pairs; base model "
+        f"{setting['seeds']} seed(s); {setting['pairs']} pairs; {setting['held_out_pairs']} held-out pairs; tasks "
+        f"{', '.join(setting['tasks'])}; base model "
         f"of {setting['base_texts']} texts; {knobs}. Means over seeds with 95 % intervals (Student's t); p of paired t "
         "tests over seeds."
     )

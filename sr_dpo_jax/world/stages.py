@@ -50,7 +50,9 @@ def make_base(layout: Layout, setting: Setting, knobs: Knobs) -> None:
     """Held-out data and the base model, with what it knows: responses at every rating, scores of held-out pairs."""
     layout.data("held_out").parent.mkdir(parents=True, exist_ok=True)
     write_base_model(layout.base)
-    held_out = preference_rows(setting.held_out_pairs, gaps=knobs.gaps, label_noise=0.0, seed="held out")
+    held_out = preference_rows(
+        setting.held_out_pairs, kinds=setting.tasks, gaps=knobs.gaps, label_noise=0.0, seed="held out"
+    )
     _write_once(layout.data("held_out"), held_out)
     rated = [
         {**row, "prompt": instruction(rating) + row["prompt"], "rating": rating}
@@ -61,7 +63,9 @@ def make_base(layout: Layout, setting: Setting, knobs: Knobs) -> None:
     base = base_config(layout, setting)
     if not layout.data("base").exists():
         count = setting.base_steps * setting.base_pairs_per_step
-        rows = base_rows(count, rated_share=knobs.rated_share, rating_noise=knobs.rating_noise, seed=0)
+        rows = base_rows(
+            count, kinds=setting.tasks, rated_share=knobs.rated_share, rating_noise=knobs.rating_noise, seed=0
+        )
         write_rows(layout.data("base"), rows)
     if not layout.base_model.exists():
         _train(base)
@@ -80,6 +84,7 @@ def make_sft(layout: Layout, setting: Setting, knobs: Knobs, seed: int) -> None:
         if name in needed and not layout.data(name, seed).exists():
             rows = preference_rows(
                 knobs.pairs * sizes[name],
+                kinds=setting.tasks,
                 gaps=knobs.gaps,
                 label_noise=0.5 if name == SHUFFLED else knobs.label_noise,
                 seed=f"{MORE if name == MORE else PAIRS} {seed}",  # shuffled pairs are the seed's own pairs

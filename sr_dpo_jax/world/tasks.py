@@ -48,9 +48,9 @@ class Task:
     answer: tuple[str, ...]
 
 
-def draw_task(rng: random.Random) -> Task:
-    """A task of a random kind on random words."""
-    kind = rng.choice(TASKS)
+def draw_task(rng: random.Random, kinds: Sequence[str]) -> Task:
+    """A task of one of these kinds of `TASKS`, on random words."""
+    kind = rng.choice(kinds)
     match kind:
         case "count":
             first, second = rng.sample(WORDS, 2)
