@@ -36,7 +36,7 @@ def quality(results: Results) -> Figure:
         means = [mean_of(row[decoding]) for _, row in rows]
         _points(axes, means, places, colour=COLOURS[index], name=decoding)
     axes.set(xlabel="mean true quality of responses to held-out tasks")
-    axes.legend(loc="lower left")
+    figure.legend(loc="outside upper center", ncols=2)
     return figure
 
 
@@ -51,16 +51,16 @@ def outcomes(results: Results) -> Figure | None:
         widths = np.array([100 * np.mean(of_arm["sampled"][key]) for of_arm in found.values()])
         axes.barh(np.arange(len(found)), widths, left=left, color=colour, label=key, height=0.7)
         left += widths
-    axes.set(xlabel="% of held-out tasks, sampled responses, against the plain objective", xlim=(0, 100))
+    axes.set(xlabel="% of held-out tasks, sampled", xlim=(0, 100))
     figure.legend(loc="outside upper center", ncols=3)
     return figure
 
 
-def margins(results: Results) -> Figure:
+def margins(results: Results) -> Figure | None:
     return _curves(results, ("margin", "augmented/margin"), "margin, nats", PAIRS)
 
 
-def accuracies(results: Results) -> Figure:
+def accuracies(results: Results) -> Figure | None:
     return _curves(results, ("rewards/accuracies", "augmented/accuracies"), "accuracy", PAIRS)
 
 
@@ -105,8 +105,10 @@ def shuffled(results: Results) -> Figure | None:
     return figure
 
 
-def _curves(results: Results, keys: tuple[str, str], name: str, data: str) -> Figure:
+def _curves(results: Results, keys: tuple[str, str], name: str, data: str) -> Figure | None:
     """Held-out metrics over steps, a panel a family; the second key, with p, is drawn broken."""
+    if all(len(arm["curves"]["step"]) < 2 for arm in results["arms"].values()):
+        return None
     figure = Figure(figsize=(2 * WIDTH, HEIGHT))
     for place, (title, objectives) in enumerate(FAMILIES.items(), 1):
         axes = figure.add_subplot(1, 2, place)
