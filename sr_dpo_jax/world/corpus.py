@@ -35,7 +35,7 @@ class Knobs:
     """Share of the base text with the instruction and a rating: how well the base model knows quality."""
     rating_noise: float = 0.4
     """Share of the rated text whose rating is drawn by chance: how strictly a rating binds. At 0 the instruction alone
-    decides how good a response is, and what is learned without it does not reach responses with it."""
+    decides how good a response is, and what is learned without it need not reach responses with it."""
     label_noise: float = 0.0
     """Share of preference pairs that are labelled the wrong way round."""
     gaps: tuple[float, float, float] = (1.0, 1.0, 1.0)

@@ -15,8 +15,8 @@ from sr_dpo_jax.world.results import Results, tables
 FIGURES = {
     "What the base model knows": (
         figures.knowledge,
-        "The instruction asks for a response of rating k; responses that follow it lie on the broken line. Ratings drawn "
-        "by chance in the base text, and tasks that it did not learn, flatten the climb.",
+        "The instruction asks for a response of rating k; responses that follow it lie on the broken line. Ratings "
+        "drawn by chance in the base text, and tasks that were not learned, flatten the climb.",
     ),
     "True quality of responses": (
         figures.quality,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from sr_dpo_jax import __version__
-from sr_dpo_jax.report.tables import NONE, Table, number
+from sr_dpo_jax.report.tables import NONE, Table, number, without_empty_columns
 from sr_dpo_jax.world import measure
 from sr_dpo_jax.world.corpus import Knobs
 from sr_dpo_jax.world.protocol import MORE, PAIRS, SHUFFLED, Arm, Layout, Setting
@@ -174,7 +174,7 @@ def quality_table(results: Results) -> Table:
 
 
 def outcome_table(results: Results) -> Table:
-    head = ["", "against", "win %", "tie %", "lose %", "win − lose", "p of it", "quality, difference", "p of it "]
+    head = ["", "against", "win %", "tie %", "lose %", "win − lose", "p of it", "difference in quality", "p of that"]
     rows = []
     for name, found in results["outcomes"].items():
         arm, baseline = results["arms"][name], results["arms"][found["against"]]
@@ -192,7 +192,7 @@ def outcome_table(results: Results) -> Table:
                 number(difference.p),
             ]
         )
-    return Table(head, rows)
+    return without_empty_columns(head, rows)  # one seed has no p
 
 
 def correlation_table(results: Results) -> Table:
