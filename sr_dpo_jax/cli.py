@@ -119,7 +119,7 @@ def parser() -> argparse.ArgumentParser:
 def _add_demo(command: Callable[..., argparse.ArgumentParser]) -> None:
     demo = command("demo", _demo, "the method in a world where the quality of responses is computed, in minutes")
     demo.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="DIR")
-    demo.add_argument("--full", action="store_true", help="the paper's protocol: every objective, λ and 5 seeds, hours")
+    demo.add_argument("--full", action="store_true", help="the paper's protocol: every objective, every λ, seeds")
     demo.add_argument("--seeds", type=int, metavar="N", help="default: 1, with --full 5")
     demo.add_argument("--pairs", type=int, metavar="N", help="size of the preference set")
     demo.add_argument("--beta", type=float, metavar="B", help="β of every objective")
