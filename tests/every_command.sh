@@ -7,6 +7,7 @@
 # (stopped, killed and taken up again on the way), choose λ, compare answers, run a benchmark, export, report. Needs
 # sr-dpo on PATH or in $SR_DPO, the extra `eval`, and for `compile` the extra `tpu`; without the latter that step is
 # left out, and said so. The pairs are those of ../shared/data where they are, else some that the script generates.
+# `sr-dpo demo` has a world of its own and is left out here.
 # The judge is a server of this script, unless OPENAI_BASE_URL and OPENAI_API_KEY name another. Expect five minutes on
 # two cores.
 set -euo pipefail
