@@ -81,7 +81,8 @@ def devices_of(topology: str, slices: int) -> Sequence[jax.Device]:
                 raise UsageError(
                     f"--topology {topology}: {text}; give one as jax names them: v5e:4x4, v6e:2x4, v4:2x2x2, v5p:2x2x2"
                 ) from error
-            if "Internal error" in text or not _may_open(LIBTPU_LOCK):
+            # "Internal error when accessing ... lockfile" comes too where another process is just letting go of it.
+            if not _may_open(LIBTPU_LOCK):
                 raise UsageError(
                     f"libtpu cannot take its lock, {LIBTPU_LOCK}, and waiting would not help: another user's process "
                     f"has it or has left it behind. Once none uses libtpu, remove the file. libtpu says: {text}"
