@@ -3,11 +3,13 @@
 Also how its files of lines are read and what its files of held-out pairs are called, for all who write and read them.
 """
 
+import json
 import os
 import re
 import secrets
 import shutil
 from pathlib import Path
+from typing import Any
 
 from sr_dpo_jax.errors import UsageError
 
@@ -20,6 +22,11 @@ def lines_of(text: str) -> list[str]:
     A trap: `str.splitlines` also splits at characters that JSON leaves as they are within a text, such as U+2028.
     """
     return re.findall(r"[^\n]*\n|[^\n]+", text)
+
+
+def read_lines(path: Path) -> list[Any]:
+    """The values of a file of JSON lines that is whole."""
+    return [json.loads(line) for line in lines_of(path.read_text(encoding="utf-8"))]
 
 
 def pairs_file(held_out: str) -> str:

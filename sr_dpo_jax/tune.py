@@ -34,6 +34,7 @@ from sr_dpo_jax import config as configuration
 from sr_dpo_jax.config import Config
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.selection import Selection
+from sr_dpo_jax.storage import read_lines
 
 log = logging.getLogger(__name__)
 
@@ -228,7 +229,7 @@ class _Child:
 def _evaluation(config: Config, metric: str) -> dict[str, float]:
     """The evaluation of a run's best step, else its last one, under its names in metrics.jsonl."""
     metrics_file, section = Path(config.output_dir) / "metrics.jsonl", config.checkpoint
-    lines = [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines()]
+    lines = read_lines(metrics_file)
     found = [line for line in lines if f"{set_of(metric)}/loss" in line]
     selection = Selection(section.best_metric, section.best_mode, min_delta=0.0, patience=None)
     for line in found:

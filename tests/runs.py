@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from toy_tokenizers import byte_level_tokenizer
 from transformers import AutoConfig
 
@@ -122,6 +123,13 @@ def raw_config(root: Path, model_path: Path, data_path: Path, **sections: Any) -
 
 def make_config(root: Path, model_path: Path, data_path: Path, **sections: Any) -> Config:
     return configuration.from_dict(raw_config(root, model_path, data_path, **sections), where="test")
+
+
+def written(root: Path, raw: dict[str, Any]) -> str:
+    """A configuration's file under `root`."""
+    path = root / "config.yaml"
+    path.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    return str(path)
 
 
 def metrics_of(output_dir: str | Path) -> list[dict[str, Any]]:

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import tiny
 import toy_tokenizers as toy
-import yaml
 from runs import (
     P,
     make_config,
@@ -24,6 +23,7 @@ from runs import (
     state_of,
     verified_steps,
     without_times,
+    written,
 )
 from safetensors.numpy import load_file, save_file
 
@@ -45,12 +45,6 @@ HI = "\n\nHuman: hi\n\nAssistant:"
 def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
     return model_directory(root / "model"), preference_file(root / "train.jsonl", 48, seed=1)
-
-
-def written(root, raw):
-    path = root / "config.yaml"
-    path.write_text(yaml.safe_dump(raw), encoding="utf-8")
-    return str(path)
 
 
 def rows_file(path, rows):

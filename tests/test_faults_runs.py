@@ -25,6 +25,7 @@ from runs import (
     run_process,
     state_of,
     verified_steps,
+    written,
 )
 
 from sr_dpo_jax import config as configuration
@@ -49,12 +50,6 @@ PRIVATE = "zqxjkv"
 def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
     return model_directory(root / "model"), preference_file(root / "train.jsonl", 50, seed=1)
-
-
-def written(root, raw):
-    path = root / "config.yaml"
-    path.write_text(yaml.safe_dump(raw), encoding="utf-8")
-    return str(path)
 
 
 def poison(monkeypatch, bad_pairs):

@@ -15,6 +15,7 @@ from sr_dpo_jax.cli import main
 from sr_dpo_jax.config import PAPER_PROMPT
 from sr_dpo_jax.data.tokens import PairEncoder
 from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.storage import read_lines
 from sr_dpo_jax.world import results as measured
 from sr_dpo_jax.world import statistics, tasks
 from sr_dpo_jax.world.base_model import UNKNOWN, make_tokenizer
@@ -25,7 +26,6 @@ from sr_dpo_jax.world.corpus import (
     gap_kind,
     parse_gaps,
     preference_rows,
-    read_rows,
     write_rows,
 )
 from sr_dpo_jax.world.measure import against_gap, knowledge, preferences
@@ -152,7 +152,7 @@ def test_the_same_seed_draws_the_same_rows_and_another_one_others(tmp_path):
     pairs = [preference_rows(50, kinds=TASKS, gaps=(1, 1, 1), label_noise=0.2, seed=seed) for seed in ("a", "a", "b")]
     assert pairs[0] == pairs[1] != pairs[2]
     write_rows(tmp_path / "rows.jsonl", pairs[0])
-    assert read_rows(tmp_path / "rows.jsonl") == pairs[0]
+    assert read_lines(tmp_path / "rows.jsonl") == pairs[0]
 
 
 def within_chance(count: int, trials: int, share: float) -> bool:

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from runs import REPOSITORY, metrics_of
 
+from sr_dpo_jax.storage import read_lines
 from sr_dpo_jax.world import results as measured
 from sr_dpo_jax.world.corpus import Knobs
-from sr_dpo_jax.world.measure import qualities, read_lines
+from sr_dpo_jax.world.measure import qualities
 from sr_dpo_jax.world.page import FIGURES, render
 from sr_dpo_jax.world.protocol import FULL, LAMBDAS, MORE, SHUFFLED, SMALL, Layout, arm_config, base_config
 

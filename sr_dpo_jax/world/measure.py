@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from sr_dpo_jax.storage import read_lines
 from sr_dpo_jax.world.statistics import spearman
 from sr_dpo_jax.world.tasks import RATINGS, quality
 
@@ -21,10 +22,6 @@ LEAST_GAP = 20.0
 """Points of quality from which on a pair counts for `accuracy`'s demanding form."""
 CURVES = ("margin", "augmented/margin", "rewards/accuracies", "augmented/accuracies", "loss")
 STATISTICS = ("pearson", "spearman", "kendall")
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def qualities(responses: Path) -> np.ndarray:

@@ -12,8 +12,9 @@ from sr_dpo_jax.evaluate import evaluate_command, score_command
 from sr_dpo_jax.export import export
 from sr_dpo_jax.generate import generate_command
 from sr_dpo_jax.loop import EXIT_DONE, train
+from sr_dpo_jax.storage import read_lines
 from sr_dpo_jax.world.base_model import write_base_model
-from sr_dpo_jax.world.corpus import Knobs, base_rows, preference_rows, read_rows, write_rows
+from sr_dpo_jax.world.corpus import Knobs, base_rows, preference_rows, write_rows
 from sr_dpo_jax.world.protocol import (
     MORE,
     PAIRS,
@@ -77,7 +78,7 @@ def make_base(layout: Layout, setting: Setting, knobs: Knobs) -> None:
 
 def make_sft(layout: Layout, setting: Setting, knobs: Knobs, seed: int) -> None:
     """The seed's preference sets and its SFT model."""
-    held_out = {row["prompt"] for row in read_rows(layout.data("held_out"))}
+    held_out = {row["prompt"] for row in read_lines(layout.data("held_out"))}
     sizes = {PAIRS: 1, MORE: setting.more_factor, SHUFFLED: 1}
     needed = {PAIRS} | {arm.data for arm in setting.arms}
     for name in PREFERENCE_SETS:
