@@ -29,8 +29,7 @@ from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.model.architecture import Architecture
 from sr_dpo_jax.model.attention import DENSE, AttentionPath
 from sr_dpo_jax.model.decoder import Constrain, Decoder
-from sr_dpo_jax.model.splash import splash_path
-from sr_dpo_jax.model.tiled import tiled_path
+from sr_dpo_jax.model.paths import attention_name, attention_path
 from sr_dpo_jax.reference import ReferenceScores, cache_files
 from sr_dpo_jax.train_step import Objective, Params, initialise
 from sr_dpo_jax.weights import directory as weights
@@ -55,10 +54,8 @@ class Assembly:
     abstract: Any
     """Tree of abstract nnx parameters."""
     param_shardings: Params
-
-    @property
-    def attention(self) -> str:
-        return attention_name(self.config.model.attention, self.mesh)
+    attention: str
+    """What `model.attention` comes to: the name of a path of `model/paths.py`."""
 
     @property
     def micro_batches(self) -> int:
@@ -281,7 +278,9 @@ def assemble(config: Config, directory: weights.ModelDirectory) -> Assembly:
 
 def assemble_on(mesh: Mesh, config: Config, directory: weights.ModelDirectory) -> Assembly:
     """The same on a mesh that is there already, be it of devices that are described and not present."""
-    attention = _attention_path(config.model.attention, mesh)
+    name = attention_name(config.model.attention, mesh, directory.architecture)
+    axes = {"row_axes": meshes.TABLE["rows"], "head_axes": meshes.TABLE["heads"]}
+    attention = attention_path(name, mesh, **axes)
     make = _decoder_maker(config, directory, attention=attention, constrain=meshes.constrain(mesh))
     graph, abstract = nnx.split(nnx.eval_shape(make))
     shardings = nnx.to_pure_dict(meshes.param_shardings(mesh, abstract))
@@ -293,29 +292,7 @@ def assemble_on(mesh: Mesh, config: Config, directory: weights.ModelDirectory) -
         attention.name,
         config.model.dtype,
     )
-    return Assembly(config, directory, mesh, graph, abstract, shardings)
-
-
-def attention_name(name: str, mesh: Mesh) -> str:
-    """What model.attention comes to on these devices."""
-    return {"tpu": "splash", "cpu": "tiled"}.get(_platform(mesh), "dense") if name == "auto" else name
-
-
-def _platform(mesh: Mesh) -> str:
-    return mesh.devices.flat[0].platform
-
-
-def _attention_path(name: str, mesh: Mesh) -> AttentionPath:
-    platform = _platform(mesh)
-    axes = {"row_axes": meshes.TABLE["rows"], "head_axes": meshes.TABLE["heads"]}
-    match attention_name(name, mesh):
-        case "tiled":
-            return tiled_path(mesh, **axes)
-        case "splash" if platform == "tpu":
-            return splash_path(mesh, **axes, interpret=False)
-        case "splash":
-            raise UsageError(f"model.attention=splash: a kernel for TPUs, here is {platform}; set it to auto")
-    return DENSE
+    return Assembly(config, directory, mesh, graph, abstract, shardings, attention.name)
 
 
 def _decoder_maker(

@@ -51,11 +51,12 @@ class Model(Section):
     bfloat16 parameters lose every update below about 1/256 of their value, as the paper's learning rate gives."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes: nothing, all but the matmuls, or whole layers."""
-    attention: Literal["auto", "dense", "tiled", "splash"] = "auto"
+    attention: Literal["auto", "dense", "tiled", "splash", "triton"] = "auto"
     """How attention is computed; all ways give the same numbers to float order, and the log says which it is. `splash`
-    is a TPU kernel and `tiled` plain JAX for CPUs, and both skip what no token sees; `dense` computes all of a row and
-    runs anywhere. `auto` is splash on TPUs and tiled on CPUs; on GPUs it is dense, as there is no fused path for them
-    yet, and this package has not been run on one. Splash takes rows of at most 32,768 tokens, p included."""
+    is a TPU kernel and `tiled` plain JAX for CPUs; both skip what no token sees. `triton` is tokamax's fused kernels
+    for NVIDIA GPUs (extra `cuda`, Ampere or newer), which keep no scores in memory but skip nothing, and take no model
+    with capped scores; `dense` computes all of a row and runs anywhere. `auto` is splash on TPUs, tiled on CPUs, triton
+    on the GPUs and models that it takes, else dense. Splash takes rows of at most 32,768 tokens, p included."""
 
 
 class Source(Section):

@@ -33,7 +33,7 @@ try:
     from sr_dpo_jax.harness import MeshLM
 except ImportError as missing:
     raise UsageError(
-        f"sr-dpo lm-eval: lm-evaluation-harness is not installed ({missing.name}); pip install 'sr_dpo_jax[eval]'"
+        f"lm-evaluation-harness is not installed ({missing.name}); pip install 'sr_dpo_jax[eval]'"
     ) from missing
 
 BOOTSTRAP = 1000

@@ -5,8 +5,8 @@
 #
 # What a user does with a model of their own, in that order: look at it, fine-tune it, train it by DPO and Sr-DPO
 # (stopped, killed and taken up again on the way), choose λ, compare answers, run a benchmark, export, report. Needs
-# sr-dpo on PATH or in $SR_DPO, the extra `eval`, and for `compile` the extra `tpu`; without the latter that step is
-# left out, and said so. The pairs are those of ../shared/data where they are, else some that the script generates.
+# sr-dpo on PATH or in $SR_DPO and the package openai; `lm-eval` needs the extra `eval` and `compile` the extra `tpu`,
+# and without them these steps are left out, and said so. The pairs are those of ../shared/data where they are, else some that the script generates.
 # `sr-dpo demo` has a world of its own and is left out here.
 # The judge is a server of this script, unless OPENAI_BASE_URL and OPENAI_API_KEY name another. Expect five minutes on
 # two cores.
@@ -101,7 +101,11 @@ fi
     --model "${JUDGE_MODEL:-length}"
 
 say "lm-eval: a task of multiple choice made from the held-out pairs"
-"${sr_dpo[@]}" lm-eval runs/sr_dpo --tasks held_out --include-path tasks --limit 16 --output harness.json
+if "$python" -c 'import lm_eval' 2> /dev/null; then
+    "${sr_dpo[@]}" lm-eval runs/sr_dpo --tasks held_out --include-path tasks --limit 16 --output harness.json
+else
+    echo "LEFT OUT: the extra eval is not installed"
+fi
 
 say "export: a Hugging Face directory"
 "${sr_dpo[@]}" export runs/sr_dpo sr_dpo-model --dtype bfloat16

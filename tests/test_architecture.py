@@ -56,6 +56,8 @@ def test_there_is_something_to_read():
         ("openai", {"judge/endpoint.py"}),
         ("wandb", {"wandb_run.py"}),
         ("lm_eval", {"harness.py", "leaderboard.py"}),
+        ("tokamax", {"model/triton.py"}),
+        ("absl", {"model/triton.py"}),
         ("matplotlib", {"report/figures.py", "report/page.py", "report/pair_figures.py", "world/figures.py"}),
         (
             "scipy",

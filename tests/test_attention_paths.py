@@ -1,22 +1,32 @@
-"""Attention in tiles, and the TPU kernel run as plain JAX operations, against the dense path on packed rows."""
+"""Attention in tiles, and the kernels for TPUs and GPUs run as plain JAX operations, against the dense path."""
 
 import dataclasses
+import importlib.util
 import itertools
+import os
+import re
+import subprocess
+import sys
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+import tokamax
 from benchmarks import hh_run
-from runs import HH_FILE, make_config
+from jax.experimental import pallas
+from runs import HH_FILE, REPOSITORY, make_config, metrics_of, model_directory, preference_file
 
 from sr_dpo_jax.aot import first_step
 from sr_dpo_jax.assembly import assemble_on, pair_sizes, read_data, read_model
 from sr_dpo_jax.config import PAPER_PROMPT
 from sr_dpo_jax.data.pipeline import HostStep
-from sr_dpo_jax.model import splash, tiled
+from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.loop import train
+from sr_dpo_jax.model import paths, splash, tiled, triton
 from sr_dpo_jax.model.attention import Visible, dense_attend, visible_mask
 from sr_dpo_jax.prepare import plan_of
 
@@ -60,7 +70,31 @@ def assert_same(ours, dense) -> None:
         np.testing.assert_allclose(mine, theirs, atol=1e-5 * max(1.0, np.abs(theirs).max()), rtol=0, err_msg=name)
 
 
-PATHS = {"splash": partial(splash.splash_path, interpret=True), "tiled": tiled.tiled_path}
+@pytest.fixture
+def on_a_cpu(monkeypatch):
+    """Runs tokamax's kernels as plain JAX operations, on any device."""
+    compiled, program_id = pallas.pallas_call, pallas.program_id
+
+    def pallas_call(kernel, out_shape, *, grid_spec, **kwargs):
+        def hoisted(*refs):
+            # Interpreted kernels know their place in the grid outside of branches and loops only.
+            place = [program_id(axis) for axis in range(len(grid_spec.grid))]
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(pallas, "program_id", lambda axis: place[axis] if axis < len(place) else program_id(axis))
+                return kernel(*refs)
+
+        return compiled(hoisted, out_shape, grid_spec=grid_spec, **kwargs, interpret=True)
+
+    monkeypatch.setattr(pallas, "pallas_call", pallas_call)
+    with tokamax.config.cross_compile(True):
+        yield
+
+
+PATHS = {
+    "splash": partial(splash.splash_path, interpret=True),
+    "tiled": tiled.tiled_path,
+    "triton": triton.triton_path,
+}
 CASES = [(0, None, None), (20, None, 3.0), (20, 7, None), (0, 64, 3.0)]
 MORE_CASES = [case for case in itertools.product((0, 20), (None, 1, 7, 64), (None, 3.0)) if case not in CASES]
 
@@ -75,10 +109,14 @@ def make_path(name: str, shape: tuple[int, int, int]):
     [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_CASES)],
 )
 @pytest.mark.parametrize("name", PATHS)
-def test_kernels_are_the_dense_path(monkeypatch, name, shape, prefix_tokens, window, cap):
+def test_kernels_are_the_dense_path(monkeypatch, on_a_cpu, name, shape, prefix_tokens, window, cap):
     monkeypatch.setattr(splash, "LARGEST_BLOCK", 128)  # three blocks of a row, so that some are skipped
     path = make_path(name, shape)
     visible = dataclasses.replace(packed_rows(prefix_tokens), window=window)
+    if name == "triton" and cap is not None:
+        with pytest.raises(UsageError, match=r"model.attention=triton: .* capped at 3, .* set it to auto"):
+            both(path, visible, scale=0.7, cap=cap)
+        return
     ours, dense = both(path, visible, scale=0.7, cap=cap)
     assert_same(ours, dense)
     assert np.abs(dense[1]).max() > 0.1 or window == 1
@@ -113,7 +151,7 @@ def hh_step(tmp_path_factory) -> HostStep:
 @pytest.mark.parametrize("augmented", [False, True], ids=["plain", "with p"])
 @pytest.mark.parametrize(("window", "cap"), [(None, None), (64, None), (None, 3.0), (200, 3.0)])
 @pytest.mark.parametrize("name", PATHS)
-def test_kernels_are_the_dense_path_on_rows_of_hh(hh_step, name, augmented, window, cap):
+def test_kernels_are_the_dense_path_on_rows_of_hh(hh_step, on_a_cpu, name, augmented, window, cap):
     """Blocks as large as on a TPU; output and gradients within 1e-5 of the largest entry."""
     fields = hh_step.augmented if augmented else hh_step.plain
     start, end, positions = (
@@ -123,6 +161,8 @@ def test_kernels_are_the_dense_path_on_rows_of_hh(hh_step, name, augmented, wind
     assert start.shape[0] == 4 and start.shape[1] > 2 * splash.LARGEST_BLOCK - 64
     visible = Visible(start, end, positions, hh_step.prefix_tokens if augmented else 0, window)
     path = make_path(name, (1, 1, 1))
+    if name == "triton" and cap is not None:
+        pytest.skip("refused, as the test above shows")
     assert_same(*both(path, visible, scale=0.7, cap=cap, length=start.shape[1]))
 
 
@@ -138,3 +178,103 @@ def test_blocks_in_which_nothing_is_seen_are_skipped(monkeypatch):
     assert not needed.all()
     windowed = splash._tables(dataclasses.replace(visible, window=1))
     assert windowed.runs.sum() < tables.runs.sum()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_kernels_of_gpus_lower_without_one(dtype):
+    """Forward and backward, each one Triton kernel; whether it runs as fast as it should only a GPU tells."""
+    visible = dataclasses.replace(packed_rows(20), window=64)
+    path = make_path("triton", (1, 1, 1))
+
+    def weighted(query, key, value, weight):
+        mixed = path.attend(query, key, value, path.prepare(visible), scale=0.7, cap=None)
+        return (mixed * weight).sum()
+
+    with tokamax.config.cross_compile(True):
+        traced = jax.jit(jax.grad(weighted, argnums=(0, 1, 2))).trace(*inputs(300, dtype))
+        lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert lowered.count("@__gpu$xla.gpu.triton") == 2
+    # None of the scores is anywhere but in the kernels.
+    assert not re.search(r"tensor<4x(\d+x)?384x384xf32>", lowered)
+
+
+def device(platform: str, **about) -> SimpleNamespace:
+    return SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform, device_kind=platform, **about)]))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "cap", "name"),
+    [
+        (device("tpu"), None, "splash"),
+        (device("tpu"), 50.0, "splash"),
+        (device("cpu"), None, "tiled"),
+        (device("gpu", compute_capability="9.0"), None, "triton"),
+        (device("gpu", compute_capability="8.0"), None, "triton"),
+        (device("gpu", compute_capability="9.0"), 50.0, "dense"),
+        (device("gpu", compute_capability="7.5"), None, "dense"),
+        (device("gpu", compute_capability="gfx942"), None, "dense"),
+        (device("gpu"), None, "dense"),
+    ],
+)
+def test_auto_goes_by_device_and_model(mesh, cap, name):
+    model = SimpleNamespace(attention_cap=cap)
+    assert paths.attention_name("auto", mesh, model) == name
+    assert paths.attention_name("dense", mesh, model) == "dense"
+
+
+def test_auto_says_what_the_fused_kernels_need(monkeypatch, caplog):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    mesh = device("gpu", compute_capability="9.0")
+    assert paths.attention_name("auto", mesh, SimpleNamespace(attention_cap=None)) == "dense"
+    assert "pip install 'sr_dpo_jax[cuda]'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh", "why"),
+    [
+        ("splash", device("cpu"), "a kernel for TPUs, here is cpu"),
+        ("triton", device("gpu", compute_capability="7.5"), "compute capability 8.0 or more, here is gpu"),
+        ("triton", device("tpu"), "compute capability 8.0 or more, here is tpu"),
+    ],
+)
+def test_a_kernel_on_the_wrong_device_is_refused(name, mesh, why):
+    with pytest.raises(UsageError, match=f"model.attention={name}: .*{re.escape(why)}; set it to auto"):
+        paths.attention_path(name, mesh, row_axes=(), head_axes=())
+
+
+def test_kernels_that_are_not_installed_are_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokamax", None)
+    monkeypatch.delitem(sys.modules, "sr_dpo_jax.model.triton")
+    with pytest.raises(UsageError, match=r"tokamax is not installed; pip install 'sr_dpo_jax\[cuda\]'"):
+        paths.attention_path("triton", device("gpu", compute_capability="9.0"), row_axes=(), head_axes=())
+
+
+def test_the_flags_of_a_command_are_not_taken_for_those_of_the_kernels():
+    """tokamax hands `sys.argv` to absl, which ends the process at a flag that it does not know."""
+    code = """if True:
+        import sys
+        import tokamax
+        from sr_dpo_jax.model.triton import triton_path
+        triton_path(None, row_axes=(), head_axes=())
+        assert tokamax.config.cross_compile.value is False
+    """
+    command = [sys.executable, "-c", code, "train", "--allow-change", "model.attention"]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    subprocess.run(command, env=environment, check=True)
+
+
+@pytest.mark.slow
+def test_a_run_on_the_kernels_of_gpus_is_the_dense_run(tmp_path, on_a_cpu, monkeypatch):
+    """Cached reference, p and the gradients, inside the scan over layers and their recomputation."""
+    monkeypatch.setattr(paths, "_runs_triton", lambda device: True)
+    model, data = model_directory(tmp_path / "model"), preference_file(tmp_path / "train.jsonl", 24)
+    losses = {}
+    for name in ("triton", "dense"):
+        root = tmp_path / name
+        root.mkdir()
+        settings = {"model": {"attention": name, "remat": "full"}, "objective": {"name": "sr_dpo", "lam": 0.5}}
+        config = make_config(root, model, data, **settings)
+        assert train(config) == 0
+        losses[name] = [[line["loss"], line["grad_norm"]] for line in metrics_of(config.output_dir) if "loss" in line]
+    assert len(losses["dense"]) > 2 and losses["dense"][0] != losses["dense"][-1]
+    np.testing.assert_allclose(losses["triton"], losses["dense"], rtol=1e-5)

@@ -1,5 +1,6 @@
 """The documented script of every command, run as it is."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -43,7 +44,10 @@ def test_every_command_end_to_end(tmp_path):
     assert len((tmp_path / "scores.jsonl").read_text().splitlines()) > 150
     judged = json.loads((tmp_path / "judged.json").read_text())["total"]["shares"]
     assert sum(judged[outcome]["value"] for outcome in ("win", "tie", "lose")) == pytest.approx(1)
-    assert 0 <= json.loads((tmp_path / "harness.json").read_text())["results"]["held_out"]["acc,none"] <= 1
+    if importlib.util.find_spec("lm_eval"):
+        assert 0 <= json.loads((tmp_path / "harness.json").read_text())["results"]["held_out"]["acc,none"] <= 1
+    else:
+        assert "LEFT OUT: the extra eval is not installed" in result.stdout
     page = (tmp_path / "report.html").read_text()
     assert all(f"runs/{name}" in page or f">{name}<" in page for name in ("sft", "dpo", "sr_dpo"))
     assert (tmp_path / "sr_dpo-model" / "model.safetensors").is_file()

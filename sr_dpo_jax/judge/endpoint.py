@@ -23,7 +23,7 @@ from sr_dpo_jax.storage import lines_of
 try:
     import openai
 except ImportError as missing:
-    raise UsageError("sr-dpo judge: the openai client is not installed; pip install 'sr_dpo_jax[eval]'") from missing
+    raise UsageError("the openai client is not installed; pip install 'sr_dpo_jax[eval]'") from missing
 
 log = logging.getLogger(__name__)
 

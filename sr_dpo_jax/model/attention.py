@@ -1,7 +1,7 @@
 """Attention over packed rows, behind the one function that kernels plug into.
 
 Each query sees one contiguous range of keys (its pair's prompt and its own response, see `batch.py`) and, in augmented
-rows, the prefix. The dense path here runs anywhere and is the oracle of the kernel in `splash.py`.
+rows, the prefix. The dense path here runs anywhere and is the oracle of the kernels in `splash.py` and `triton.py`.
 """
 
 import dataclasses
