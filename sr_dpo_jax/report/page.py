@@ -165,17 +165,24 @@ def report(directories: Sequence[Path], output: Path, *, with_texts: bool) -> in
     return len(runs)
 
 
+def filled(package: str, **values: Any) -> str:
+    """`page.html` of a package with these values, in the style that all pages share."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    template = environment.from_string(files(package).joinpath("page.html").read_text(encoding="utf-8"))
+    style = files("sr_dpo_jax.report").joinpath("page.css").read_text(encoding="utf-8")
+    return template.render(style=style, **values)
+
+
 def render(runs: Sequence[Run], *, with_texts: bool) -> str:
     """The page as HTML."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    template = environment.from_string(files("sr_dpo_jax.report").joinpath("page.html").read_text(encoding="utf-8"))
     ids, samples = tables.sample_pairs(runs)
     texts: dict[str, tuple[str, str, str]] = {}
     if with_texts:
         scored = next((run for run in runs if run.pairs), None)
         texts = texts_of(scored, ids) if scored is not None else {}
     final = tables.final_metrics(runs)
-    return template.render(
+    return filled(
+        "sr_dpo_jax.report",
         runs=runs,
         looks=[_swatch(index) for index in range(len(runs))],
         headline=tables.headline(runs),

@@ -1,14 +1,11 @@
 """results.json -> one self-contained HTML page: no script, no network."""
 
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from sr_dpo_jax import __version__
 from sr_dpo_jax.report.figures import svg
-from sr_dpo_jax.report.page import embedded
+from sr_dpo_jax.report.page import embedded, filled
 from sr_dpo_jax.world import figures
 from sr_dpo_jax.world.results import Results, tables
 
@@ -46,9 +43,8 @@ def write_page(results: Results, path: Path) -> None:
 
 def render(results: Results) -> str:
     """The page as HTML."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    template = environment.from_string(files("sr_dpo_jax.world").joinpath("page.html").read_text(encoding="utf-8"))
-    return template.render(
+    return filled(
+        "sr_dpo_jax.world",
         setting=results["setting"],
         pictures=[picture for title in FIGURES if (picture := _drawn(title, results)) is not None],
         tables=tables(results),
