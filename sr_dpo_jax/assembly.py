@@ -278,9 +278,10 @@ def assemble(config: Config, directory: weights.ModelDirectory) -> Assembly:
 
 def assemble_on(mesh: Mesh, config: Config, directory: weights.ModelDirectory) -> Assembly:
     """The same on a mesh that is there already, be it of devices that are described and not present."""
-    name = attention_name(config.model.attention, mesh, directory.architecture)
+    model = (directory.architecture, jnp.dtype(config.model.dtype))
+    name = attention_name(config.model.attention, mesh, *model)
     axes = {"row_axes": meshes.TABLE["rows"], "head_axes": meshes.TABLE["heads"]}
-    attention = attention_path(name, mesh, **axes)
+    attention = attention_path(name, mesh, *model, **axes)
     make = _decoder_maker(config, directory, attention=attention, constrain=meshes.constrain(mesh))
     graph, abstract = nnx.split(nnx.eval_shape(make))
     shardings = nnx.to_pure_dict(meshes.param_shardings(mesh, abstract))

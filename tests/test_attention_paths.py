@@ -28,6 +28,7 @@ from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.loop import train
 from sr_dpo_jax.model import paths, splash, tiled, triton
 from sr_dpo_jax.model.attention import Visible, dense_attend, visible_mask
+from sr_dpo_jax.model.decoder import REMAT_POLICIES
 from sr_dpo_jax.prepare import plan_of
 
 HEADS, KEY_HEADS, HEAD_DIM = 4, 2, 16
@@ -114,7 +115,7 @@ def test_kernels_are_the_dense_path(monkeypatch, on_a_cpu, name, shape, prefix_t
     path = make_path(name, shape)
     visible = dataclasses.replace(packed_rows(prefix_tokens), window=window)
     if name == "triton" and cap is not None:
-        with pytest.raises(UsageError, match=r"model.attention=triton: .* capped at 3, .* set it to auto"):
+        with pytest.raises(UsageError, match=r"model.attention=triton: .* capped at 3"):
             both(path, visible, scale=0.7, cap=cap)
         return
     ours, dense = both(path, visible, scale=0.7, cap=cap)
@@ -162,7 +163,7 @@ def test_kernels_are_the_dense_path_on_rows_of_hh(hh_step, on_a_cpu, name, augme
     visible = Visible(start, end, positions, hh_step.prefix_tokens if augmented else 0, window)
     path = make_path(name, (1, 1, 1))
     if name == "triton" and cap is not None:
-        pytest.skip("refused, as the test above shows")
+        pytest.skip("refused: paths.py takes no such model there")
     assert_same(*both(path, visible, scale=0.7, cap=cap, length=start.shape[1]))
 
 
@@ -195,58 +196,142 @@ def test_the_kernels_of_gpus_lower_without_one(dtype):
         lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert lowered.count("@__gpu$xla.gpu.triton") == 2
     # None of the scores is anywhere but in the kernels.
-    assert not re.search(r"tensor<4x(\d+x)?384x384xf32>", lowered)
+    assert not re.search(r"tensor<4x(\d+x)?384x384x(bf16|f32)>", lowered)
 
 
-def device(platform: str, **about) -> SimpleNamespace:
+def device(platform: str, capability: str | None = None) -> SimpleNamespace:
+    about = {} if capability is None else {"compute_capability": capability}
     return SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform, device_kind=platform, **about)]))
 
 
+def model(head_dim: int = 64, cap: float | None = None) -> SimpleNamespace:
+    return SimpleNamespace(head_dim=head_dim, attention_cap=cap)
+
+
+BFLOAT16, FLOAT32 = jnp.dtype("bfloat16"), jnp.dtype("float32")
+
+
 @pytest.mark.parametrize(
-    ("mesh", "cap", "name"),
+    ("mesh", "architecture", "dtype", "name"),
     [
-        (device("tpu"), None, "splash"),
-        (device("tpu"), 50.0, "splash"),
-        (device("cpu"), None, "tiled"),
-        (device("gpu", compute_capability="9.0"), None, "triton"),
-        (device("gpu", compute_capability="8.0"), None, "triton"),
-        (device("gpu", compute_capability="9.0"), 50.0, "dense"),
-        (device("gpu", compute_capability="7.5"), None, "dense"),
-        (device("gpu", compute_capability="gfx942"), None, "dense"),
-        (device("gpu"), None, "dense"),
+        (device("tpu"), model(), BFLOAT16, "splash"),
+        (device("tpu"), model(cap=50.0), BFLOAT16, "splash"),
+        (device("cpu"), model(), FLOAT32, "tiled"),
+        (device("gpu", "9.0"), model(), BFLOAT16, "triton"),
+        (device("gpu", "8.0"), model(256), BFLOAT16, "triton"),
+        (device("gpu", "8.9"), model(128), BFLOAT16, "triton"),
+        (device("gpu", "8.9"), model(256), BFLOAT16, "dense"),
+        (device("gpu", "9.0"), model(), FLOAT32, "dense"),
+        (device("gpu", "9.0"), model(cap=50.0), BFLOAT16, "dense"),
+        (device("gpu", "7.5"), model(), BFLOAT16, "dense"),
+        (device("gpu", "gfx942"), model(), BFLOAT16, "dense"),
+        (device("gpu"), model(), BFLOAT16, "dense"),
     ],
 )
-def test_auto_goes_by_device_and_model(mesh, cap, name):
-    model = SimpleNamespace(attention_cap=cap)
-    assert paths.attention_name("auto", mesh, model) == name
-    assert paths.attention_name("dense", mesh, model) == "dense"
+def test_auto_goes_by_device_and_model(caplog, mesh, architecture, dtype, name):
+    assert paths.attention_name("auto", mesh, architecture, dtype) == name
+    assert paths.attention_name("dense", mesh, architecture, dtype) == "dense"
+    assert ("model.attention=auto is dense here: " in caplog.text) == (name == "dense")
 
 
 def test_auto_says_what_the_fused_kernels_need(monkeypatch, caplog):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    mesh = device("gpu", compute_capability="9.0")
-    assert paths.attention_name("auto", mesh, SimpleNamespace(attention_cap=None)) == "dense"
+    assert paths.attention_name("auto", device("gpu", "9.0"), model(), BFLOAT16) == "dense"
     assert "pip install 'sr_dpo_jax[cuda]'" in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("name", "mesh", "why"),
+    ("name", "mesh", "architecture", "why"),
     [
-        ("splash", device("cpu"), "a kernel for TPUs, here is cpu"),
-        ("triton", device("gpu", compute_capability="7.5"), "compute capability 8.0 or more, here is gpu"),
-        ("triton", device("tpu"), "compute capability 8.0 or more, here is tpu"),
+        ("splash", device("cpu"), model(), "a kernel for TPUs, here is cpu"),
+        ("triton", device("gpu", "7.5"), model(), "compute capability 8.0 or more, here is gpu"),
+        ("triton", device("tpu"), model(), "compute capability 8.0 or more, here is tpu"),
+        ("triton", device("gpu", "8.6"), model(80), "heads of up to 64 in float32 here, not 80"),
+        ("triton", device("gpu", "8.0"), model(cap=3.0), "no gradient for scores capped at 3"),
     ],
 )
-def test_a_kernel_on_the_wrong_device_is_refused(name, mesh, why):
+def test_a_kernel_that_cannot_be_is_refused(name, mesh, architecture, why):
     with pytest.raises(UsageError, match=f"model.attention={name}: .*{re.escape(why)}; set it to auto"):
-        paths.attention_path(name, mesh, row_axes=(), head_axes=())
+        paths.attention_path(name, mesh, architecture, FLOAT32, row_axes=(), head_axes=())
 
 
 def test_kernels_that_are_not_installed_are_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokamax", None)
     monkeypatch.delitem(sys.modules, "sr_dpo_jax.model.triton")
     with pytest.raises(UsageError, match=r"tokamax is not installed; pip install 'sr_dpo_jax\[cuda\]'"):
-        paths.attention_path("triton", device("gpu", compute_capability="9.0"), row_axes=(), head_axes=())
+        paths.attention_path("triton", device("gpu", "9.0"), model(), BFLOAT16, row_axes=(), head_axes=())
+
+
+def test_masks_that_the_kernels_cannot_reach_are_refused():
+    path, shape = make_path("triton", (1, 1, 1)), (33, 8192, 1, 16)
+    query = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    mask = jax.ShapeDtypeStruct((33, 8192, 8192), bool)
+    with pytest.raises(UsageError, match=r"33 rows of 8192 tokens .* lower batch.row_length or raise"):
+        jax.eval_shape(partial(path.attend, scale=1.0, cap=None), query, query, query, mask)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_how_the_kernels_are_asked(monkeypatch, dtype):
+    """On a CPU every precision is the same, and so are all of tokamax's implementations."""
+    asked = {}
+
+    def attention(query, key, value, **how):
+        asked.update(how)
+        return query
+
+    monkeypatch.setattr(tokamax, "dot_product_attention", attention)
+    path = make_path("triton", (1, 1, 1))
+    query, key, value, _ = inputs(300, dtype)
+    path.attend(query, key, value, path.prepare(packed_rows(0)), scale=0.7, cap=None)
+    assert asked["implementation"] == "triton" and asked["scale"] == 1.0
+    assert asked["precision"] == (jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_bfloat16_gradients_are_as_good_as_of_other_kernels(on_a_cpu, head_dim):
+    """Against float64; scores of up to 30, where a scale that is rounded twice shows."""
+    rng = np.random.default_rng(3)
+    visible, shape = packed_rows(0), (4, 300, 2, head_dim)
+    given = [jnp.asarray(3 * rng.normal(size=shape), jnp.bfloat16) for _ in range(4)]
+    path = make_path("triton", (1, 1, 1))
+
+    def gradients(attend, prepared, arrays):
+        *qkv, weight = arrays
+        mixed, pull_back = jax.vjp(lambda *qkv: attend(*qkv, prepared, scale=head_dim**-0.5, cap=None), *qkv)
+        return mixed, *pull_back(weight)
+
+    ours = gradients(path.attend, path.prepare(visible), given)
+    with jax.enable_x64(True):
+        exact = gradients(dense_attend, visible, [array.astype(jnp.float64) for array in given])
+    for name, mine, true in zip(("output", "query", "key", "value"), ours, exact, strict=True):
+        difference = np.asarray(mine, np.float64) - np.asarray(true)
+        assert np.linalg.norm(difference) < 0.015 * np.linalg.norm(true), name
+
+
+@pytest.mark.parametrize(("remat", "kernels", "masks"), [("none", 2, 0), ("dots", 2, 0), ("full", 3, 0)])
+def test_what_a_scan_over_layers_keeps(caplog, remat, kernels, masks):
+    """Masks are never stacked over layers, and only full recomputation runs the forward kernel again."""
+    visible, path = packed_rows(0), make_path("triton", (1, 1, 1))
+    policy = REMAT_POLICIES.get(remat)
+
+    def weighted(weights, x):
+        prepared = path.prepare(visible)
+
+        def layer(x, weight):
+            query = jnp.einsum("rtd,dhk->rthk", x, weight)
+            mixed = path.attend(query, query, query, prepared, scale=0.25, cap=None)
+            return x + mixed.reshape(x.shape), None
+
+        if remat != "none":
+            layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
+        return jax.lax.scan(layer, x, weights)[0].sum()
+
+    weights, x = jnp.ones((5, 64, 4, 16), jnp.bfloat16), jnp.ones((4, 300, 64), jnp.bfloat16)
+    with tokamax.config.cross_compile(True):
+        lowered = jax.jit(jax.grad(weighted)).trace(weights, x).lower(lowering_platforms=("cuda",)).as_text()
+    assert lowered.count("@__gpu$xla.gpu.triton") == kernels
+    assert len(re.findall(r"tensor<5x4x(1x)?384x384xi1>", lowered)) == masks
+    assert "tensor<4x384x384xi1>" in lowered and "Autotuning" not in caplog.text
 
 
 def test_the_flags_of_a_command_are_not_taken_for_those_of_the_kernels():
@@ -266,7 +351,7 @@ def test_the_flags_of_a_command_are_not_taken_for_those_of_the_kernels():
 @pytest.mark.slow
 def test_a_run_on_the_kernels_of_gpus_is_the_dense_run(tmp_path, on_a_cpu, monkeypatch):
     """Cached reference, p and the gradients, inside the scan over layers and their recomputation."""
-    monkeypatch.setattr(paths, "_runs_triton", lambda device: True)
+    monkeypatch.setattr(paths, "_triton_refuses", lambda *about: None)
     model, data = model_directory(tmp_path / "model"), preference_file(tmp_path / "train.jsonl", 24)
     losses = {}
     for name in ("triton", "dense"):

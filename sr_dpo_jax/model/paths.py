@@ -4,6 +4,7 @@ import importlib.util
 import logging
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from sr_dpo_jax.errors import UsageError
@@ -15,39 +16,57 @@ from sr_dpo_jax.model.tiled import tiled_path
 log = logging.getLogger(__name__)
 
 
-def attention_name(name: str, mesh: Mesh, architecture: Architecture) -> str:
-    """What model.attention comes to on these devices, for this model."""
+def attention_name(name: str, mesh: Mesh, architecture: Architecture, dtype: jnp.dtype) -> str:
+    """What model.attention comes to on these devices, for a model with activations of this type."""
     if name != "auto":
         return name
     device = mesh.devices.flat[0]
-    match device.platform:
-        case "tpu":
-            return "splash"
-        case "cpu":
-            return "tiled"
-        case "gpu" if _runs_triton(device) and architecture.attention_cap is None:
-            if importlib.util.find_spec("tokamax"):
-                return "triton"
-            log.warning("model.attention=auto is dense here: the fused kernels need pip install 'sr_dpo_jax[cuda]'")
-    return "dense"
+    if device.platform != "gpu":
+        return {"tpu": "splash", "cpu": "tiled"}.get(device.platform, "dense")
+    why_not = _triton_refuses(device, architecture, dtype)
+    if why_not is None and dtype != jnp.bfloat16:
+        why_not = f"in {dtype} the fused kernels run out of registers"
+    if why_not is None and importlib.util.find_spec("tokamax") is None:
+        why_not = "the fused kernels need pip install 'sr_dpo_jax[cuda]'"
+    if why_not is not None:
+        log.warning("model.attention=auto is dense here: %s", why_not)
+    return "triton" if why_not is None else "dense"
 
 
-def _runs_triton(device: jax.Device) -> bool:
-    """Whether this is an NVIDIA GPU of the Ampere generation or newer; an AMD one has no number there."""
+def _triton_refuses(device: jax.Device, architecture: Architecture, dtype: jnp.dtype) -> str | None:
+    """Why tokamax's kernels do not run, or None; the limits are shared memory, by XLA's compiler for these GPUs."""
     capability = str(getattr(device, "compute_capability", ""))
-    return capability.replace(".", "", 1).isdigit() and float(capability) >= 8
+    if not capability.replace(".", "", 1).isdigit() or float(capability) < 8:  # AMD's is no number
+        return f"the fused kernels are for NVIDIA GPUs of compute capability 8.0 or more, here is {device.device_kind}"
+    if architecture.attention_cap is not None:
+        return f"the fused kernels have no gradient for scores capped at {architecture.attention_cap:g}"
+    of_a_data_centre = capability == "8.0" or capability.startswith(("9.", "10."))
+    largest = (256 if of_a_data_centre else 128) // (jnp.dtype(dtype).itemsize // 2)
+    if architecture.head_dim > largest:
+        return f"the fused kernels take heads of up to {largest} in {dtype} here, not {architecture.head_dim}"
+    return None
 
 
-def attention_path(name: str, mesh: Mesh, *, row_axes: tuple[str, ...], head_axes: tuple[str, ...]) -> AttentionPath:
+def attention_path(
+    name: str,
+    mesh: Mesh,
+    architecture: Architecture,
+    dtype: jnp.dtype,
+    *,
+    row_axes: tuple[str, ...],
+    head_axes: tuple[str, ...],
+) -> AttentionPath:
     """The path of that name, as `attention_name` gives it.
 
     Args:
       name: dense, tiled, splash or triton.
       mesh: the device mesh.
+      architecture: of the model.
+      dtype: of its activations.
       row_axes, head_axes: mesh axes that rows and heads are sharded over.
 
     Raises:
-      UsageError: it does not run on these devices, or what it needs is not installed.
+      UsageError: it does not run on these devices or for this model, or what it needs is not installed.
     """
     device, axes = mesh.devices.flat[0], {"row_axes": row_axes, "head_axes": head_axes}
     match name:
@@ -57,13 +76,10 @@ def attention_path(name: str, mesh: Mesh, *, row_axes: tuple[str, ...], head_axe
             return splash_path(mesh, **axes, interpret=False)
         case "splash":
             raise UsageError(f"model.attention=splash: a kernel for TPUs, here is {device.platform}; set it to auto")
-        case "triton" if _runs_triton(device):
-            return _triton_path(mesh, **axes)
         case "triton":
-            raise UsageError(
-                "model.attention=triton: kernels for NVIDIA GPUs of compute capability 8.0 or more, here is "
-                f"{device.device_kind}; set it to auto"
-            )
+            if why_not := _triton_refuses(device, architecture, dtype):
+                raise UsageError(f"model.attention=triton: {why_not}; set it to auto")
+            return _triton_path(mesh, **axes)
     return DENSE
 
 

@@ -2,19 +2,26 @@
 
 tokamax (https://github.com/openxla/tokamax) streams keys past each block of queries with a running softmax, forward and
 backward, so no [T, T] of scores is in memory; the mask is, as bool `[R, T, T]` once a step for all heads and layers.
-Its public function takes no ranges, so blocks in which nothing is seen are computed all the same.
+Its public function takes no ranges, so blocks in which nothing is seen are computed all the same. Of its kernels the
+Mosaic ones are faster on Hopper and Blackwell, by its authors' word, but cannot be tested without such a GPU.
 
-Three traps: the gradient knows no cap on the scores, so those models stay dense; tokamax parses `sys.argv` as absl
-flags the first time it reads an option, and ends the process at the first flag of ours; and it warns of every shape
-that it has no tuned block sizes for.
+Traps: the gradient knows no cap on the scores, so those models stay dense (`paths.py`); the kernels scale keys in their
+own type for one gradient and queries for the others, so queries come scaled; its gradient keeps inputs as if they were
+results, which a scan over layers stacks, masks too, and recomputation runs the kernel for, so they are put back;
+tokamax parses `sys.argv` as absl flags the first time it reads an option, and ends the process at the first flag of
+ours; and it warns of every shape that it has no tuned block sizes for.
 """
 
 import logging
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tokamax
 from absl import flags
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 from sr_dpo_jax.errors import UsageError
@@ -24,6 +31,10 @@ Array = jax.Array
 
 BLOCK = 128
 """Rows are filled up to whole blocks: the kernels' own are 32 to 128 tokens, and their backward reads whole ones."""
+INPUTS = 4
+"""What the kernel's gradient keeps begins with these: query, key, value and mask."""
+LARGEST_MASK = 2**31
+"""Entries of one device's masks: the kernels reach them by 32-bit offsets."""
 
 
 def triton_path(mesh: Mesh, *, row_axes: tuple[str, ...], head_axes: tuple[str, ...]) -> AttentionPath:
@@ -40,18 +51,12 @@ def triton_path(mesh: Mesh, *, row_axes: tuple[str, ...], head_axes: tuple[str, 
 
     def attend(query: Array, key: Array, value: Array, mask: Array, *, scale: float, cap: float | None) -> Array:
         if cap is not None:
-            raise UsageError(
-                f"model.attention=triton: the kernel has no gradient for scores capped at {cap:g}, which this model "
-                "asks for; set it to auto or dense"
-            )
-
-        def local(query: Array, key: Array, value: Array, mask: Array) -> Array:
-            return _attend_rows(query, key, value, mask, scale=scale)
-
-        specs = (heads, heads, heads, rows)
-        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)(
-            query, key, value, mask
+            raise UsageError(f"model.attention=triton: the kernel has no gradient for scores capped at {cap:g}")
+        scaled = (query.astype(jnp.float32) * scale).astype(query.dtype)
+        sharded = jax.shard_map(
+            _attend_rows, mesh=mesh, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
         )
+        return sharded(scaled, key, value, mask)
 
     return AttentionPath("triton", _mask, attend)
 
@@ -61,24 +66,54 @@ def _is_no_miss(record: logging.LogRecord) -> bool:
 
 
 def _mask(visible: Visible) -> Array:
-    """`[R, T, T]` bool, T in whole blocks; the tokens filled in see themselves, for a query that sees nothing has no
-    softmax."""
+    """`[R, T, T]` bool, T in whole blocks; the tokens filled in see themselves, as everywhere."""
     return visible_mask(pad_rows(visible, BLOCK))
 
 
-def _attend_rows(query: Array, key: Array, value: Array, mask: Array, *, scale: float) -> Array:
-    """`[R, T, H, D]` as of `attention.dense_attend`, of one device's rows and heads."""
+def _attend_rows(query: Array, key: Array, value: Array, mask: Array) -> Array:
+    """`[R, T, H, D]` of one device's rows and heads, `query` scaled."""
     length = query.shape[1]
+    if mask.size > LARGEST_MASK:
+        raise UsageError(
+            f"model.attention=triton: {mask.shape[0]} rows of {mask.shape[1]} tokens on one device at a time, and the "
+            f"kernel's masks hold {LARGEST_MASK} entries; lower batch.row_length or raise batch.accumulation_steps"
+        )
     fill = ((0, 0), (0, mask.shape[1] - length), (0, 0), (0, 0))
-    query, key, value = (jnp.pad(array, fill) for array in (query, key, value))
-    mixed = tokamax.dot_product_attention(
+    return _fused(*(jnp.pad(array, fill) for array in (query, key, value)), mask)[:, :length]
+
+
+def _kernel(query: Array, key: Array, value: Array, *, mask: Array) -> Array:
+    return tokamax.dot_product_attention(
         query,
         key,
         value,
         mask=mask[:, None],
-        scale=scale,
+        scale=1.0,
         # Of float32 the tensor cores would read 10 bits of mantissa.
         precision=jax.lax.Precision.HIGHEST if query.dtype == jnp.float32 else None,
         implementation="triton",
     )
-    return mixed[:, :length]
+
+
+@jax.custom_vjp
+def _fused(query: Array, key: Array, value: Array, mask: Array) -> Array:
+    return _kernel(query, key, value, mask=mask)
+
+
+def _forward(query: Array, key: Array, value: Array, mask: Array) -> tuple[Array, Any]:
+    mixed, pull_back = jax.vjp(partial(_kernel, mask=mask), query, key, value)
+    leaves, tree = jax.tree.flatten(pull_back)
+    # Only the kernel can give its output and the two sums of its softmax again, and `dots` is to keep those.
+    results = [checkpoint_name(leaf, "attention") for leaf in leaves[INPUTS:]]
+    kept = jax.tree.unflatten(tree, [jnp.zeros(()) for _ in range(INPUTS)] + results)
+    return mixed, (kept, (query, key, value, mask))
+
+
+def _backward(residuals: tuple[Any, tuple[Array, ...]], gradient: Array) -> tuple[Any, ...]:
+    kept, (query, key, value, mask) = residuals
+    leaves, tree = jax.tree.flatten(kept)
+    pull_back = jax.tree.unflatten(tree, [query, key, value, mask[:, None], *leaves[INPUTS:]])
+    return *pull_back(gradient), np.zeros(mask.shape, jax.dtypes.float0)
+
+
+_fused.defvjp(_forward, _backward)
