@@ -83,9 +83,10 @@ def test_the_protocol_end_to_end(finished):
         1,
         2,
     ]
-    for shares in (results["outcomes"]["sr_dpo-0.5"][decoding] for decoding in ("greedy", "sampled")):
+    outcomes = {found["arm"]: found for found in results["outcomes"]}
+    for shares in (outcomes["sr_dpo-0.5"][decoding] for decoding in ("greedy", "sampled")):
         assert np.add(np.add(shares["win"], shares["tie"]), shares["lose"]) == pytest.approx(1, abs=1e-4)
-    assert results["outcomes"]["sr_dpo-0.5-more"]["against"] == "dpo-more"
+    assert outcomes["sr_dpo-0.5-more"]["against"] == "dpo-more"
     assert "True quality of responses" in said and (output / "report.html").exists()
 
 
@@ -152,7 +153,16 @@ def test_the_protocol_is_the_papers():
     configs = [arm_config(layout, FULL, knobs, 3, arm).model_dump() for arm in FULL.arms if arm.data == "pairs"]
     for config in configs:
         config["objective"].pop("name"), config["objective"].pop("lam"), config.pop("output_dir")
+        config["objective"].pop("beta")
     assert all(config == configs[0] for config in configs), "arms differ in the objective and nothing else"
+    betas = {arm.name: arm_config(layout, FULL, knobs, 3, arm).objective.beta for arm in FULL.arms}
+    controls = {name: betas.pop(name) for name in list(betas) if "-beta-" in name}
+    assert set(betas.values()) == {0.5} and controls == {
+        "dpo-beta-0.3": 0.15,
+        "ipo-beta-0.7": 0.35,
+        "ipo-beta-0.6": 0.3,
+    }
+    assert measured.baseline_of(FULL, next(arm for arm in FULL.arms if arm.name == "ipo-beta-0.7")) == "ipo"
     assert base_config(layout, FULL).model.init == "random"
 
 
@@ -176,16 +186,16 @@ def made_up(seeds: int) -> measured.Results:
             for name in ("margin", "augmented/margin", "rewards/accuracies", "augmented/accuracies", "loss")
         }
         arms[arm.name] = {"objective": arm.objective, "lam": arm.lam, "data": arm.data, "curves": curves}
+        arms[arm.name]["beta"] = None if arm.beta_share is None else arm.beta(0.5)
         arms[arm.name] |= {name: drawn(0, 1) for name in names}
         arms[arm.name] |= {name: drawn(20, 90) for name in ("sampled", "greedy")}
         arms[arm.name] |= {"shift_share": drawn(0, 1)} if arm.lam is not None else {}
     stage = {"sampled": drawn(10, 40), "greedy": drawn(10, 40), "plain": against(), "augmented": against()}
-    outcomes = {}
-    for arm in FULL.arms:
-        baseline = measured.baseline_of(FULL, arm)
-        if baseline is not None:
-            shares = {"win": [0.5] * seeds, "tie": [0.3] * seeds, "lose": [0.2] * seeds}
-            outcomes[arm.name] = {"against": baseline, "sampled": shares, "greedy": shares}
+    shares = {"win": [0.5] * seeds, "tie": [0.3] * seeds, "lose": [0.2] * seeds}
+    outcomes = [
+        {"arm": arm, "against": against, "sampled": shares, "greedy": shares}
+        for arm, against in measured.comparisons(FULL)
+    ]
     setting = {
         "seeds": seeds,
         "tasks": ["copy"],
@@ -218,9 +228,13 @@ def test_tables_and_page_of_any_number_of_seeds(seeds):
     values = results["arms"]["sr_dpo-0.3"]["sampled"]
     assert by_name["Sr-DPO, λ = 0.3"][1].split()[0] == f"{np.mean(values):.1f}"
     assert ("[" in by_name["DPO"][1]) == (seeds > 1)
-    wins = {row[0]: row for row in measured.outcome_table(results).rows}
-    assert wins["Sr-DPO, λ = 0.5, shuffled labels"][1] == "DPO, shuffled labels"
-    assert wins["Sr-IPO, λ = 1"][2:5] == ["50.0", "30.0", "20.0"]
+    wins = {tuple(row[:2]): row[2:] for row in measured.outcome_table(results).rows}
+    compared = set(wins)
+    assert ("Sr-DPO, λ = 0.5, shuffled labels", "DPO, shuffled labels") in compared
+    assert wins["Sr-IPO, λ = 1", "IPO"][:3] == ["50.0", "30.0", "20.0"]
+    assert {("DPO, β = 0.15", "DPO"), ("Sr-DPO, λ = 1", "DPO, β = 0.15"), ("Sr-IPO, λ = 1", "IPO, β = 0.35")} < compared
+    assert len(compared) == 8 + 3 + 2 + 3, "refined, controls, other pairs, refined against controls"
+    assert not {"DPO, β = 0.15", "DPO"} & {row[0] for row in measured.cost_table(results).rows}
 
 
 def test_the_findings_page_holds_the_tables_of_the_committed_results():
@@ -233,6 +247,9 @@ def test_the_findings_page_holds_the_tables_of_the_committed_results():
         return
     results = json.loads(committed.read_text(encoding="utf-8"))
     assert embedded == measured.markdown(results)
+    claims = page.partition("## What it says of the claims\n")[2].partition("\n## ")[0]
+    said, measured_numbers = (set(re.findall(r"\d+\.\d+", text)) for text in (claims, embedded))
+    assert len(said) > 20 and said - measured_numbers == set(), "figures in the text that are in no table"
     assert results["setting"]["seeds"] >= 5 and results["knowledge"]["spearman"] >= 0.8
     assert min(results["arms"]["dpo"]["augmented_accuracy_of_clear"]) > 0.5
     gain = np.subtract(results["arms"]["dpo-shuffled"]["sampled"], results["stages"]["sft"]["sampled"])

@@ -1,6 +1,7 @@
 """The results page's figures, in the style of the report's; each takes the results and returns the figure."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -29,7 +30,7 @@ def knowledge(results: Results) -> Figure:
 def quality(results: Results) -> Figure:
     """A row an arm, sampled and greedy, with intervals."""
     rows = [("Base model", results["stages"]["base"]), ("SFT", results["stages"]["sft"])]
-    rows += [(label(arm, name), arm) for name, arm in results["arms"].items()]
+    rows += [(label(arm), arm) for arm in results["arms"].values()]
     figure, axes = _rows([name for name, _ in rows])
     for index, decoding in enumerate(DECODINGS):
         places = np.arange(len(rows)) + (index - 0.5) * 0.25
@@ -44,11 +45,12 @@ def outcomes(results: Results) -> Figure | None:
     found = results["outcomes"]
     if not found:
         return None
-    names = [label(results["arms"][name], name) for name in found]
+    arms = results["arms"]
+    names = [f"{label(arms[one['arm']])} – {label(arms[one['against']])}" for one in found]
     figure, axes = _rows(names)
     left = np.zeros(len(found))
     for key, colour in (("win", COLOURS[2]), ("tie", "#cccccc"), ("lose", COLOURS[1])):
-        widths = np.array([100 * np.mean(of_arm["sampled"][key]) for of_arm in found.values()])
+        widths = np.array([100 * np.mean(one["sampled"][key]) for one in found])
         axes.barh(np.arange(len(found)), widths, left=left, color=colour, label=key, height=0.7)
         left += widths
     axes.set(xlabel="% of held-out tasks, sampled", xlim=(0, 100))
@@ -74,16 +76,10 @@ def more_pairs(results: Results) -> Figure | None:
     pairs = results["setting"]["pairs"]
     seen = [0, pairs, pairs * results["setting"]["more_factor"]]
     for index, name in enumerate(names):
-        few = next(
-            arm
-            for arm in arms.values()
-            if (arm["objective"], arm["lam"], arm["data"]) == (arms[name]["objective"], arms[name]["lam"], PAIRS)
-        )
+        few = next(arm for arm in arms.values() if (*_form(arm), arm["data"]) == (*_form(arms[name]), PAIRS))
         means = [mean_of(of["sampled"]) for of in (results["stages"]["sft"], few, arms[name])]
         values = [mean.value for mean in means]
-        axes.errorbar(
-            seen, values, yerr=_bars(means), marker="o", capsize=3, color=COLOURS[index], label=label(few, "")
-        )
+        axes.errorbar(seen, values, yerr=_bars(means), marker="o", capsize=3, color=COLOURS[index], label=label(few))
     axes.set(xlabel="pairs seen, each once", ylabel="mean true quality, sampled")
     axes.legend()
     return figure
@@ -91,9 +87,9 @@ def more_pairs(results: Results) -> Figure | None:
 
 def shuffled(results: Results) -> Figure | None:
     """Change of quality from SFT, with the seed's labels and with labels drawn by a coin."""
-    arms = {name: arm for name, arm in results["arms"].items() if arm["data"] != MORE}
-    kept = {(arm["objective"], arm["lam"]) for arm in arms.values() if arm["data"] == SHUFFLED}
-    rows = [(label(arm, name), arm) for name, arm in arms.items() if (arm["objective"], arm["lam"]) in kept]
+    arms = [arm for arm in results["arms"].values() if arm["data"] != MORE]
+    kept = {_form(arm) for arm in arms if arm["data"] == SHUFFLED}
+    rows = [(label(arm), arm) for arm in arms if _form(arm) in kept]
     if not rows:
         return None
     figure, axes = _rows([name for name, _ in rows])
@@ -105,27 +101,32 @@ def shuffled(results: Results) -> Figure | None:
     return figure
 
 
+def _form(arm: dict[str, Any]) -> tuple[Any, ...]:
+    """What arms on different pairs have in common."""
+    return arm["objective"], arm["lam"], arm["beta"]
+
+
 def _curves(results: Results, keys: tuple[str, str], name: str, data: str) -> Figure | None:
     """Held-out metrics over steps, a panel a family; the second key, with p, is drawn broken."""
     if all(len(arm["curves"]["step"]) < 2 for arm in results["arms"].values()):
         return None
-    figure = Figure(figsize=(2 * WIDTH, HEIGHT))
+    figure = Figure(figsize=(2 * WIDTH, 1.2 * HEIGHT))
     for place, (title, objectives) in enumerate(FAMILIES.items(), 1):
         axes = figure.add_subplot(1, 2, place)
         chosen = [
-            (label(arm, arm_name), arm["curves"])
-            for arm_name, arm in results["arms"].items()
+            (label(arm), arm["curves"])
+            for arm in results["arms"].values()
             if arm["objective"] in objectives and arm["data"] == data
         ]
         for index, (arm_name, curve) in enumerate(chosen):
             for key, style in zip(keys, LINE_STYLES, strict=False):
-                described = arm_name if key == keys[0] else f"{arm_name}, with p"
+                described = arm_name if key == keys[0] else None
                 axes.plot(
                     curve["step"], curve[key], style, marker=".", color=COLOURS[index % len(COLOURS)], label=described
                 )
         axes.set(title=title, xlabel="step", ylabel=f"held-out {name}")
         if chosen:
-            axes.legend(fontsize=7, ncols=2)
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
     return figure
 
 

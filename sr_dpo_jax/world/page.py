@@ -20,14 +20,18 @@ FIGURES = {
         "Greedy responses show what a model can do, sampled ones (temperature 1) what it does. Bars are 95 % intervals "
         "over seeds.",
     ),
-    "Win, tie and lose": (figures.outcomes, "Each refined arm against the plain objective on the same pairs."),
+    "Win, tie and lose": (
+        figures.outcomes,
+        "Each arm against the plain objective on the same pairs; the two with a β of their own are the controls.",
+    ),
     "Margins over training (figure 1)": (
         figures.margins,
-        "Held-out pairs, without p and with it. Means over seeds.",
+        "Held-out pairs, without p (full lines) and with it (broken). Means over seeds.",
     ),
     "Accuracy over training (figure 1)": (
         figures.accuracies,
-        "The share of held-out pairs whose better response has the larger log-ratio. Means over seeds.",
+        "The share of held-out pairs whose better response has the larger log-ratio, without p (full lines) and with "
+        "it (broken). Means over seeds.",
     ),
     "More pairs (figure 3)": (figures.more_pairs, "Quality that falls as more pairs are seen is over-fitting."),
     "Shuffled labels": (figures.shuffled, "Where labels are drawn by a coin nothing can be learned from them."),

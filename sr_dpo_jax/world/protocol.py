@@ -30,6 +30,11 @@ class Arm:
     objective: str
     lam: float | None = None
     data: str = PAIRS
+    beta_share: float | None = None
+    """β relative to that of all others; None is theirs."""
+
+    def beta(self, common: float) -> float:
+        return common * (1.0 if self.beta_share is None else self.beta_share)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +54,11 @@ class Setting:
     """Of held-out pairs while an arm trains, the last one at its end."""
     base_pairs_per_step: int = 64
     pairs_per_step: int = 32
+
+
+def _with_beta(objective: str, beta_share: float) -> Arm:
+    """A control: the plain objective with the weight, or the target, that refinement gives it on average."""
+    return Arm(f"{objective}-beta-{beta_share:g}", objective, beta_share=beta_share)
 
 
 def _refined(objective: str, lam: float, data: str = PAIRS) -> Arm:
@@ -75,6 +85,11 @@ FULL = Setting(
         Arm("ipo", "ipo"),
         *(_refined("sr_dpo", lam) for lam in LAMBDAS),
         *(_refined("sr_ipo", lam) for lam in LAMBDAS),
+        # What λ = 1 does on average, without what Δ says of single pairs (README.md): the same mean weight and mean
+        # margin as Sr-DPO, the same mean target as Sr-IPO, and about the same mean margin.
+        _with_beta("dpo", 0.3),
+        _with_beta("ipo", 0.7),
+        _with_beta("ipo", 0.6),
         Arm("dpo-more", "dpo", data=MORE),
         _refined("sr_dpo", 0.5, MORE),
         Arm("dpo-shuffled", "dpo", data=SHUFFLED),
@@ -150,7 +165,7 @@ def arm_config(layout: Layout, setting: Setting, knobs: Knobs, seed: int, arm: A
     """One preference run from the seed's SFT model."""
     pairs = knobs.pairs * (setting.more_factor if arm.data == MORE else 1)
     steps = pairs // setting.pairs_per_step
-    objective = {"name": arm.objective, "beta": knobs.beta} | ({} if arm.lam is None else {"lam": arm.lam})
+    objective = {"name": arm.objective, "beta": arm.beta(knobs.beta)} | ({} if arm.lam is None else {"lam": arm.lam})
     return _config(
         layout,
         layout.run(seed, arm.name),

@@ -17,7 +17,7 @@ from sr_dpo_jax import __version__
 from sr_dpo_jax.report.tables import NONE, Table, number, without_empty_columns
 from sr_dpo_jax.world import measure
 from sr_dpo_jax.world.corpus import Knobs
-from sr_dpo_jax.world.protocol import MORE, PAIRS, SHUFFLED, Arm, Layout, Setting
+from sr_dpo_jax.world.protocol import LAMBDAS, MORE, PAIRS, SHUFFLED, Arm, Layout, Setting
 from sr_dpo_jax.world.statistics import Mean, mean_of, outcomes, paired
 
 DECODINGS = ("sampled", "greedy")
@@ -58,21 +58,27 @@ def collect(layout: Layout, setting: Setting, knobs: Knobs, seeds: Sequence[int]
         "knowledge": measure.knowledge(layout.base_run / "rated.jsonl"),
         "stages": stages,
         "arms": arms,
-        "outcomes": {
-            arm.name: _outcomes(layout, seeds, arm.name, baseline)
-            for arm in setting.arms
-            if (baseline := baseline_of(setting, arm)) is not None
-        },
+        "outcomes": [_outcomes(layout, seeds, *names) for names in comparisons(setting)],
     }
     return _rounded(found)
 
 
+def comparisons(setting: Setting) -> list[tuple[str, str]]:
+    """Names of arms that are held against each other: against the plain objective, and λ = 1 against its control."""
+    found = [(arm.name, against) for arm in setting.arms if (against := baseline_of(setting, arm)) is not None]
+    for control in setting.arms:
+        if control.beta_share is not None:
+            refined = (f"sr_{control.objective}", max(LAMBDAS), control.data)
+            found += [(arm.name, control.name) for arm in setting.arms if (arm.objective, arm.lam, arm.data) == refined]
+    return found
+
+
 def baseline_of(setting: Setting, arm: Arm) -> str | None:
-    """The arm without refinement on the same pairs."""
-    if arm.lam is None:
+    """The arm without refinement, and with everybody's β, on the same pairs; None for that arm itself."""
+    if arm.lam is None and arm.beta_share is None:
         return None
-    plain = arm.objective.removeprefix("sr_")
-    found = [other.name for other in setting.arms if (other.objective, other.data) == (plain, arm.data)]
+    sought = (arm.objective.removeprefix("sr_"), arm.data, None)
+    found = [other.name for other in setting.arms if (other.objective, other.data, other.beta_share) == sought]
     return found[0] if found else None
 
 
@@ -89,6 +95,7 @@ def _arm(layout: Layout, knobs: Knobs, seeds: Sequence[int], arm: Arm) -> dict[s
     histories = [measure.curves(run) for run in runs]
     means = {name: np.mean([history[name] for history in histories], axis=0).tolist() for name in histories[0]}
     about = {"objective": arm.objective, "lam": arm.lam, "data": arm.data}
+    about["beta"] = None if arm.beta_share is None else arm.beta(knobs.beta)
     return {**about, **_responses(runs), **numbers, "curves": means}
 
 
@@ -97,7 +104,7 @@ def _responses(runs: Sequence[Path]) -> dict[str, list[float]]:
 
 
 def _outcomes(layout: Layout, seeds: Sequence[int], arm: str, baseline: str) -> dict[str, Any]:
-    found: dict[str, Any] = {"against": baseline}
+    found: dict[str, Any] = {"arm": arm, "against": baseline}
     for name in DECODINGS:
         shares = [
             outcomes(*(measure.qualities(layout.run(seed, which) / f"{name}.jsonl") for which in (arm, baseline)))
@@ -167,29 +174,29 @@ def knowledge_table(results: Results) -> Table:
 def quality_table(results: Results) -> Table:
     head = ["", "sampled", "greedy", "accuracy of m", "accuracy of m̂"]
     rows = [[name, *(_cell(stage[key], 1) for key in DECODINGS), NONE, NONE] for name, stage in _stages(results)]
-    for name, arm in results["arms"].items():
+    for arm in results["arms"].values():
         quality = [_cell(arm[key], 1) for key in DECODINGS]
-        rows.append([label(arm, name), *quality, _cell(arm["accuracy"]), _cell(arm["augmented_accuracy"])])
+        rows.append([label(arm), *quality, _cell(arm["accuracy"]), _cell(arm["augmented_accuracy"])])
     return Table(head, rows)
 
 
 def outcome_table(results: Results) -> Table:
     head = ["", "against", "win %", "tie %", "lose %", "win − lose", "p of it", "difference in quality", "p of that"]
     rows = []
-    for name, found in results["outcomes"].items():
-        arm, baseline = results["arms"][name], results["arms"][found["against"]]
+    for found in results["outcomes"]:
+        arm, baseline = results["arms"][found["arm"]], results["arms"][found["against"]]
         shares = found["sampled"]
         balance = paired(shares["win"], shares["lose"])
         difference = paired(arm["sampled"], baseline["sampled"])
         rows.append(
             [
-                label(arm, name),
-                label(baseline, found["against"]),
+                label(arm),
+                label(baseline),
                 *(number(100 * float(np.mean(shares[key])), 1) for key in ("win", "tie", "lose")),
                 _mean(_scaled(balance.difference, 100), 1),
-                number(balance.p),
+                _p(balance.p),
                 _mean(difference.difference, 1),
-                number(difference.p),
+                _p(difference.p),
             ]
         )
     return without_empty_columns(head, rows)  # one seed has no p
@@ -199,9 +206,9 @@ def correlation_table(results: Results) -> Table:
     names = {"Pearson": "pearson", "Spearman": "spearman", "Kendall": "kendall"}
     head = ["", *(f"m: {name}" for name in names), *(f"m̂: {name}" for name in names)]
     rows = []
-    for name, arm in results["arms"].items():
+    for arm in results["arms"].values():
         plain = [_cell(arm[key]) for key in names.values()]
-        rows.append([label(arm, name), *plain, *(_cell(arm[f"augmented_{key}"]) for key in names.values())])
+        rows.append([label(arm), *plain, *(_cell(arm[f"augmented_{key}"]) for key in names.values())])
     return Table(head, rows)
 
 
@@ -220,35 +227,38 @@ def stage_table(results: Results) -> Table:
                 found = stage[key]
                 columns = (found["accuracy"], found["accuracy_of_clear"], found["spearman"])
                 rows.append([name, what, *map(_cell, columns)])
-    for name, arm in results["arms"].items():
+    for arm in results["arms"].values():
         columns = (arm["augmented_accuracy"], arm["augmented_accuracy_of_clear"], arm["augmented_spearman"])
-        rows.append([label(arm, name), "m̂: reference SFT, with p", *map(_cell, columns)])
+        rows.append([label(arm), "m̂: reference SFT, with p", *map(_cell, columns)])
     return Table(head, rows)
 
 
 def shift_table(results: Results) -> Table:
     head = ["", "margin m", "augmented margin m̂", "Pearson of m and m̂", "λΔ relative to what it is taken from"]
     rows = []
-    for name, arm in results["arms"].items():
+    for arm in results["arms"].values():
         share = _cell(arm["shift_share"], 2) if "shift_share" in arm else NONE
         of_pairs = [_cell(arm["margin"], 1), _cell(arm["augmented_margin"], 1), _cell(arm["margins_agree"], 2)]
-        rows.append([label(arm, name), *of_pairs, share])
+        rows.append([label(arm), *of_pairs, share])
     return Table(head, rows)
 
 
 def cost_table(results: Results) -> Table:
+    """Of the fastest seed: another user of the machine makes a run slower, never faster."""
     rows = []
-    for name, found in results["outcomes"].items():
-        arm, baseline = results["arms"][name], results["arms"][found["against"]]
-        ratio = np.divide(arm["step_time_s"], baseline["step_time_s"]).tolist()
-        rows.append([label(arm, name), _cell(arm["step_time_s"]), _cell(ratio, 2)])
-    return Table(["", "median step, s", "against the plain objective"], rows)
+    for found in results["outcomes"]:
+        arm, baseline = results["arms"][found["arm"]], results["arms"][found["against"]]
+        if arm["lam"] is not None and arm["data"] == PAIRS and baseline["beta"] is None:
+            fastest, plain = min(arm["step_time_s"]), min(baseline["step_time_s"])
+            rows.append([label(arm), number(fastest), number(plain), number(fastest / plain, 2)])
+    return Table(["", "step, s", "step of the plain objective, s", "ratio"], rows)
 
 
-def label(arm: dict[str, Any], name: str) -> str:
+def label(arm: dict[str, Any]) -> str:
     """How an arm is called in tables and figures."""
-    objective = {"dpo": "DPO", "ipo": "IPO", "sr_dpo": "Sr-DPO", "sr_ipo": "Sr-IPO"}.get(arm["objective"], name)
+    objective = {"dpo": "DPO", "ipo": "IPO", "sr_dpo": "Sr-DPO", "sr_ipo": "Sr-IPO"}[arm["objective"]]
     text = objective if arm["lam"] is None else f"{objective}, λ = {arm['lam']:g}"
+    text += "" if arm["beta"] is None else f", β = {arm['beta']:g}"
     return text + {PAIRS: "", MORE: ", more pairs", SHUFFLED: ", shuffled labels"}[arm["data"]]
 
 
@@ -263,6 +273,10 @@ def _cell(values: Sequence[float | None], digits: int = 3) -> str:
 def _mean(mean: Mean, digits: int) -> str:
     text = number(mean.value, digits)
     return text if math.isnan(mean.low) else f"{text} [{number(mean.low, digits)}, {number(mean.high, digits)}]"
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.0005 else number(value)
 
 
 def _scaled(mean: Mean, factor: float) -> Mean:
