@@ -72,8 +72,11 @@ def assert_same(ours, dense) -> None:
 
 
 @pytest.fixture
-def on_a_cpu(monkeypatch):
-    """Runs tokamax's kernels as plain JAX operations, on any device."""
+def on_a_cpu(monkeypatch, request):
+    """Runs tokamax's kernels as plain JAX operations, on any device; leaves tests of other paths alone."""
+    if getattr(request.node, "callspec", None) and request.node.callspec.params.get("name", "triton") != "triton":
+        yield
+        return
     compiled, program_id = pallas.pallas_call, pallas.program_id
 
     def pallas_call(kernel, out_shape, *, grid_spec, **kwargs):
@@ -320,7 +323,7 @@ def test_what_a_scan_over_layers_keeps(caplog, remat, kernels, masks):
         def layer(x, weight):
             query = jnp.einsum("rtd,dhk->rthk", x, weight)
             mixed = path.attend(query, query, query, prepared, scale=0.25, cap=None)
-            return x + mixed.reshape(x.shape), None
+            return x + jnp.einsum("rthk,dhk->rtd", mixed, weight), None
 
         if remat != "none":
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)

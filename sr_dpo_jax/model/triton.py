@@ -101,12 +101,13 @@ def _fused(query: Array, key: Array, value: Array, mask: Array) -> Array:
 
 
 def _forward(query: Array, key: Array, value: Array, mask: Array) -> tuple[Array, Any]:
-    mixed, pull_back = jax.vjp(partial(_kernel, mask=mask), query, key, value)
+    _, pull_back = jax.vjp(partial(_kernel, mask=mask), query, key, value)
     leaves, tree = jax.tree.flatten(pull_back)
-    # Only the kernel can give its output and the two sums of its softmax again, and `dots` is to keep those.
+    # Only the kernel can give its output and the two sums of its softmax again, and `dots` is to keep those; the
+    # output that goes on must be the one that is kept, or the next matmul's gradient runs the kernel for it.
     results = [checkpoint_name(leaf, "attention") for leaf in leaves[INPUTS:]]
     kept = jax.tree.unflatten(tree, [jnp.zeros(()) for _ in range(INPUTS)] + results)
-    return mixed, (kept, (query, key, value, mask))
+    return results[0], (kept, (query, key, value, mask))
 
 
 def _backward(residuals: tuple[Any, tuple[Array, ...]], gradient: Array) -> tuple[Any, ...]:

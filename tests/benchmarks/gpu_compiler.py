@@ -32,7 +32,7 @@ With jax 0.10.2, tokamax 0.0.12 and CUDA 12.9, H100, HH pairs in 12 rows of 1,15
     remat    layers: temporaries, MiB        train step: GiB in all          scoring step: GiB in all
              triton        dense             triton        dense             triton        dense
     none     2;   2,099    166,432           3; 50.93      122.70            2;  5.38      8.31
-    dots     3;   2,112     12,552           4; 25.54       29.27            2;  5.38      8.31
+    dots     2;   2,099     12,552           3; 25.57       29.27            2;  5.38      8.31
     full     3;     831     11,784           4; 15.82       20.20            2;  5.38      8.31
 
 The dense path has no kernels. On A100 and L4 the attention is the same to the MiB, and the steps to within 3 %: in 75 %
