@@ -28,7 +28,7 @@ from sr_dpo_jax.world.corpus import (
     preference_rows,
     write_rows,
 )
-from sr_dpo_jax.world.measure import against_gap, knowledge, preferences
+from sr_dpo_jax.world.measure import against_gap, counting_words, knowledge, preferences
 from sr_dpo_jax.world.tasks import LIST_WORDS, RATINGS, TASKS, WORDS, corrupt, draw_task, edit_distance, quality
 
 ANSWER = ("fig", "oak", "rose", "salt")
@@ -280,6 +280,32 @@ def test_outcomes_and_ranks_by_hand():
     assert shares == (0.25, 0.5, 0.25)
     assert statistics.spearman([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(1 - 6 * 2 / (4 * 15))
     assert math.isnan(statistics.spearman([1, 1, 1], [1, 2, 3]))
+
+
+def test_partial_rank_correlation_is_that_of_the_residuals():
+    rng = np.random.default_rng(5)
+    given = rng.normal(size=300)
+    first, second = given + rng.normal(size=300), 2 * given + rng.normal(size=300) ** 3
+    ranks, of_first, of_second = (scipy.stats.rankdata(values) for values in (given, first, second))
+    left = [of - np.polyval(np.polyfit(ranks, of, 1), ranks) for of in (of_first, of_second)]
+    found = statistics.partial_spearman(first, second, given)
+    assert found == pytest.approx(np.corrcoef(*left)[0, 1]) and abs(found) < 0.2 < statistics.spearman(first, second)
+
+
+def test_counting_words_by_hand(tmp_path):
+    prompt = " copy: fern sage oak ivy answer:"
+    rows = [
+        (" fern sage oak ivy", " fern sage moss in", 100.0, 50.0),  # 4 against 2: right
+        (" fern sage", " fern sage oak moss kelp", 50.0, 40.0),  # 2 − 2 against 3 − 1: wrong
+        (" sage fern", " two oak", 25.0, 0.0),  # 0 each: half
+    ]
+    lines = [
+        {"prompt": prompt, "chosen": c, "rejected": r, "score_chosen": a, "score_rejected": b} for c, r, a, b in rows
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    found = counting_words(tmp_path / "rows.jsonl")
+    assert found["accuracy"] == pytest.approx(1.5 / 3) and found["accuracy_of_clear"] == pytest.approx(1.5 / 2)
+    assert found["spearman"] == pytest.approx(1.0)  # differences 2, −2, 0 and gaps 50, 10, 25
 
 
 def test_margins_against_the_gap_by_hand():

@@ -176,7 +176,7 @@ def made_up(seeds: int) -> measured.Results:
     def against() -> dict:
         return {name: drawn(0, 1) for name in ("accuracy", "accuracy_of_clear", "spearman", "mean")}
 
-    names = ["accuracy", "augmented_accuracy", "augmented_accuracy_of_clear", "margins_agree", "margin"]
+    names = ["accuracy", "augmented_accuracy", "augmented_accuracy_of_clear", "margins_agree", "margin", "given_plain"]
     names += ["augmented_margin", "step_time_s"]
     names += [f"{p}{name}" for p in ("", "augmented_") for name in ("pearson", "spearman", "kendall")]
     arms = {}
@@ -209,6 +209,7 @@ def made_up(seeds: int) -> measured.Results:
     return {
         "setting": setting,
         "knowledge": {**known, "spearman_of_responses": None},
+        "counting_words": {"accuracy": 0.9, "accuracy_of_clear": 0.9, "spearman": 0.8},
         "stages": {"base": stage, "sft": {**stage, "plain_margin": against(), "augmented_margin": against()}},
         "arms": arms,
         "outcomes": outcomes,

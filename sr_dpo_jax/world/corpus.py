@@ -6,7 +6,7 @@
     pairs        two responses to one task, better and worse; `gaps` says how far apart, `label_noise` how often they
                  are labelled the wrong way round
     SFT rows     pairs of which only the chosen response is learned, as in the paper
-    held out     pairs without label noise, on tasks that stand nowhere else
+    held out     pairs without label noise, on tasks that are in no seed's pairs (some short ones are in the base text)
 
 Rows are of the format `preference`; their scores are the true qualities, also where the labels are wrong.
 """

@@ -19,7 +19,7 @@ from sr_dpo_jax.report.page import report
 from sr_dpo_jax.report.tables import Table
 from sr_dpo_jax.world import results as measured
 from sr_dpo_jax.world.corpus import Knobs
-from sr_dpo_jax.world.page import write_page
+from sr_dpo_jax.world.page import write_page, write_pictures
 from sr_dpo_jax.world.protocol import FULL, SMALL, Layout, Setting
 from sr_dpo_jax.world.stages import Interrupted, make_base, make_sft, run_arm
 
@@ -102,6 +102,7 @@ def _write_results(layout: Layout, setting: Setting, knobs: Knobs, seeds: range)
     measured.write(found, layout.root / "results.json")
     (layout.root / "results.md").write_text(measured.markdown(found), encoding="utf-8")
     write_page(found, layout.root / "results.html")
+    write_pictures(found, layout.root)
 
 
 def _shown(found: measured.Results) -> dict[str, Table]:

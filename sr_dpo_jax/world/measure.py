@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from sr_dpo_jax.storage import read_lines
-from sr_dpo_jax.world.statistics import spearman
-from sr_dpo_jax.world.tasks import RATINGS, quality
+from sr_dpo_jax.world.statistics import partial_spearman, spearman
+from sr_dpo_jax.world.tasks import LIST_WORDS, NUMBERS, OTHER_WORDS, RATINGS, quality
 
 LEAST_GAP = 20.0
 """Points of quality from which on a pair counts for `accuracy`'s demanding form."""
@@ -68,10 +68,31 @@ def against_gap(margin: np.ndarray, gap: np.ndarray) -> dict[str, float]:
     }
 
 
+def counting_words(held_out: Path) -> dict[str, float]:
+    """How a judge does that knows no task: a response's words that stand in the task's list or are numbers, less what
+    its length differs from that of right answers. Equal counts are half right."""
+    lines = read_lines(held_out)
+
+    def count(line: dict[str, Any], side: str) -> int:
+        words, known = line[side].split(), {*line["prompt"].split()} - {*OTHER_WORDS} | {*NUMBERS}
+        return sum(word in known for word in words) - abs(len(words) - LIST_WORDS)
+
+    difference = np.array([count(line, "chosen") - count(line, "rejected") for line in lines])
+    gap = np.array([line["score_chosen"] - line["score_rejected"] for line in lines])
+    right = (difference > 0) + 0.5 * (difference == 0)
+    clear = gap >= LEAST_GAP
+    return {
+        "accuracy": float(right.mean()),
+        "accuracy_of_clear": float(right[clear].mean()) if clear.any() else np.nan,
+        "spearman": spearman(difference, gap),
+    }
+
+
 def stage_measures(scores: Path, reference: Path | None) -> dict[str, Any]:
     """What a model before preference training knows; with its reference's scores also its margins against it."""
     of = preferences(scores)
     found = {kind: against_gap(of[kind], of["gap"]) for kind in ("plain", "augmented")}
+    found["augmented"]["given_plain"] = partial_spearman(of["augmented"], of["gap"], of["plain"])
     if reference is not None:
         base = preferences(reference)
         for kind in ("plain", "augmented"):
@@ -93,6 +114,7 @@ def arm_measures(run: Path, *, beta: float, lam: float | None, ipo: bool) -> dic
         "accuracy": plain["accuracy"],
         "augmented_accuracy": refined["accuracy"],
         "augmented_accuracy_of_clear": refined["accuracy_of_clear"],
+        "given_plain": partial_spearman(augmented, gap, margin),
         "margins_agree": float(np.corrcoef(margin, augmented)[0, 1]),
     }
     for name in STATISTICS:

@@ -22,7 +22,8 @@ FIGURES = {
     ),
     "Win, tie and lose": (
         figures.outcomes,
-        "Each arm against the plain objective on the same pairs; the two with a β of their own are the controls.",
+        "The first arm of each row against the second, on the same pairs and with the same random draws; those with a "
+        "β of their own are the controls.",
     ),
     "Margins over training (figure 1)": (
         figures.margins,
@@ -36,6 +37,18 @@ FIGURES = {
     "More pairs (figure 3)": (figures.more_pairs, "Quality that falls as more pairs are seen is over-fitting."),
     "Shuffled labels": (figures.shuffled, "Where labels are drawn by a coin nothing can be learned from them."),
 }
+
+
+PICTURES = {"quality": "True quality of responses", "margins": "Margins over training (figure 1)"}
+"""Those of the findings page, by file name."""
+
+
+def write_pictures(results: Results, directory: Path) -> None:
+    """The figures of the findings page as SVG files; one that has nothing to show is left out."""
+    for name, title in PICTURES.items():
+        drawn = svg(lambda _, draw=FIGURES[title][0]: draw(results), [])
+        if drawn is not None:
+            (directory / f"{name}.svg").write_text(drawn, encoding="utf-8")
 
 
 def write_page(results: Results, path: Path) -> None:

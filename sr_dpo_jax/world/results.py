@@ -56,6 +56,7 @@ def collect(layout: Layout, setting: Setting, knobs: Knobs, seeds: Sequence[int]
         },
         "versions": {"sr_dpo_jax": __version__, "jax": version("jax")},
         "knowledge": measure.knowledge(layout.base_run / "rated.jsonl"),
+        "counting_words": measure.counting_words(layout.data("held_out")),
         "stages": stages,
         "arms": arms,
         "outcomes": [_outcomes(layout, seeds, *names) for names in comparisons(setting)],
@@ -140,6 +141,7 @@ def tables(results: Results) -> dict[str, Table]:
         "True quality of responses": quality_table(results),
         "Win, tie and lose by true quality (table 2)": outcome_table(results),
         "Correlation of margins with the true gap (table 4)": correlation_table(results),
+        "Accuracy, correlation and greedy responses, paired": paired_table(results),
         "Margins against the true gap, stage by stage": stage_table(results),
         "What the shift is": shift_table(results),
         "Cost (table 5)": cost_table(results),
@@ -212,8 +214,25 @@ def correlation_table(results: Results) -> Table:
     return Table(head, rows)
 
 
+def paired_table(results: Results) -> Table:
+    """Differences arm − the other one, and p of their paired t tests."""
+    compared = {"accuracy of m": "accuracy", "Spearman of m and the gap": "spearman", "greedy quality": "greedy"}
+    head = ["", "against", *(heading for name in compared for heading in (name, f"p of {name}"))]
+    rows = []
+    for found in results["outcomes"]:
+        arm, baseline = results["arms"][found["arm"]], results["arms"][found["against"]]
+        tests = [paired(arm[key], baseline[key]) for key in compared.values()]
+        digits = [1 if key == "greedy" else 3 for key in compared.values()]
+        cells = [
+            cell for test, n in zip(tests, digits, strict=True) for cell in (_mean(test.difference, n), _p(test.p))
+        ]
+        rows.append([label(arm), label(baseline), *cells])
+    return without_empty_columns(head, rows)  # one seed has no p
+
+
 def stage_table(results: Results) -> Table:
-    head = ["", "what", "accuracy", f"accuracy, gap ≥ {measure.LEAST_GAP:g}", "Spearman with the gap"]
+    accuracy = f"accuracy, gap ≥ {measure.LEAST_GAP:g}"
+    head = ["", "what", "accuracy", accuracy, "Spearman with the gap", "the same, given what is said without p"]
     kinds = {
         "plain": "d: no reference",
         "augmented": "d̂: no reference, with p",
@@ -226,10 +245,13 @@ def stage_table(results: Results) -> Table:
             if key in stage:
                 found = stage[key]
                 columns = (found["accuracy"], found["accuracy_of_clear"], found["spearman"])
-                rows.append([name, what, *map(_cell, columns)])
+                given = _cell(found["given_plain"], 2) if "given_plain" in found else NONE
+                rows.append([name, what, *map(_cell, columns), given])
     for arm in results["arms"].values():
         columns = (arm["augmented_accuracy"], arm["augmented_accuracy_of_clear"], arm["augmented_spearman"])
-        rows.append([label(arm), "m̂: reference SFT, with p", *map(_cell, columns)])
+        rows.append([label(arm), "m̂: reference SFT, with p", *map(_cell, columns), _cell(arm["given_plain"], 2)])
+    counted = [number(results["counting_words"][key]) for key in ("accuracy", "accuracy_of_clear", "spearman")]
+    rows.append(["no model", "words that stand in the task, counted", *counted, NONE])
     return Table(head, rows)
 
 

@@ -55,6 +55,12 @@ def spearman(first: Sequence[float], second: Sequence[float]) -> float:
     return float(scipy.stats.spearmanr(first, second).statistic)
 
 
+def partial_spearman(first: Sequence[float], second: Sequence[float], given: Sequence[float]) -> float:
+    """Rank correlation of two with the linear part of the third's ranks taken out of both."""
+    both, with_first, with_second = spearman(first, second), spearman(first, given), spearman(second, given)
+    return float((both - with_first * with_second) / np.sqrt((1 - with_first**2) * (1 - with_second**2)))
+
+
 def outcomes(first: np.ndarray, second: np.ndarray) -> tuple[float, float, float]:
     """Shares of prompts on which the first response is better, as good, and worse."""
     return float((first > second).mean()), float((first == second).mean()), float((first < second).mean())

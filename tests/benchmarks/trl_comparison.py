@@ -173,6 +173,8 @@ def make_model(vocabulary_tokens: int, options: argparse.Namespace) -> None:
         num_attention_heads=options.heads,
         intermediate_size=4 * options.hidden,
         max_position_embeddings=2048,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     model = GPTNeoXForCausalLM(config)
     model.save_pretrained(options.work / "model")
@@ -316,12 +318,20 @@ def order_by_length(pairs, tokenizer, options: argparse.Namespace) -> list[int]:
 def run_jax(row: str, options: argparse.Namespace) -> dict:
     import jax
 
-    from sr_dpo_jax import assembly, loop, reference
+    from sr_dpo_jax import assembly, prepare, reference
     from sr_dpo_jax.config import from_dict
+    from sr_dpo_jax.preemption import StopSignal
 
     config = from_dict(jax_settings(row, options), where=row)
     directory, tokenizer = assembly.read_model(config)
-    pairs = assembly.read_data(config, config.data.path, config.data.split, tokenizer)
+    pairs = assembly.read_data(
+        config,
+        config.data.path,
+        config.data.split,
+        tokenizer,
+        directory.architecture,
+        augmentation_prompt=config.refinement.prompt,
+    )
     scoring, compiling = [0.0], [0.0]
     fill = reference.ReferenceScores.fill
 
@@ -335,14 +345,17 @@ def run_jax(row: str, options: argparse.Namespace) -> dict:
 
     jax.monitoring.register_event_duration_secs_listener(on_duration)
     reference.ReferenceScores.fill = timed_fill
-    job, state = loop.prepare(assembly.assemble(config, directory), pairs, None)
+    with StopSignal() as stop:
+        job, state = prepare.prepare(
+            assembly.assemble(config, directory), pairs, {}, tokenizer=tokenizer, stop=stop, allowed_changes=()
+        )
     clock, first_loss, real = Stopwatch(options.warm_up), None, []
     for host_step, batch in job.feed.batches(0):
         state, metrics = job.train_step(state, job.reference_params, batch)
         numbers = jax.device_get(metrics)
         clock.step_done()
         first_loss = float(numbers["loss"]) if first_loss is None else first_loss
-        real.append(int(job.tokens[host_step.pair].sum()))
+        real.append(int(job.work.tokens[host_step.pair].sum()))
     shape = job.plan.shape
     real_tokens = statistics.mean(real)
     width = [(shape.row_length, real_tokens)]
