@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 import tiny
 import yaml
 import zoo
-from runs import BOS_FAMILIES, FAMILIES, HH_FILE, make_config, model_directory, preference_file, raw_config
+from runs import BOS_FAMILIES, FAMILIES, HH_FILE, REPOSITORY, make_config, model_directory, preference_file, raw_config
 
 from sr_dpo_jax.batch import Batch
 from sr_dpo_jax.cli import main
@@ -205,3 +207,17 @@ def test_an_exported_checkpoint_scores_the_same_in_pytorch(torch, tmp_path, fami
         assert line["logp_chosen"] == pytest.approx(expected, abs=1e-3)
         moved.append(abs(expected - response_logprob(torch, before, prompt, response)))
     assert np.mean(moved) > 0.1, "the checkpoint's weights were exported, not the base model's"
+
+
+def test_the_comparison_with_trl_runs(torch):
+    """The benchmark itself, small: it ends with an error where its rows see other tokens, or start at another loss."""
+    if not HH_FILE.exists():
+        pytest.skip(f"REAL DATA IS ABSENT: {HH_FILE}")
+    size = ["--pairs", "4", "--hidden", "32", "--layers", "1", "--vocabulary", "512"]
+    length = ["--steps", "1", "--warm-up", "1", "--rounds", "1", "--rows", "trl-cached-by-length,jax-dpo,jax-sr-dpo"]
+    script = REPOSITORY / "tests" / "benchmarks" / "trl_comparison.py"
+    result = subprocess.run(
+        [sys.executable, str(script), *size, *length], capture_output=True, text=True, check=False, timeout=600
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    assert all(f"\n{row} " in result.stdout for row in length[-1].split(",")) and "pairs/s, ratio to" in result.stdout
