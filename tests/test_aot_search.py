@@ -18,7 +18,7 @@ from sr_dpo_jax import config as configuration
 from sr_dpo_jax.aot import GIB, Compiled, Program, refusal_of
 from sr_dpo_jax.aot_machine import hosts_of
 from sr_dpo_jax.aot_search import Attempt, Report, changes, override_arguments, search
-from sr_dpo_jax.assembly import Assembly, assemble_on, pair_sizes
+from sr_dpo_jax.assembly import assemble_on, pair_sizes
 from sr_dpo_jax.data.plan import Shape
 from sr_dpo_jax.data.typical import typical_pairs
 from sr_dpo_jax.errors import RunError, UsageError
@@ -252,11 +252,11 @@ def test_other_refusals_of_the_compiler():
     assert "INTERNAL: Mosaic failed" in str(internal) and "more" not in str(internal)
 
 
-def test_rows_too_long_for_the_kernel_are_refused_by_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(Assembly, "attention", "splash")
+def test_rows_too_long_for_the_kernel_are_refused_by_name(tmp_path):
     lengths = {"max_length": 20_000, "max_prompt_length": 10_000}
     config = config_of(data={"path": "unread", **lengths}, batch={"row_length": 65_536})
     assembly = assemble_on(tiny.make_mesh(), config, open_directory(str(runs.model_directory(tmp_path / "model"))))
+    assembly = dataclasses.replace(assembly, attention="splash")
     pairs = typical_pairs("ultrafeedback", least_pairs=0, head_tokens=0, augmentation_tokens=50, **lengths)
     with pytest.raises(UsageError, match=r"batch.row_length=65536: rows .* at most 32768; set .* to 32640 or less"):
         plan_of(assembly, pairs, pair_sizes(pairs, with_rejected=True), ())
