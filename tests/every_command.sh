@@ -6,7 +6,8 @@
 # What a user does with a model of their own, in that order: look at it, fine-tune it, train it by DPO and Sr-DPO
 # (stopped, killed and taken up again on the way), choose λ, compare answers, run a benchmark, export, report. Needs
 # sr-dpo on PATH or in $SR_DPO and the package openai; `lm-eval` needs the extra `eval` and `compile` the extra `tpu`,
-# and without them these steps are left out, and said so. The pairs are those of ../shared/data where they are, else some that the script generates.
+# and without them these steps are left out, and said so. The pairs are those of ../shared/data where they are, else
+# some that the script generates.
 # `sr-dpo demo` has a world of its own and is left out here.
 # The judge is a server of this script, unless OPENAI_BASE_URL and OPENAI_API_KEY name another. Expect five minutes on
 # two cores.

@@ -2,8 +2,8 @@
 
 tokamax (https://github.com/openxla/tokamax) streams keys past each block of queries with a running softmax, forward and
 backward, so no [T, T] of scores is in memory; the mask is, as bool `[R, T, T]` once a step for all heads and layers.
-Its public function takes no ranges, so blocks in which nothing is seen are computed all the same. Of its kernels the
-Mosaic ones are faster on Hopper and Blackwell, by its authors' word, but cannot be tested without such a GPU.
+Its public function takes no ranges, so blocks in which nothing is seen are computed all the same. Its Mosaic kernels
+for Hopper and Blackwell are not used: they cannot be tested without such a GPU.
 
 Traps: the gradient knows no cap on the scores, so those models stay dense (`paths.py`); the kernels scale keys in their
 own type for one gradient and queries for the others, so queries come scaled; its gradient keeps inputs as if they were
@@ -51,7 +51,9 @@ def triton_path(mesh: Mesh, *, row_axes: tuple[str, ...], head_axes: tuple[str, 
 
     def attend(query: Array, key: Array, value: Array, mask: Array, *, scale: float, cap: float | None) -> Array:
         if cap is not None:
-            raise UsageError(f"model.attention=triton: the kernel has no gradient for scores capped at {cap:g}")
+            raise UsageError(
+                f"model.attention=triton: the kernel has no gradient for scores capped at {cap:g}; set it to auto"
+            )
         scaled = (query.astype(jnp.float32) * scale).astype(query.dtype)
         sharded = jax.shard_map(
             _attend_rows, mesh=mesh, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
