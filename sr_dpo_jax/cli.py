@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from sr_dpo_jax import config as configuration
+from sr_dpo_jax.commands.tune import METRIC
+from sr_dpo_jax.config.load import load_config
+from sr_dpo_jax.config.schema import PAPER_INSTRUCTION
 from sr_dpo_jax.errors import RunError, UsageError
 from sr_dpo_jax.redaction import Formatter, redact
-from sr_dpo_jax.tune import METRIC
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
 LATE_WRITE = "Event loop is closed"
@@ -145,7 +146,7 @@ def _add_models(
     inspect.add_argument("model", metavar="MODEL", help="a Hugging Face directory or hub name")
     inspect.add_argument("--revision", help="pin of a hub name")
     inspect.add_argument("--mesh", default="fsdp=8", metavar="replica=1,fsdp=8,tensor=1", help="default: fsdp=8")
-    inspect.add_argument("--prompt", default=configuration.PAPER_PROMPT, help="the instruction p; default: the paper's")
+    inspect.add_argument("--prompt", default=PAPER_INSTRUCTION, help="the instruction p; default: the paper's")
     inspect.add_argument("--digest", action="store_true", help="fetches and reads all weights, for their sha256")
     inspect.add_argument("--json", type=Path, metavar="FILE", help="writes the same there")
     compiler = with_config(command("compile", _compile, "whether the steps fit TPUs that are not there, and how fast"))
@@ -184,23 +185,23 @@ def _add_benchmarks(command: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    config = configuration.load(options.config, options.overrides)
-    from sr_dpo_jax.loop import train
+    config = load_config(options.config, options.overrides)
+    from sr_dpo_jax.train.loop import train
 
     return train(config, allowed_changes=options.allow_change)
 
 
 def _score(options: argparse.Namespace) -> int:
-    config = configuration.load(options.config, options.overrides)
-    from sr_dpo_jax.evaluate import score_command
+    config = load_config(options.config, options.overrides)
+    from sr_dpo_jax.train.evaluate import score_command
 
     print(f"{score_command(config, options.output)} pairs scored in {options.output}")
     return 0
 
 
 def _eval(options: argparse.Namespace) -> int:
-    config = configuration.load(options.config, options.overrides)
-    from sr_dpo_jax.evaluate import evaluate_command
+    config = load_config(options.config, options.overrides)
+    from sr_dpo_jax.train.evaluate import evaluate_command
 
     for name, value in evaluate_command(config, best=options.best).items():
         print(f"{name:28} {value:.6g}")
@@ -208,8 +209,8 @@ def _eval(options: argparse.Namespace) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    config = configuration.load(options.config, options.overrides)
-    from sr_dpo_jax.generate import generate_command
+    config = load_config(options.config, options.overrides)
+    from sr_dpo_jax.generation.generator import generate_command
 
     count = generate_command(config, options.prompts, options.output, best=options.best)
     print(f"{count} responses in {options.output}")
@@ -217,7 +218,7 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _judge(options: argparse.Namespace) -> int:
-    from sr_dpo_jax.judge.command import judge_command
+    from sr_dpo_jax.commands.judge.command import judge_command
 
     judge_command(
         options.first,
@@ -232,7 +233,7 @@ def _judge(options: argparse.Namespace) -> int:
 
 
 def _lm_eval(options: argparse.Namespace) -> int:
-    from sr_dpo_jax.leaderboard import lm_eval_command
+    from sr_dpo_jax.commands.lm_eval.command import lm_eval_command
 
     lm_eval_command(
         options.model,
@@ -248,7 +249,7 @@ def _lm_eval(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from sr_dpo_jax.export import SHARD_BYTES, export
+    from sr_dpo_jax.commands.export import SHARD_BYTES, export
 
     shard_bytes = SHARD_BYTES if options.shard_bytes is None else options.shard_bytes
     export(
@@ -267,8 +268,8 @@ def _inspect(options: argparse.Namespace) -> int:
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # the accelerator belongs to whoever trains on it
-    from sr_dpo_jax.inspection import inspect_model, parse_mesh
-    from sr_dpo_jax.inspection_print import print_inspection, write_json
+    from sr_dpo_jax.commands.inspect.inspect import inspect_model, parse_mesh
+    from sr_dpo_jax.commands.inspect.show import print_inspection, write_json
 
     found = inspect_model(
         options.model,
@@ -284,15 +285,15 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _compile(options: argparse.Namespace) -> int:
-    config = configuration.load(options.config, options.overrides)
+    config = load_config(options.config, options.overrides)
     if options.slices < 1:
         raise UsageError(f"--slices {options.slices}: give the number of slices, 1 or more")
     # Before jax is imported: libtpu is to look for no TPU, and jax is not to start one.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu"}
     # Or libtpu complains that this machine is no TPU worker; the values play no part in what it compiles.
     os.environ |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-16"}
-    from sr_dpo_jax.aot_print import print_report, require_writable, write_json
-    from sr_dpo_jax.aot_search import compile_command
+    from sr_dpo_jax.commands.compile.search import compile_command
+    from sr_dpo_jax.commands.compile.show import print_report, require_writable, write_json
 
     if options.json is not None:
         require_writable(options.json)
@@ -306,13 +307,13 @@ def _compile(options: argparse.Namespace) -> int:
 
 
 def _tune(options: argparse.Namespace) -> int:
-    from sr_dpo_jax.tune import tune
+    from sr_dpo_jax.commands.tune import tune
 
     return tune(options.config, options.overrides, metric=options.metric, eval_pairs=options.eval_pairs)
 
 
 def _report(options: argparse.Namespace) -> int:
-    from sr_dpo_jax.report.page import report
+    from sr_dpo_jax.commands.report.page import report
 
     count = report(options.run_dirs, options.output, with_texts=options.with_texts)
     print(f"{count} run(s) compared in {options.output}")
@@ -320,8 +321,8 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from sr_dpo_jax.world.corpus import Knobs, parse_gaps
-    from sr_dpo_jax.world.demo import demo
+    from sr_dpo_jax.commands.demo.corpus import Knobs, parse_gaps
+    from sr_dpo_jax.commands.demo.demo import demo
 
     turned = {name: getattr(options, name) for name in ("pairs", "beta", "rated_share", "rating_noise", "label_noise")}
     turned["gaps"] = None if options.gaps is None else parse_gaps(options.gaps)

@@ -18,7 +18,9 @@ import sys
 import time
 from pathlib import Path
 
-from sr_dpo_jax import cli, integrity, loop, reference
+from sr_dpo_jax import cli
+from sr_dpo_jax.durable import integrity
+from sr_dpo_jax.train import loop, reference
 
 
 def main() -> int:

@@ -16,9 +16,9 @@ import yaml
 from toy_tokenizers import byte_level_tokenizer
 from transformers import AutoConfig
 
-from sr_dpo_jax import config as configuration
-from sr_dpo_jax import integrity
-from sr_dpo_jax.config import Config
+from sr_dpo_jax.config.load import config_from_dict
+from sr_dpo_jax.config.schema import Config
+from sr_dpo_jax.durable import integrity
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
@@ -122,7 +122,7 @@ def raw_config(root: Path, model_path: Path, data_path: Path, **sections: Any) -
 
 
 def make_config(root: Path, model_path: Path, data_path: Path, **sections: Any) -> Config:
-    return configuration.from_dict(raw_config(root, model_path, data_path, **sections), where="test")
+    return config_from_dict(raw_config(root, model_path, data_path, **sections), where="test")
 
 
 def written(root: Path, raw: dict[str, Any]) -> str:

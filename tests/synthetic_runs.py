@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sr_dpo_jax import config as configuration
-from sr_dpo_jax.correlation import rating_metrics
+from sr_dpo_jax.commands.correlation import rating_metrics
+from sr_dpo_jax.config.load import config_from_dict
 
 LAM = {"sr_dpo": 0.3, "sr_ipo": 0.5}
 
@@ -47,7 +47,7 @@ def make_run(
         raw["train"] = {"eval_every_steps": steps // 6}
         raw["checkpoint"] = {"best_metric": "eval/rewards/accuracies"}
         evaluated = tuple(range(steps // 6, steps + 1, steps // 6))
-    (path / "config.yaml").write_text(configuration.from_dict(raw, where="test").to_yaml(), encoding="utf-8")
+    (path / "config.yaml").write_text(config_from_dict(raw, where="test").to_yaml(), encoding="utf-8")
     lines = []
     for step in range(1, steps + 1):
         mean = skill * 9 * (1 - np.exp(-step / (steps / 3)))
@@ -95,7 +95,7 @@ def make_sft_run(root: Path, name: str, *, steps: int = 300) -> Path:
         "data": {"path": "a.jsonl"},
         "objective": {"name": "sft"},
     }
-    (path / "config.yaml").write_text(configuration.from_dict(raw, where="test").to_yaml(), encoding="utf-8")
+    (path / "config.yaml").write_text(config_from_dict(raw, where="test").to_yaml(), encoding="utf-8")
     loss = 120 * np.exp(-np.arange(steps) / (steps / 2)) + 40 + np.random.default_rng(3).normal(0, 4, steps)
     speed = {"pairs_per_second": 30.0, "tokens_per_second": 6100.0, "padding_fraction": 0.012, "step_time_s": 2.1}
     lines = [{"step": n, "loss": value, "logps/chosen": -value, **speed} for n, value in enumerate(loss, 1)]

@@ -13,12 +13,12 @@ from flax import nnx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sr_dpo_jax import logprobs
 from sr_dpo_jax.batch import Batch, Placed, Rows, build_row
-from sr_dpo_jax.model import tiled
+from sr_dpo_jax.model import logprobs
 from sr_dpo_jax.model.attention import DENSE
-from sr_dpo_jax.model.tiled import tiled_path
-from sr_dpo_jax.train_step import Objective, make_train_step, score
+from sr_dpo_jax.model.kernels import tiled
+from sr_dpo_jax.model.kernels.tiled import tiled_path
+from sr_dpo_jax.train.train_step import Objective, make_train_step, score
 
 BETA, LAM = 0.1, 0.3
 

@@ -10,12 +10,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh
 
-from sr_dpo_jax import mesh as meshes
 from sr_dpo_jax.batch import SIDES, Batch, Placed, Rows, build_row
 from sr_dpo_jax.model.architecture import Architecture, LayerKind, Rope
 from sr_dpo_jax.model.attention import DENSE, AttentionPath
 from sr_dpo_jax.model.decoder import Decoder
-from sr_dpo_jax.train_step import TrainState, initialise, state_shapes, state_shardings
+from sr_dpo_jax.parallel import mesh as meshes
+from sr_dpo_jax.train.train_step import TrainState, initialise, state_shapes, state_shardings
 from sr_dpo_jax.weights.directory import ModelDirectory
 from sr_dpo_jax.weights.families import tensors_of
 from sr_dpo_jax.weights.layout import flatten

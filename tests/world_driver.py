@@ -6,9 +6,9 @@ import logging
 import sys
 from pathlib import Path
 
-from sr_dpo_jax.world.corpus import Knobs
-from sr_dpo_jax.world.demo import run_setting
-from sr_dpo_jax.world.protocol import FULL
+from sr_dpo_jax.commands.demo.corpus import Knobs
+from sr_dpo_jax.commands.demo.demo import run_setting
+from sr_dpo_jax.commands.demo.protocol import FULL
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)

@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.model.architecture import Architecture
 from sr_dpo_jax.model.attention import DENSE, AttentionPath
-from sr_dpo_jax.model.splash import splash_path
-from sr_dpo_jax.model.tiled import tiled_path
+from sr_dpo_jax.model.kernels.splash import splash_path
+from sr_dpo_jax.model.kernels.tiled import tiled_path
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def attention_path(
 
 def _triton_path(mesh: Mesh, **axes: tuple[str, ...]) -> AttentionPath:
     try:
-        from sr_dpo_jax.model.triton import triton_path
+        from sr_dpo_jax.model.kernels.triton import triton_path
     except ImportError as missing:
         raise UsageError(
             f"model.attention=triton: {missing.name} is not installed; pip install 'sr_dpo_jax[cuda]'"

@@ -48,16 +48,16 @@ from jax.sharding import SingleDeviceSharding  # noqa: E402
 from runs import HH_FILE  # noqa: E402
 from tpu_compiler import PAIRS, config_of, pairs_of  # noqa: E402
 
-from sr_dpo_jax import aot_hlo  # noqa: E402
-from sr_dpo_jax import mesh as meshes  # noqa: E402
-from sr_dpo_jax.aot import CHIPS, first_step  # noqa: E402
-from sr_dpo_jax.aot_machine import devices_of, only_one  # noqa: E402
-from sr_dpo_jax.assembly import assemble_on, pair_sizes  # noqa: E402
-from sr_dpo_jax.flops import PEAK_BFLOAT16_FLOPS  # noqa: E402
+from sr_dpo_jax.commands.compile import hlo as aot_hlo  # noqa: E402
+from sr_dpo_jax.commands.compile.machine import devices_of, only_one  # noqa: E402
+from sr_dpo_jax.commands.compile.programs import CHIPS, first_step  # noqa: E402
 from sr_dpo_jax.model.attention import Visible, visible_mask  # noqa: E402
-from sr_dpo_jax.model.splash import LARGEST_BLOCK, splash_path  # noqa: E402
-from sr_dpo_jax.prepare import plan_of  # noqa: E402
+from sr_dpo_jax.model.kernels.splash import LARGEST_BLOCK, splash_path  # noqa: E402
+from sr_dpo_jax.parallel import mesh as meshes  # noqa: E402
+from sr_dpo_jax.train.flops import PEAK_BFLOAT16_FLOPS  # noqa: E402
+from sr_dpo_jax.train.setup import plan_of  # noqa: E402
 from sr_dpo_jax.weights.directory import open_directory  # noqa: E402
+from sr_dpo_jax.weights.placement import assemble_on, pair_sizes  # noqa: E402
 
 CHIPS_OF_THE_STEP, HEADS, KEY_HEADS, HEAD_DIM = 8, 32, 8, 64
 SCALE = HEAD_DIM**-0.5

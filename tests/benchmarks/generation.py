@@ -34,13 +34,13 @@ import numpy as np  # noqa: E402
 from hh_run import make_model  # noqa: E402
 from runs import HH_FILE  # noqa: E402
 
-from sr_dpo_jax import config as configuration  # noqa: E402
-from sr_dpo_jax.assembly import assemble, read_model  # noqa: E402
+from sr_dpo_jax.config.load import config_from_dict  # noqa: E402
 from sr_dpo_jax.data.rows import Pair, read_rows  # noqa: E402
 from sr_dpo_jax.data.tokens import load_tokenizer  # noqa: E402
-from sr_dpo_jax.decode import Sampling  # noqa: E402
-from sr_dpo_jax.generate import TOKENS_A_CALL, Generator, Prompt  # noqa: E402
-from sr_dpo_jax.train_step import Params  # noqa: E402
+from sr_dpo_jax.generation.decode import Sampling  # noqa: E402
+from sr_dpo_jax.generation.generator import TOKENS_A_CALL, Generator, Prompt  # noqa: E402
+from sr_dpo_jax.train.train_step import Params  # noqa: E402
+from sr_dpo_jax.weights.placement import assemble, read_model  # noqa: E402
 
 MAX_NEW_TOKENS = 256
 
@@ -65,8 +65,8 @@ def make_generator(root: Path, options: argparse.Namespace, longest: int) -> tup
         "data": {"path": str(HH_FILE), "format": "hh_rlhf"},
         "objective": {"name": "sft"},
     }
-    directory, tokenizer = read_model(configuration.from_dict(raw, where="benchmark"))
-    assembly = assemble(configuration.from_dict(raw, where="benchmark"), directory)
+    directory, tokenizer = read_model(config_from_dict(raw, where="benchmark"))
+    assembly = assemble(config_from_dict(raw, where="benchmark"), directory)
     ends = range(round(directory.architecture.vocabulary_tokens / options.mean_tokens))
     generator = Generator(
         assembly,

@@ -24,8 +24,8 @@ counted once: forward over plain rows, forward over augmented rows, backward; on
 forward again. `GiB in all` are arguments, temporaries and new outputs of one card, without what the driver and the
 libraries take. The compiler does not refuse what is too large: it warns (hlo_rematerialization) and gives the figure.
 H100 and A100 have 79 GiB, L4 has 22, and jax takes 75 % of them unless told otherwise. Nothing here says how fast
-anything is, or that the numbers are right: of the latter, tests/test_attention_paths.py checks what can be checked
-without a GPU.
+anything is, or that the numbers are right: of the latter, tests/model/test_attention_paths.py checks what can be
+checked without a GPU.
 
 With jax 0.10.2, tokamax 0.0.12 and CUDA 12.9, H100, HH pairs in 12 rows of 1,152 tokens (kernels; MiB or GiB):
 
@@ -61,18 +61,18 @@ from jax.experimental import topologies  # noqa: E402
 from runs import HH_FILE  # noqa: E402
 from tpu_compiler import PAIRS, config_of, pairs_of  # noqa: E402
 
-from sr_dpo_jax import mesh as meshes  # noqa: E402
-from sr_dpo_jax.aot import GIB, first_step, train_step_of  # noqa: E402
-from sr_dpo_jax.assembly import Assembly, assemble_on, pair_sizes  # noqa: E402
+from sr_dpo_jax.commands.compile.programs import GIB, first_step, train_step_of  # noqa: E402
 from sr_dpo_jax.data.dataset import TokenizedPairs  # noqa: E402
 from sr_dpo_jax.data.plan import Shape  # noqa: E402
 from sr_dpo_jax.model.architecture import Architecture  # noqa: E402
 from sr_dpo_jax.model.attention import AttentionPath, Visible  # noqa: E402
 from sr_dpo_jax.model.decoder import REMAT_POLICIES  # noqa: E402
 from sr_dpo_jax.model.paths import attention_path  # noqa: E402
-from sr_dpo_jax.prepare import plan_of  # noqa: E402
-from sr_dpo_jax.train_step import make_score_step  # noqa: E402
+from sr_dpo_jax.parallel import mesh as meshes  # noqa: E402
+from sr_dpo_jax.train.setup import plan_of  # noqa: E402
+from sr_dpo_jax.train.train_step import make_score_step  # noqa: E402
 from sr_dpo_jax.weights.directory import ModelDirectory, open_directory  # noqa: E402
+from sr_dpo_jax.weights.placement import Assembly, assemble_on, pair_sizes  # noqa: E402
 
 MODEL = "llama-3.2-1b"
 ROWS, ROW_LENGTH, PREFIX_TOKENS = 2, 4096, 50

@@ -53,19 +53,19 @@ import numpy as np  # noqa: E402
 from hh_run import make_tokenizer  # noqa: E402
 from runs import HH_FILE  # noqa: E402
 
-from sr_dpo_jax import config as configuration  # noqa: E402
-from sr_dpo_jax import mesh as meshes  # noqa: E402
-from sr_dpo_jax.aot import GIB, Program, blocks_visited, first_step, train_program  # noqa: E402
-from sr_dpo_jax.aot_machine import devices_of, only_one  # noqa: E402
-from sr_dpo_jax.assembly import assemble_on, pair_sizes, read_data  # noqa: E402
-from sr_dpo_jax.config import Config  # noqa: E402
+from sr_dpo_jax.commands.compile.machine import devices_of, only_one  # noqa: E402
+from sr_dpo_jax.commands.compile.programs import GIB, Program, blocks_visited, first_step, train_program  # noqa: E402
+from sr_dpo_jax.commands.compile.typical import typical_pairs  # noqa: E402
+from sr_dpo_jax.config.load import config_from_dict  # noqa: E402
+from sr_dpo_jax.config.schema import Config  # noqa: E402
 from sr_dpo_jax.data.dataset import TokenizedPairs  # noqa: E402
 from sr_dpo_jax.data.pipeline import HostStep  # noqa: E402
 from sr_dpo_jax.data.plan import Plan, Shape  # noqa: E402
 from sr_dpo_jax.data.tokens import load_tokenizer  # noqa: E402
-from sr_dpo_jax.data.typical import typical_pairs  # noqa: E402
-from sr_dpo_jax.prepare import plan_of  # noqa: E402
+from sr_dpo_jax.parallel import mesh as meshes  # noqa: E402
+from sr_dpo_jax.train.setup import plan_of  # noqa: E402
 from sr_dpo_jax.weights.directory import ModelDirectory, open_directory  # noqa: E402
+from sr_dpo_jax.weights.placement import assemble_on, pair_sizes, read_data  # noqa: E402
 
 MAX_LENGTH, PAIRS = 512, 64
 STEPS = ("padded", "dpo", "sr_dpo")
@@ -82,7 +82,7 @@ def config_of(
         "reference": {"mode": "online" if step == "padded" else "cached"},
         "batch": {"pairs_per_step": PAIRS},
     }
-    return configuration.from_dict(raw, where=step)
+    return config_from_dict(raw, where=step)
 
 
 def pairs_of(config: Config, directory: ModelDirectory, root: Path) -> TokenizedPairs:

@@ -318,9 +318,11 @@ def order_by_length(pairs, tokenizer, options: argparse.Namespace) -> list[int]:
 def run_jax(row: str, options: argparse.Namespace) -> dict:
     import jax
 
-    from sr_dpo_jax import assembly, prepare, reference
-    from sr_dpo_jax.config import from_dict
-    from sr_dpo_jax.preemption import StopSignal
+    from sr_dpo_jax.config.schema import from_dict
+    from sr_dpo_jax.durable.preemption import StopSignal
+    from sr_dpo_jax.train import reference
+    from sr_dpo_jax.train import setup as prepare
+    from sr_dpo_jax.weights import placement as assembly
 
     config = from_dict(jax_settings(row, options), where=row)
     directory, tokenizer = assembly.read_model(config)

@@ -24,9 +24,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 from hh_run import make_model  # noqa: E402
 from runs import HH_FILE, metrics_of  # noqa: E402
 
-from sr_dpo_jax import config as configuration  # noqa: E402
-from sr_dpo_jax import integrity  # noqa: E402
-from sr_dpo_jax.loop import train  # noqa: E402
+from sr_dpo_jax.config.load import config_from_dict  # noqa: E402
+from sr_dpo_jax.config.schema import Checkpoint  # noqa: E402
+from sr_dpo_jax.durable import integrity  # noqa: E402
+from sr_dpo_jax.train.loop import train  # noqa: E402
 
 
 def timed(name: str, into: dict[str, list[tuple[float, float]]]) -> None:
@@ -64,7 +65,7 @@ def main() -> None:
     times: dict[str, list[tuple[float, float]]] = {}
     for name in ("host_shards", "digest_shards", "check_shards", "write"):
         timed(name, times)
-    code = train(configuration.from_dict(raw, where="benchmark"))
+    code = train(config_from_dict(raw, where="benchmark"))
     lines = metrics_of(root / "run")[1:]  # the first step waits for what the others find ready
     step_s = sorted(line["step_time_s"] for line in lines)[len(lines) // 2]
     per_save = {name: max(wall for wall, _ in found) for name, found in times.items()}
@@ -72,7 +73,7 @@ def main() -> None:
     size = sum(file.stat().st_size for file in step.rglob("*") if file.is_file())
     started = time.monotonic()
     integrity.check(step)
-    every = configuration.Checkpoint().every_steps
+    every = Checkpoint().every_steps
     report = {
         "exit_code": code,
         "step_time_s": round(step_s, 3),

@@ -1,0 +1,1 @@
+"""`sr-dpo compile`: the programs of a configuration, compiled for TPUs that are not there."""

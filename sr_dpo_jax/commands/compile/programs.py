@@ -1,0 +1,383 @@
+"""`sr-dpo compile`: the real programs of a configuration, compiled for TPUs that are not there.
+
+libtpu's compiler runs on any Linux machine. The train step and the scoring step are lowered from shapes alone, on the
+mesh of a described topology, and the compiler says what they need: no weights, no devices. Batch shapes come from the
+plan that a run would make, of the data itself or of typical lengths.
+
+First: `aot_machine.py`, which describes the chips. Next: `aot_search.py`, which looks for what to change where it does
+not fit; `aot_print.py`, which prints it.
+"""
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sr_dpo_jax.batch import Batch, Rows
+from sr_dpo_jax.commands.compile import hlo as aot_hlo
+from sr_dpo_jax.commands.compile.machine import hosts_of
+from sr_dpo_jax.commands.compile.traced_flops import splash_flops, traced_flops
+from sr_dpo_jax.commands.inspect.inspect import HBM_GIB
+from sr_dpo_jax.config.schema import Config
+from sr_dpo_jax.data.dataset import TokenizedPairs
+from sr_dpo_jax.data.pipeline import HostStep, StepSource
+from sr_dpo_jax.data.plan import Plan, Shape
+from sr_dpo_jax.errors import RunError, UsageError
+from sr_dpo_jax.model.architecture import Architecture
+from sr_dpo_jax.model.attention import Visible
+from sr_dpo_jax.model.kernels.splash import padded_length, splash_path
+from sr_dpo_jax.parallel import mesh as meshes
+from sr_dpo_jax.train.flops import PEAK_BFLOAT16_FLOPS
+from sr_dpo_jax.train.setup import make_program, plan_of, work_of
+from sr_dpo_jax.train.train_step import make_score_step
+from sr_dpo_jax.weights.directory import ModelDirectory
+from sr_dpo_jax.weights.placement import Assembly, assemble_on, objective_of, pair_sizes, reference_copy
+
+GIB = 2**30
+RUNTIME_SHARE = 0.05
+"""What the runtime is left of a chip's memory, for its own buffers and for fragments that nothing fits into."""
+CHIPS = {
+    "TPU v4": ("v4", 1.05e9),
+    "TPU v5 lite": ("v5e", 1.5e9),
+    "TPU v5": ("v5p", 1.75e9),
+    "TPU v6 lite": ("v6e", 1.75e9),
+}
+"""jax's `device_kind`: the maker's name, as in `HBM_GIB`, and the clock in Hz that peak flops belong to."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One compiled program; bytes and cycles are those of one chip and, unless it says so, of one step."""
+
+    name: str
+    fits: bool
+    hbm_bytes: int
+    peak_bytes: int
+    """Arguments, temporaries, new outputs and code, and what else is in memory while the program runs."""
+    refusal: str | None
+    """What the compiler says where it finds no room; there are no further figures then."""
+    compile_s: float = 0.0
+    argument_bytes: int = 0
+    temporary_bytes: int = 0
+    output_bytes: int = 0
+    """Outputs that do not take an argument's place."""
+    code_bytes: int = 0
+    resident_bytes: int = 0
+    """Optimizer state and online reference beside the scoring step, where it evaluates while training."""
+    traced_flops: float = 0.0
+    """Matmuls of the program before it is split, all chips together, with what it recomputes and pads."""
+    estimated_cycles: float = 0.0
+    """The compiler's estimate, kernels and communication not included."""
+    kernel_cycles: float = 0.0
+    """Attention kernels at the peak of the matrix unit, without the blocks that they skip."""
+    collectives: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    """Kind: how often it runs, and the bytes that it gives or takes."""
+    unknown_loops: int = 0
+    unknown_kernels: int = 0
+    repeated_operations: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A configuration compiled for a topology."""
+
+    chips: int
+    hosts: int
+    device_kind: str
+    mesh: dict[str, int]
+    parameters: int
+    attention: str
+    shape: Shape
+    augmented_length: int | None
+    """Tokens of a row with p."""
+    padding: float
+    """Share of a step's tokens that are none, on average."""
+    blocks_visited: dict[str, float]
+    """Kind of rows, plain or augmented: share of the attention kernels' blocks in which something is seen; 1
+    without kernels."""
+    model_flops_a_pair: float
+    """As MFU counts them, mean over the pairs."""
+    programs: tuple[Program, ...]
+    step_s: float | None
+    """That the cycles imply at the chip's clock, for the train step; communication not included. None where the
+    compiler was not asked for its best."""
+    mfu: float | None
+
+    @property
+    def fits(self) -> bool:
+        return all(program.fits for program in self.programs)
+
+
+def compile_for(
+    devices: Sequence[jax.Device],
+    config: Config,
+    directory: ModelDirectory,
+    pairs: TokenizedPairs,
+    eval_sets: Sequence[TokenizedPairs],
+) -> Compiled:
+    """Compiles the programs of a configuration for these devices; a program that does not fit is a result.
+
+    Args:
+      devices: from `aot_machine.devices_of`.
+      config: what to run.
+      directory: config.json is enough.
+      pairs, eval_sets: only their lengths count.
+
+    Raises:
+      UsageError: the configuration cannot run so: the mesh does not divide, a pair is longer than a row, ...
+      RunError: the compiler itself fails.
+    """
+    mesh = meshes.make_mesh(**config.mesh.model_dump(), devices=devices)
+    assembly, objective = assemble_on(mesh, config, directory), objective_of(config)
+    preference = objective.name != "sft"
+    sizes = pair_sizes(pairs, with_rejected=preference)
+    plan = plan_of(assembly, pairs, sizes, eval_sets)
+    work = work_of(assembly, pairs, sizes[0], online=preference and config.reference.mode == "online")
+    evaluates_p = bool(eval_sets) and preference and config.refinement.prompt is not None
+    step = first_step(assembly, pairs, plan, augmented=objective.refined or evaluates_p, with_rejected=preference)
+    visited = blocks_visited(assembly, step)
+    programs = [train_program(assembly, plan, step, visited)]
+    if (preference and config.reference.mode == "cached") or config.data.held_out:
+        programs.append(_score_program(assembly, plan, step, visited))
+    model_flops = float(work.flops.mean())
+    step_s = mfu = None
+    if programs[0].refusal is None and work.peak_flops is not None:
+        cycles = programs[0].estimated_cycles + programs[0].kernel_cycles
+        step_s = cycles / CHIPS[devices[0].device_kind][1]
+        mfu = model_flops * plan.shape.pairs / (step_s * work.peak_flops)
+    return Compiled(
+        chips=len(devices),
+        hosts=hosts_of(devices),
+        device_kind=devices[0].device_kind,
+        mesh=dict(mesh.shape),
+        parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(assembly.param_shapes)),
+        attention=assembly.attention,
+        shape=plan.shape,
+        augmented_length=None if step.augmented is None else step.augmented["tokens"].shape[-1],
+        padding=1 - float(sizes[0][plan.pair].sum()) / (len(plan) * plan.shape.rows * plan.shape.row_length),
+        blocks_visited=visited,
+        model_flops_a_pair=model_flops,
+        programs=tuple(programs),
+        step_s=step_s,
+        mfu=mfu,
+    )
+
+
+def first_step(
+    assembly: Assembly, pairs: TokenizedPairs, plan: Plan, *, augmented: bool, with_rejected: bool
+) -> HostStep:
+    """All rows of the plan's first step, as the processes of a run build them together."""
+    source = StepSource(
+        pairs,
+        plan,
+        micro_batches=assembly.micro_batches,
+        local_rows=np.arange(plan.shape.rows // assembly.micro_batches),
+        with_rejected=with_rejected,
+        augmented=augmented,
+        row_multiple=assembly.config.batch.row_multiple,
+    )
+    return source[0]
+
+
+def blocks_visited(assembly: Assembly, step: HostStep) -> dict[str, float]:
+    """For each kind of rows in a step, the share of blocks that the kernel's own tables let run: mean over rows and
+    layers."""
+    kinds = {"plain": (step.plain, 0), "augmented": (step.augmented, step.prefix_tokens)}
+    return {
+        name: _visited(assembly, rows, prefix_tokens) if assembly.attention == "splash" else 1.0
+        for name, (rows, prefix_tokens) in kinds.items()
+        if rows is not None
+    }
+
+
+def _visited(assembly: Assembly, rows: dict[str, np.ndarray], prefix_tokens: int) -> float:
+    prepare = splash_path(assembly.mesh, row_axes=(), head_axes=(), interpret=False).prepare
+    architecture, total = assembly.directory.architecture, 0.0
+    start, end, positions = (
+        jnp.asarray(rows[name].reshape(-1, rows[name].shape[-1])) for name in ("key_start", "key_end", "positions")
+    )
+    for number, kind in enumerate(architecture.kinds):
+        window = kind.window if kind.window is not None and kind.window < start.shape[-1] else None
+        runs = prepare(Visible(start, end, positions, prefix_tokens, window)).runs
+        total += float(runs.mean()) * architecture.kind_of_layer.count(number)
+    return total / architecture.layers
+
+
+def share_visited(
+    architecture: Architecture, batch: Batch, *, models: int, kernels: float, visited: dict[str, float]
+) -> float:
+    """Of a program's kernel flops, the share in blocks that run: each kind of rows with the kernels that it takes.
+
+    Over augmented rows every model runs once forward; all else is over the plain ones: forward, backward, and what
+    rematerialisation repeats.
+
+    Args:
+      architecture: of the model.
+      batch: what the program takes.
+      models: 2 where policy and reference are both in the program.
+      kernels: flops of its kernels, no block skipped, all devices together; 0 where there are none.
+      visited: from `blocks_visited`.
+    """
+    if batch.augmented is None or not kernels:
+        return visited["plain"]
+    *rows, length = batch.augmented.tokens.shape
+    of_layer = splash_flops("fwd", (*rows, architecture.heads, padded_length(length), architecture.head_dim))
+    augmented = models * architecture.layers * of_layer / kernels
+    return visited["augmented"] * augmented + visited["plain"] * (1 - augmented)
+
+
+def _abstract_batch(assembly: Assembly, step: HostStep, *, augmented: bool, scores: bool) -> Batch:
+    def rows(arrays: dict[str, np.ndarray], prefix_tokens: int) -> Rows:
+        axes = ("steps", "rows", None)
+        shapes = {
+            name: jax.ShapeDtypeStruct(
+                array.shape, array.dtype, sharding=meshes.sharding(assembly.mesh, axes, array.shape, f"batch.{name}")
+            )
+            for name, array in arrays.items()
+        }
+        return Rows(**shapes, prefix_tokens=prefix_tokens)
+
+    everywhere = meshes.replicated(assembly.mesh)
+    of_pairs = jax.ShapeDtypeStruct((len(step.pair), 2), jnp.float32, sharding=everywhere) if scores else None
+    return Batch(
+        rows(step.plain, 0),
+        rows(step.augmented, step.prefix_tokens) if augmented else None,
+        of_pairs,
+        of_pairs if augmented else None,
+    )
+
+
+def train_program(assembly: Assembly, plan: Plan, step: HostStep, visited: dict[str, float]) -> Program:
+    program, arguments = train_step_of(assembly, plan, step)
+    models = 1 if arguments[1] is None else 2
+    return _compile("train step", assembly, program, arguments, visited=visited, models=models)
+
+
+def train_step_of(assembly: Assembly, plan: Plan, step: HostStep) -> tuple[Any, tuple[Any, ...]]:
+    """The jitted train step and its arguments, as shapes with shardings: state, online reference or None, batch."""
+    objective, config = objective_of(assembly.config), assembly.config
+    online = objective.name != "sft" and config.reference.mode == "online"
+    program = make_program(
+        assembly, pairs=plan.shape.pairs, total_steps=min(len(plan), config.train.max_steps or len(plan))
+    )
+    scores = objective.name != "sft" and not online
+    batch = _abstract_batch(assembly, step, augmented=objective.refined, scores=scores)
+    reference = _abstract_reference(assembly, program.state.params) if online else None
+    return program.step, (program.state, reference, batch)
+
+
+def _score_program(assembly: Assembly, plan: Plan, step: HostStep, visited: dict[str, float]) -> Program:
+    """The scoring step with the rows that need it most: with p where the reference or an evaluation has it."""
+    program = make_program(assembly, pairs=plan.shape.pairs, total_steps=1)
+    batch = _abstract_batch(assembly, step, augmented=step.augmented is not None, scores=False)
+    resident = 0
+    if assembly.config.data.held_out:
+        resident = _bytes_a_chip(program.state.optimizer_state)
+        if assembly.config.reference.mode == "online":
+            resident += _bytes_a_chip(_abstract_reference(assembly, program.state.params))
+    score_step = make_score_step(assembly.graph, pairs=plan.shape.pairs, mesh=assembly.mesh)
+    return _compile(
+        "scoring step", assembly, score_step, (program.state.params, batch), visited=visited, resident=resident
+    )
+
+
+def _abstract_reference(assembly: Assembly, params: Any) -> Any:
+    dtype = jnp.dtype(assembly.config.model.dtype)
+    shapes = jax.eval_shape(lambda given: reference_copy(given, dtype), params)
+    return jax.tree.map(
+        lambda shape, param: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=param.sharding), shapes, params
+    )
+
+
+def _bytes_a_chip(shapes: Any) -> int:
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)
+    )
+
+
+def _compile(
+    name: str,
+    assembly: Assembly,
+    step: Any,
+    arguments: tuple[Any, ...],
+    *,
+    visited: dict[str, float],
+    models: int = 1,
+    resident: int = 0,
+) -> Program:
+    kind = assembly.mesh.devices.flat[0].device_kind
+    if kind not in CHIPS:
+        raise UsageError(f"nothing is known of {kind}; known: {', '.join(CHIPS)}")
+    hbm = HBM_GIB[CHIPS[kind][0]] * GIB
+    needed = _bytes_a_chip(arguments) + resident
+    if needed > hbm:
+        return Program(name, False, hbm, needed, "the arguments alone need more than a chip has")
+    traced = step.trace(*arguments)
+    flops, started = traced_flops(traced.jaxpr.jaxpr), time.monotonic()
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        peak = bytes_wanted(str(error), needed)
+        if peak is None:
+            raise refusal_of(name, str(error)) from error
+        return Program(name, False, hbm, peak, str(error).partition("\n")[0], time.monotonic() - started)
+    memory, compile_s = compiled.memory_analysis(), time.monotonic() - started
+    share = share_visited(
+        assembly.directory.architecture,
+        arguments[-1],
+        models=models,
+        kernels=flops.kernels,
+        visited=visited,
+    )
+    output = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    code = memory.generated_code_size_in_bytes
+    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + output + code + resident
+    tally = aot_hlo.read(compiled.as_text())
+    return Program(
+        name=name,
+        fits=peak <= (1 - RUNTIME_SHARE) * hbm,
+        hbm_bytes=hbm,
+        peak_bytes=peak,
+        refusal=None,
+        compile_s=compile_s,
+        argument_bytes=memory.argument_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        output_bytes=output,
+        code_bytes=code,
+        resident_bytes=resident,
+        traced_flops=flops.matmuls + share * flops.kernels,
+        estimated_cycles=tally.cycles,
+        kernel_cycles=share * tally.kernel_flops * CHIPS[kind][1] / PEAK_BFLOAT16_FLOPS[kind],
+        collectives={kind: (count, tally.payload_bytes[kind]) for kind, count in sorted(tally.counts.items())},
+        unknown_loops=tally.unknown_loops,
+        unknown_kernels=sum(tally.unknown_kernels.values()),
+        repeated_operations=tally.repeated_operations,
+    )
+
+
+def bytes_wanted(message: str, argument_bytes: int) -> int | None:
+    """How much memory a chip would need, as the compiler's refusal says; None where it refuses for another reason."""
+    if not re.search(r"out of memory (on|in memory space) hbm", message, re.IGNORECASE):
+        return None
+    wanted = re.search(r"(Used|temporaries \()\s*([\d.]+)([KMGT])", message)
+    if wanted is None:
+        return argument_bytes
+    size = int(float(wanted.group(2)) * 1024 ** (1 + "KMGT".index(wanted.group(3))))
+    return size if wanted.group(1) == "Used" else size + argument_bytes
+
+
+def refusal_of(name: str, message: str) -> UsageError | RunError:
+    """What to raise where the compiler refuses a program for another reason than the chip's main memory."""
+    said = f"the TPU compiler refuses the {name}: {message.partition(chr(10))[0]}"
+    if re.search(r"out of memory (on|in memory space) vmem", message, re.IGNORECASE):
+        return UsageError(
+            f"{said}. That is the fast memory beside the matrix unit, which the attention kernel takes most of; set "
+            "model.attention=dense or lower batch.row_length"
+        )
+    return RunError(f"{said}. Nothing in the configuration explains that: it is a fault of the compiler or of sr-dpo")

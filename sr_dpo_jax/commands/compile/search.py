@@ -1,0 +1,274 @@
+"""Whether a configuration fits a topology, and where it does not, what to change: the cheapest change that helps.
+
+Changes are tried in the order of what they cost in time: recomputing less, then more; more, smaller micro-batches;
+shorter rows; a mesh that splits parameters or activations further. They add up until it fits; then each of them that
+the last has made needless is taken back.
+
+Next: `aot_print.py`, which prints the result.
+"""
+
+import dataclasses
+import logging
+import resource
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+
+from sr_dpo_jax.commands.compile.machine import devices_of, only_one
+from sr_dpo_jax.commands.compile.programs import Compiled, compile_for
+from sr_dpo_jax.commands.compile.typical import LENGTHS, typical_pairs
+from sr_dpo_jax.config.load import config_from_dict
+from sr_dpo_jax.config.schema import Config
+from sr_dpo_jax.data import tokens
+from sr_dpo_jax.data.dataset import TokenizedPairs
+from sr_dpo_jax.data.rows import BadRow, Message, Pair
+from sr_dpo_jax.data.tokenizer_fit import require_fit
+from sr_dpo_jax.errors import RunError, UsageError
+from sr_dpo_jax.weights import directory as weights
+from sr_dpo_jax.weights.placement import read_data, read_held_out
+
+log = logging.getLogger(__name__)
+
+TYPICAL_P_TOKENS = 50
+"""The paper's p in common vocabularies."""
+LEAST_EFFORT = -1.0
+REMAT_AFTER = {"none": ("dots", "full"), "dots": ("full",), "full": ()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """One change and what came of it."""
+
+    overrides: dict[str, Any]
+    """`section.key`: value, on top of the configuration."""
+    compiled: Compiled | None
+    problem: str | None
+    """Why it cannot run so at all; None where it was compiled."""
+
+    @property
+    def fits(self) -> bool:
+        return self.compiled is not None and self.compiled.fits
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    topology: str
+    slices: int
+    quick: bool
+    """Whether the compiler made its least effort: memory close to that of a run, cycles far too many."""
+    lengths: str
+    """Where the lengths of the pairs come from."""
+    processes: int
+    """As configured."""
+    compiled: Compiled
+    attempts: tuple[Attempt, ...]
+    """Changes that were tried, in order."""
+    host_peak_bytes: int
+    """Most memory that this command held on this machine."""
+
+    @property
+    def remedy(self) -> Attempt | None:
+        """The last that fits: those after the first are smaller changes."""
+        return next((attempt for attempt in reversed(self.attempts) if attempt.fits), None)
+
+
+def compile_command(config: Config, *, topology: str, slices: int, read: bool, quick: bool) -> Report:
+    """Compiles, and where that does not fit, looks for what does.
+
+    Args:
+      config: what to run.
+      topology: of one slice, as jax names it.
+      slices: how many of them.
+      read: whether to plan from the real data instead of typical lengths.
+      quick: asks the compiler for its least effort.
+
+    Raises:
+      UsageError: the configuration, model, data or topology is at fault.
+      RunError: the compiler itself fails.
+    """
+    jax.config.update("jax_enable_compilation_cache", False)  # or compile seconds would be those of a look-up
+    if quick:
+        jax.config.update("jax_exec_time_optimization_effort", LEAST_EFFORT)
+    directory = weights.open_directory(config.model.path, revision=config.model.revision, weights=False)
+    # Weights are neither read nor looked for.
+    config = config.model_copy(update={"model": config.model.model_copy(update={"init": "random"})})
+    pairs, eval_sets, lengths = _read(config, directory) if read else _typical(config, directory)
+    with only_one():
+        devices = devices_of(topology, slices)
+        compiled = compile_for(devices, config, directory, pairs, eval_sets)
+        if quick:
+            compiled = dataclasses.replace(compiled, step_s=None, mfu=None)
+        attempts: Sequence[Attempt] = ()
+        if not compiled.fits:
+            log.warning("does not fit; looking for a change that does")
+            attempts = search(
+                config,
+                compiled,
+                slices,
+                lambda overrides: _attempt(devices, config, directory, pairs, eval_sets, overrides),
+            )
+    scale = 1 if sys.platform == "darwin" else 1024
+    return Report(
+        topology=topology,
+        slices=slices,
+        quick=quick,
+        lengths=lengths,
+        processes=config.distributed.processes,
+        compiled=compiled,
+        attempts=tuple(attempts),
+        host_peak_bytes=scale * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    )
+
+
+def search(
+    config: Config, compiled: Compiled, slices: int, attempt: Callable[[dict[str, Any]], Attempt]
+) -> Sequence[Attempt]:
+    """Tries `changes` until one fits, and then the same without each of its parts.
+
+    Args:
+      config: what does not fit.
+      compiled: that, compiled.
+      slices: how many the devices form.
+      attempt: compiles the configuration with overrides.
+    """
+    attempts: list[Attempt] = []
+    for overrides in changes(config, compiled, slices):
+        attempts.append(attempt(overrides))
+        if attempts[-1].fits:
+            break
+        if attempts[-1].compiled is not None and _state_too_large(attempts[-1].compiled):
+            break  # what comes after splits the state no further
+    if attempts and attempts[-1].fits:
+        kept, before = attempts[-1].overrides, attempts[-2].overrides if len(attempts) > 1 else {}
+        parts = dict.fromkeys(map(_part, kept))  # costliest first, as they were made
+        needed = {_part(key) for key, value in kept.items() if before.get(key) != value}
+        needed |= {"mesh"} if _state_too_large(compiled) else set()
+        for part in [part for part in parts if part not in needed]:
+            smaller = {key: value for key, value in kept.items() if _part(key) != part}
+            attempts.append(attempt(smaller))
+            kept = smaller if attempts[-1].fits else kept
+    return attempts
+
+
+def _part(key: str) -> str:
+    """The keys of the mesh are changed together, others by themselves."""
+    return "mesh" if key.startswith("mesh.") else key
+
+
+def _state_too_large(compiled: Compiled) -> bool:
+    """Whether the arguments alone need more than a chip has: only fewer replicas can help then."""
+    return any(program.refusal is not None and program.compile_s == 0 for program in compiled.programs)
+
+
+def changes(config: Config, compiled: Compiled, slices: int) -> Iterator[dict[str, Any]]:
+    """Overrides to try, each on top of those before it except where they stand for the same key.
+
+    Fewer replicas come first where the state alone is too large, as nothing else makes it smaller, and after what costs
+    less otherwise.
+    """
+    made: dict[str, Any] = {}
+    mesh, too_large = dict(compiled.mesh), _state_too_large(compiled)
+    fewer_replicas = mesh["replica"] > slices
+    if too_large and not fewer_replicas:
+        return
+    if too_large:
+        mesh["replica"] = slices
+        made = _mesh_overrides(config, mesh)
+        yield made
+    for remat in REMAT_AFTER[config.model.remat]:
+        made = {**made, "model.remat": remat}
+        yield made
+    for factor in (2, 4):
+        made = {**made, "batch.accumulation_steps": factor * config.batch.accumulation_steps}
+        yield made
+    if compiled.shape.row_length > config.batch.row_multiple:
+        yield {**made, "batch.row_length": compiled.shape.row_length // 2}
+    if fewer_replicas and not too_large:
+        mesh["replica"] = slices
+        made = {**made, **_mesh_overrides(config, mesh)}
+        yield made
+    while mesh["tensor"] < min(8, compiled.chips // mesh["replica"]):
+        mesh["tensor"] *= 2
+        yield {**made, **_mesh_overrides(config, mesh)}
+
+
+def _mesh_overrides(config: Config, mesh: dict[str, int]) -> dict[str, Any]:
+    """What makes up this mesh: fsdp takes what is left, and so nothing else may."""
+    configured = config.mesh.model_dump()
+    changed = {f"mesh.{name}": mesh[name] for name in ("replica", "tensor") if configured[name] != mesh[name]}
+    return {**changed, "mesh.fsdp": -1}
+
+
+def override_arguments(overrides: dict[str, Any]) -> Sequence[str]:
+    return [f"{key}={value}" for key, value in overrides.items()]
+
+
+def _attempt(
+    devices: Sequence[jax.Device],
+    config: Config,
+    directory: weights.ModelDirectory,
+    pairs: TokenizedPairs,
+    eval_sets: Sequence[TokenizedPairs],
+    overrides: dict[str, Any],
+) -> Attempt:
+    named = " ".join(override_arguments(overrides))
+    log.warning("trying %s", named)
+    raw = config.model_dump(mode="json")
+    for path, value in overrides.items():
+        section, key = path.split(".")
+        raw[section][key] = value
+    try:
+        changed = config_from_dict(raw, where=named)
+        return Attempt(overrides, compile_for(devices, changed, directory, pairs, eval_sets), None)
+    except (UsageError, RunError) as error:
+        return Attempt(overrides, None, str(error))
+
+
+def _read(config: Config, directory: weights.ModelDirectory) -> tuple[TokenizedPairs, Sequence[TokenizedPairs], str]:
+    tokenizer = tokens.load_tokenizer(str(directory.path))
+    require_fit(tokenizer, directory.path, vocabulary_tokens=directory.architecture.vocabulary_tokens)
+    p = config.refinement.prompt if config.objective.name != "sft" else None
+    pairs = read_data(
+        config, config.data.path, config.data.split, tokenizer, directory.architecture, augmentation_prompt=p
+    )
+    eval_sets = list(read_held_out(config, tokenizer, directory.architecture).values())
+    return pairs, eval_sets, f"data.path, {len(pairs):,} pairs; p has {len(pairs.augmentation)} tokens"
+
+
+def _typical(config: Config, directory: weights.ModelDirectory) -> tuple[TokenizedPairs, Sequence[TokenizedPairs], str]:
+    head_tokens = p_tokens = 0
+    said = "no p"
+    if config.refinement.prompt is not None and config.objective.name != "sft":
+        head_tokens, p_tokens, said = _prefix(config, directory)
+    pairs = typical_pairs(
+        config.data.format,
+        least_pairs=64 * config.batch.pairs_per_step,
+        head_tokens=head_tokens,
+        augmentation_tokens=p_tokens,
+        max_length=config.data.max_length,
+        max_prompt_length=config.data.max_prompt_length,
+    )
+    typical = LENGTHS[config.data.format]
+    lengths = (
+        f"typical of {config.data.format}, not read from data.path: prompt {typical.prompt[0]:g}, chosen "
+        f"{typical.chosen[0]:g}, rejected {typical.rejected[0]:g} tokens on average, long tails, cut to "
+        f"data.max_length={config.data.max_length}; {said}"
+    )
+    return pairs, [pairs for _ in config.data.held_out], lengths
+
+
+def _prefix(config: Config, directory: weights.ModelDirectory) -> tuple[int, int, str]:
+    """Tokens of the template head and of p, and how they were counted."""
+    if not (directory.path / "tokenizer.json").is_file():
+        said = f"p taken to have {TYPICAL_P_TOKENS} tokens, as there is no tokenizer.json"
+        return 0, TYPICAL_P_TOKENS, said
+    encoder = tokens.PairEncoder(
+        tokens.load_tokenizer(str(directory.path)), augmentation_prompt=config.refinement.prompt
+    )
+    prompt = "Hello" if config.data.format == "hh_rlhf" else (Message("user", "Hello"),)
+    (encoded,) = encoder.encode([Pair("0", "an example", 1, prompt, "Hi", "No")])
+    if isinstance(encoded, BadRow):
+        raise UsageError(f"model.path={config.model.path}: {encoded.reason}")
+    return len(encoded.head), len(encoded.augmentation), f"p has {len(encoded.augmentation)} tokens"

@@ -1,0 +1,147 @@
+"""The texts of the world: base text, SFT rows, preference pairs and held-out pairs, each drawn from a seed.
+
+    base text    half of it (`rated_share`) with the instruction and a rating k before the task, and a response of
+                 quality k, but for a share of ratings that say nothing (`rating_noise`); the rest without it, answered
+                 at any quality: what the method calls intrinsic knowledge
+    pairs        two responses to one task, better and worse; `gaps` says how far apart, `label_noise` how often they
+                 are labelled the wrong way round
+    SFT rows     pairs of which only the chosen response is learned, as in the paper
+    held out     pairs without label noise, on tasks that are in no seed's pairs (some short ones are in the base text)
+
+Rows are of the format `preference`; their scores are the true qualities, also where the labels are wrong.
+"""
+
+import dataclasses
+import json
+import random
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from sr_dpo_jax.commands.demo.tasks import RATINGS, Task, corrupt, draw_task, instruction, quality, rating_of
+from sr_dpo_jax.errors import UsageError
+
+GAP_KINDS = ("close", "clear", "far")
+"""Up to a third of the scale apart, up to two thirds, and more."""
+RIGHT_SHARE = 0.5
+"""Of the base text's responses, those that are right; the others have one word wrong, two, ... or all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Knobs:
+    """What a researcher may turn."""
+
+    rated_share: float = 0.5
+    """Share of the base text with the instruction and a rating: how well the base model knows quality."""
+    rating_noise: float = 0.4
+    """Share of the rated text whose rating is drawn by chance: how strictly a rating binds. At 0 the instruction alone
+    decides how good a response is, and what is learned without it need not reach responses with it."""
+    label_noise: float = 0.0
+    """Share of preference pairs that are labelled the wrong way round."""
+    gaps: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """Weights of close, clear and far pairs."""
+    pairs: int = 2048
+    """Size of the preference set."""
+    beta: float = 0.5
+    """β of every objective. The paper's 0.1 is for responses of a hundred tokens; margins of five tokens stay below
+    1/0.1, where the weight of a pair is one half whatever its margin and a shift changes nothing."""
+
+    def check(self) -> None:
+        """Raises UsageError where a knob is out of its range."""
+        for name in ("rated_share", "rating_noise", "label_noise"):
+            share = getattr(self, name)
+            if not 0 <= share <= 1:
+                raise UsageError(f"--{name.replace('_', '-')} {share}: is a share, 0 to 1")
+        if min(self.gaps) < 0 or not 0 < sum(self.gaps) < float("inf"):
+            raise UsageError(f"--gaps {','.join(map(str, self.gaps))}: weights are 0 or more, and one of them is not 0")
+        if not 0 < self.beta < float("inf"):
+            raise UsageError(f"--beta {self.beta}: must be above 0")
+        if self.pairs < 1:
+            raise UsageError(f"--pairs {self.pairs}: must be 1 or more")
+
+
+def parse_gaps(text: str) -> tuple[float, float, float]:
+    """The weights of `--gaps`; raises UsageError where they are not three numbers."""
+    try:
+        close, clear, far = map(float, text.split(","))
+    except ValueError as error:
+        raise UsageError(f"--gaps {text}: is not of the form 1,1,1, the weights of {', '.join(GAP_KINDS)}") from error
+    return close, clear, far
+
+
+def base_rows(
+    count: int, *, kinds: Sequence[str], rated_share: float, rating_noise: float, seed: int
+) -> list[dict[str, Any]]:
+    """Texts for the base model. `rejected` is a response of another quality, which SFT does not read."""
+    rng = random.Random(f"base {seed}")
+    rows = []
+    for _ in range(count):
+        task = draw_task(rng, kinds)
+        edits = 0 if rng.random() < RIGHT_SHARE else rng.randint(1, len(task.answer))
+        response = corrupt(task.answer, edits, rng)
+        prompt = task.prompt
+        if rng.random() < rated_share:
+            rating = rating_of(quality(" ".join(response), task.answer))
+            if rng.random() < rating_noise:
+                rating = rng.choice(RATINGS)
+            prompt = instruction(rating) + prompt
+        rows.append(_row(task, response, corrupt(task.answer, len(task.answer), rng), prompt=prompt))
+    return rows
+
+
+def preference_rows(
+    count: int,
+    *,
+    kinds: Sequence[str],
+    gaps: tuple[float, float, float],
+    label_noise: float,
+    seed: str,
+    without: Collection[str] = (),
+) -> list[dict[str, Any]]:
+    """Pairs of responses.
+
+    Args:
+      count: how many.
+      kinds: of tasks.
+      gaps: weights of close, clear and far pairs.
+      label_noise: share of pairs whose chosen response is the worse one.
+      seed: decides all of it.
+      without: prompts that must not come up.
+    """
+    rng = random.Random(f"pairs {seed}")
+    rows: list[dict[str, Any]] = []
+    while len(rows) < count:
+        task = draw_task(rng, kinds)
+        words = len(task.answer)
+        (kind,) = rng.choices(range(len(GAP_KINDS)), gaps)
+        gap = rng.choice([edits for edits in range(1, words + 1) if gap_kind(edits, words) == kind])
+        fewer = rng.randint(0, words - gap)
+        better, worse = corrupt(task.answer, fewer, rng), corrupt(task.answer, fewer + gap, rng)
+        if rng.random() < label_noise:
+            better, worse = worse, better
+        if task.prompt not in without:
+            rows.append(_row(task, better, worse, prompt=task.prompt))
+    return rows
+
+
+def gap_kind(edits: int, words: int) -> int:
+    """The kind of a gap of so many edits in an answer of so many words, as an index into `GAP_KINDS`."""
+    return (edits * 3 - 1) // words
+
+
+def _row(task: Task, chosen: tuple[str, ...], rejected: tuple[str, ...], *, prompt: str) -> dict[str, Any]:
+    responses = {"chosen": " ".join(chosen), "rejected": " ".join(rejected)}
+    return {
+        "prompt": prompt,
+        **{side: " " + text for side, text in responses.items()},
+        **{f"score_{side}": quality(text, task.answer) for side, text in responses.items()},
+        "kind": task.kind,
+        "answer": " ".join(task.answer),
+    }
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Whole or not there."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,241 @@
+"""Which runs the demo takes, in which order, and their configurations; imports no jax.
+
+    arm        one preference run of a seed: an objective, with its λ, on one of the seed's preference sets
+    seed       draws the preference sets and the order of the pairs; every arm of a seed starts from its SFT model
+    base       one base model for all seeds, as the paper has one Pythia: what differs between seeds is what a
+               researcher with one model can repeat
+
+Directories under the output directory: `data/`, `base`, `base-run/`, `base-model/`, then for each seed `seed-N/` with
+`sft/`, `sft-model/` and one run directory an arm, each with its YAML file beside it.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from sr_dpo_jax.commands.demo.corpus import Knobs
+from sr_dpo_jax.commands.demo.tasks import TASKS
+from sr_dpo_jax.config.load import config_from_dict
+from sr_dpo_jax.config.schema import Config
+
+LAMBDAS = (0.1, 0.3, 0.5, 1.0)
+PAIRS, MORE, SHUFFLED = "pairs", "more", "shuffled"
+"""Preference sets: the seed's own, several times as many, and as many as the first with labels drawn by a coin."""
+PREFERENCE_SETS = (PAIRS, MORE, SHUFFLED)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    name: str
+    objective: str
+    lam: float | None = None
+    data: str = PAIRS
+    beta_share: float | None = None
+    """β relative to that of all others; None is theirs."""
+
+    def beta(self, common: float) -> float:
+        return common * (1.0 if self.beta_share is None else self.beta_share)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """How large everything is."""
+
+    name: str
+    tasks: tuple[str, ...]
+    base_steps: int
+    seeds: int
+    arms: tuple[Arm, ...]
+    held_out_pairs: int
+    """Their tasks are also those that responses are sampled for."""
+    more_factor: int
+    """Size of the preference set `more` in sizes of `pairs`."""
+    evaluations: int
+    """Of held-out pairs while an arm trains, the last one at its end."""
+    base_pairs_per_step: int = 64
+    pairs_per_step: int = 32
+
+
+def _with_beta(objective: str, beta_share: float) -> Arm:
+    """A control: the plain objective with the weight, or the target, that refinement gives it on average."""
+    return Arm(f"{objective}-beta-{beta_share:g}", objective, beta_share=beta_share)
+
+
+def _refined(objective: str, lam: float, data: str = PAIRS) -> Arm:
+    return Arm(f"{objective}-{lam:g}" + (f"-{data}" if data != PAIRS else ""), objective, lam, data)
+
+
+SMALL = Setting(
+    name="small",
+    tasks=("copy", "reverse", "sort", "count", "sort+reverse"),  # looking up takes longest to learn
+    base_steps=700,
+    seeds=1,
+    arms=(Arm("dpo", "dpo"), Arm("ipo", "ipo"), _refined("sr_dpo", 0.5), _refined("sr_ipo", 0.5)),
+    held_out_pairs=256,
+    more_factor=4,
+    evaluations=1,
+)
+FULL = Setting(
+    name="full",
+    tasks=TASKS,
+    base_steps=4000,
+    seeds=5,
+    arms=(
+        Arm("dpo", "dpo"),
+        Arm("ipo", "ipo"),
+        *(_refined("sr_dpo", lam) for lam in LAMBDAS),
+        *(_refined("sr_ipo", lam) for lam in LAMBDAS),
+        # What λ = 1 does on average, without what Δ says of single pairs (README.md): the same mean weight and mean
+        # margin as Sr-DPO, the same mean target as Sr-IPO, and about the same mean margin.
+        _with_beta("dpo", 0.3),
+        _with_beta("ipo", 0.7),
+        _with_beta("ipo", 0.6),
+        Arm("dpo-more", "dpo", data=MORE),
+        _refined("sr_dpo", 0.5, MORE),
+        Arm("dpo-shuffled", "dpo", data=SHUFFLED),
+        _refined("sr_dpo", 0.5, SHUFFLED),
+    ),
+    held_out_pairs=512,
+    more_factor=4,
+    evaluations=4,
+)
+LEARNING_RATE = {"base": 4e-3, "sft": 5e-4, "preference": 1e-4}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where everything stands."""
+
+    root: Path
+
+    @property
+    def base(self) -> Path:
+        return self.root / "base"
+
+    @property
+    def base_run(self) -> Path:
+        return self.root / "base-run"
+
+    @property
+    def base_model(self) -> Path:
+        return self.root / "base-model"
+
+    def data(self, name: str, seed: int | None = None) -> Path:
+        return self.root / "data" / (f"{name}.jsonl" if seed is None else f"{name}-{seed}.jsonl")
+
+    def run(self, seed: int, name: str) -> Path:
+        return self.root / f"seed-{seed}" / name
+
+    def sft_model(self, seed: int) -> Path:
+        return self.root / f"seed-{seed}" / "sft-model"
+
+
+def base_config(layout: Layout, setting: Setting) -> Config:
+    """The base model, from random weights."""
+    return _config(
+        layout,
+        layout.base_run,
+        layout.base,
+        layout.data("base"),
+        {"name": "sft"},
+        init="random",
+        learning_rate=LEARNING_RATE["base"],
+        pairs_per_step=setting.base_pairs_per_step,
+        max_steps=setting.base_steps,
+        schedule="cosine",
+        warmup_steps=50,
+    )
+
+
+def sft_config(layout: Layout, setting: Setting, seed: int) -> Config:
+    """SFT of the base model on the chosen responses of the seed's pairs."""
+    return _config(
+        layout,
+        layout.run(seed, "sft"),
+        layout.base_model,
+        layout.data(PAIRS, seed),
+        {"name": "sft"},
+        seed=seed,
+        learning_rate=LEARNING_RATE["sft"],
+        pairs_per_step=setting.pairs_per_step,
+    )
+
+
+def arm_config(layout: Layout, setting: Setting, knobs: Knobs, seed: int, arm: Arm) -> Config:
+    """One preference run from the seed's SFT model."""
+    pairs = knobs.pairs * (setting.more_factor if arm.data == MORE else 1)
+    steps = pairs // setting.pairs_per_step
+    objective = {"name": arm.objective, "beta": arm.beta(knobs.beta)} | ({} if arm.lam is None else {"lam": arm.lam})
+    return _config(
+        layout,
+        layout.run(seed, arm.name),
+        layout.sft_model(seed),
+        layout.data(arm.data, seed),
+        objective,
+        seed=seed,
+        learning_rate=LEARNING_RATE["preference"],
+        pairs_per_step=setting.pairs_per_step,
+        eval_every_steps=max(1, steps // setting.evaluations),
+        evaluated=True,
+    )
+
+
+def scoring_config(layout: Layout, setting: Setting, model: Path) -> Config:
+    """Scores of the held-out pairs under a model that has no reference: base and SFT."""
+    return _config(
+        layout,
+        model.parent / f"{model.name}-scores",
+        model,
+        layout.data("held_out"),
+        {"name": "dpo"},
+        pairs_per_step=setting.pairs_per_step,
+        learning_rate=LEARNING_RATE["preference"],
+    )
+
+
+def _config(
+    layout: Layout,
+    output_dir: Path,
+    model: Path,
+    data: Path,
+    objective: dict[str, Any],
+    *,
+    learning_rate: float,
+    pairs_per_step: int,
+    init: str = "pretrained",
+    seed: int = 0,
+    max_steps: int | None = None,
+    eval_every_steps: int | None = None,
+    evaluated: bool = False,
+    schedule: str = "constant",
+    warmup_steps: int = 10,
+) -> Config:
+    raw = {
+        "output_dir": str(output_dir),
+        "cache_dir": str(layout.root / "cache"),
+        "seed": seed,
+        # Rows are shorter than two tiles: computing all of one at once is faster.
+        "model": {"path": str(model), "dtype": "float32", "init": init, "attention": "dense"},
+        "data": {
+            "path": str(data),
+            "eval_path": str(layout.data("held_out")) if evaluated else None,
+            "format": "preference",
+            "max_length": 48,
+            "max_prompt_length": 32,
+        },
+        "objective": objective,
+        "optimizer": {
+            "name": "adamw",
+            "learning_rate": learning_rate,
+            "warmup_steps": warmup_steps,
+            "max_grad_norm": 1.0,
+            "schedule": schedule,
+            "b2": 0.98,
+        },
+        # One row length for all runs: then a program is compiled once and found again by the next run.
+        "batch": {"pairs_per_step": pairs_per_step, "row_length": 64, "row_multiple": 64},
+        "train": {"max_steps": max_steps, "eval_every_steps": eval_every_steps},
+        "checkpoint": {"every_steps": 1000},
+        "generation": {"max_new_tokens": 10, "slots": 128},
+    }
+    return config_from_dict(raw, where=str(output_dir))

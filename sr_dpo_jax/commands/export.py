@@ -1,0 +1,176 @@
+"""A checkpoint -> a Hugging Face directory that AutoModelForCausalLM.from_pretrained loads."""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import transformers
+import yaml
+
+from sr_dpo_jax import __version__
+from sr_dpo_jax.config.load import load_config
+from sr_dpo_jax.config.schema import Config
+from sr_dpo_jax.durable.checkpoint import Checkpoints
+from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.weights.directory import ModelDirectory, iterate_shapes, open_directory
+from sr_dpo_jax.weights.families import tensors_of
+from sr_dpo_jax.weights.files import CONFIG, GENERATION_CONFIG, TEMPLATES, TOKENIZER_FILES
+from sr_dpo_jax.weights.placement import abstract_params
+from sr_dpo_jax.weights.write import save_params
+
+SHARD_BYTES = 5_000_000_000
+PARTIAL = ".sr_dpo_export_partial"
+"""Ends the name under which an export is written until it is whole."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What a run was made from, as its manifest says."""
+
+    revision: str | None
+    """The commit that the hub name of the base model was resolved to; None for a local directory."""
+    weights_digest: str
+    data_digest: str
+    version: str
+    """Of this package."""
+
+
+def export(
+    run_dir: Path,
+    out_dir: Path,
+    *,
+    step: int | None = None,
+    best: bool = False,
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes weights, config, generation config, tokenizer and model card of one step.
+
+    The weights stream from the checkpoint: host memory holds the stacked parameters of one tensor, of all layers and
+    as they were trained (up to twice while Orbax reads them), and one output file. No device memory is used. The
+    directory is written under a temporary name beside its own and renamed, so it is whole or not there.
+
+    Args:
+      run_dir: the output_dir of a run.
+      out_dir: a directory that does not exist.
+      step: default, the latest checkpoint.
+      best: the best checkpoint, in place of a step.
+      dtype: of the weights; default, the run's model.param_dtype.
+      shard_bytes: most bytes of tensors in one file.
+
+    Raises:
+      UsageError: run_dir is no run or has no checkpoint, the step or a best one is not there, out_dir exists, or a
+        weight is not finite in `dtype`.
+    """
+    if not (run_dir / "checkpoints").is_dir():
+        raise UsageError(f"{run_dir}: has no checkpoints; name the output_dir of a run of sr-dpo train")
+    if out_dir.exists() or out_dir.is_symlink():
+        raise UsageError(f"{out_dir}: exists already; name a new directory")
+    if shard_bytes <= 0:
+        raise UsageError(f"--shard-bytes {shard_bytes}: must be positive")
+    config, origin = load_config(run_dir / "config.yaml"), _read_manifest(run_dir / "manifest.json")
+    # The commit that the run resolved, whatever a branch has become since.
+    directory = open_directory(config.model.path, revision=origin.revision, weights=False)
+    abstract, dtype = abstract_params(config, directory), dtype or config.model.param_dtype
+    with contextlib.closing(Checkpoints(run_dir, read_only=True)) as checkpoints:
+        step = checkpoints.best() if best else checkpoints.existing(step)
+        checkpoints.check_params(dict(iterate_shapes(abstract)), step=step)
+        with _whole_or_not_there(out_dir) as partial:
+            _write_configs(directory, partial, dtype)
+            card = model_card(config, origin, name=out_dir.name, step=step, dtype=dtype)
+            (partial / "README.md").write_text(card, encoding="utf-8")
+            tensors = tensors_of(directory.architecture, directory.model_type)
+            groups = (checkpoints.read_params(tensor.params, step=step) for tensor in tensors)
+            save_params(groups, directory, abstract, partial, dtype=np.dtype(dtype), shard_bytes=shard_bytes)
+
+
+def model_card(config: Config, origin: Origin, *, name: str, step: int, dtype: str) -> str:
+    """README.md of an exported model: what it was made from and with which numbers; a local path shows its last name.
+
+    Args:
+      config: of the run.
+      origin: of the run.
+      name: title of the card.
+      step: optimizer updates done.
+      dtype: of the weights.
+    """
+    objective, path = config.objective, Path(config.model.path)
+    base = path.name if path.is_absolute() else config.model.path
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if origin.revision is not None:
+        front["base_model"] = base
+    front["tags"] = ["sr_dpo_jax", objective.name]
+    rows = {"objective": objective.name}
+    if objective.name != "sft":
+        rows["beta (β)"] = f"{objective.beta:g}"
+    if objective.lam is not None:
+        rows["lam (λ)"] = f"{objective.lam:g}"
+    if objective.label_smoothing:
+        rows["label smoothing"] = f"{objective.label_smoothing:g}"
+    pinned = "" if config.model.revision is None else f" at revision `{config.model.revision}`"
+    commit = "" if origin.revision is None else f", commit `{origin.revision}`"
+    rows |= {
+        "base model": f"`{base}`{pinned}{commit}" + (", weights drawn anew" if config.model.init == "random" else ""),
+        "base weights, digest": f"`{origin.weights_digest}`",
+        "data, digest": f"`{origin.data_digest}`",
+        "optimizer updates": str(step),
+        "weights": dtype,
+        "made with": f"sr_dpo_jax {origin.version}, exported with {__version__}",
+    }
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    header = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
+    return f"---\n{header}---\n\n# {name}\n\n| | |\n|---|---|\n{table}\n"
+
+
+def _write_configs(directory: ModelDirectory, out: Path, dtype: str) -> None:
+    """Config, generation config, tokenizer and chat templates of the base model; of all files those and no other."""
+    fields = json.loads((directory.path / CONFIG).read_text(encoding="utf-8"))
+    for outdated in ("torch_dtype", "_name_or_path"):
+        fields.pop(outdated, None)
+    fields["dtype"] = dtype
+    (out / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    if not (directory.path / GENERATION_CONFIG).is_file():
+        config = transformers.AutoConfig.from_pretrained(directory.path, local_files_only=True, trust_remote_code=False)
+        generation = transformers.GenerationConfig.from_model_config(config)
+        (out / GENERATION_CONFIG).write_text(generation.to_json_string(), encoding="utf-8")
+    for name in (GENERATION_CONFIG, *TOKENIZER_FILES):
+        if (directory.path / name).is_file():
+            shutil.copyfile(directory.path / name, out / name)
+    for template in sorted((directory.path / TEMPLATES).glob("*.jinja")):
+        (out / TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(template, out / TEMPLATES / template.name)
+
+
+def _read_manifest(path: Path) -> Origin:
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        digests = manifest["digests"]
+        revision, version = manifest["model"]["revision"], manifest["versions"]["sr_dpo_jax"]
+        return Origin(revision, digests["weights"], digests["data"], version)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{path}: missing or damaged ({type(error).__name__}: {error}); the run's own sr-dpo train command writes "
+            "it anew"
+        ) from error
+
+
+@contextlib.contextmanager
+def _whole_or_not_there(out_dir: Path) -> Iterator[Path]:
+    """A directory that gets its name when all went well, and is removed otherwise."""
+    partial = out_dir.with_name(out_dir.name + PARTIAL)
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)  # an export that was killed; no one else has this name
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UsageError(f"{partial}: cannot be made ({error}); name another directory") from error
+    try:
+        yield partial
+        partial.rename(out_dir)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

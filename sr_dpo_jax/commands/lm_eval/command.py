@@ -1,0 +1,221 @@
+"""`sr-dpo lm-eval`: tasks of lm-evaluation-harness with the model on the mesh.
+
+The harness brings the tasks, fetches their data and computes the metrics; it runs on every host and needs no PyTorch.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import rich.console
+import rich.table
+import rich.text
+
+from sr_dpo_jax.config.load import config_for_model, load_config
+from sr_dpo_jax.config.schema import Config
+from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.train.evaluate import latest_params
+from sr_dpo_jax.weights.placement import assemble, read_model
+
+try:
+    import lm_eval
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+    from lm_eval.evaluator import evaluate
+    from lm_eval.tasks import TaskManager
+
+    from sr_dpo_jax.commands.lm_eval.mesh_lm import MeshLM
+except ImportError as missing:
+    raise UsageError(
+        f"lm-evaluation-harness is not installed ({missing.name}); pip install 'sr_dpo_jax[eval]'"
+    ) from missing
+
+BOOTSTRAP = 1000
+"""Resamples for the standard error of a metric that has no formula for it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """One column of the paper's table."""
+
+    task: str
+    fewshot: int
+    metric: str
+    """Metric and filter, as the harness calls them."""
+
+
+PAPER = (
+    Benchmark("arc_challenge", 25, "acc_norm,none"),
+    Benchmark("truthfulqa_mc2", 0, "acc,none"),
+    Benchmark("winogrande", 5, "acc,none"),
+    Benchmark("gsm8k", 5, "exact_match,strict-match"),
+    Benchmark("hellaswag", 10, "acc_norm,none"),
+    Benchmark("mmlu", 5, "acc,none"),
+)
+"""The Open LLM Leaderboard as the paper reports it. TruthfulQA has six examples of its own in each prompt."""
+
+
+def lm_eval_command(
+    model: str,
+    overrides: Sequence[str],
+    *,
+    tasks: Sequence[str] | None,
+    include_path: Path | None,
+    num_fewshot: int | None,
+    limit: int | None,
+    output: Path | None,
+    best: bool = False,
+) -> None:
+    """Runs tasks, prints their metrics and writes them to `output`.
+
+    Args:
+      model: the output_dir of a run, whose latest checkpoint is taken, or a Hugging Face directory or hub name.
+      overrides: `section.key=value`, of the run's configuration or of the defaults.
+      tasks: of the harness or of `include_path`; None: those of the paper.
+      include_path: a directory of task files.
+      num_fewshot: examples before each question, except in tasks that fix them to none; None: as each task says.
+      limit: first examples of each task; None: all.
+      output: a JSON file, or None.
+      best: the run's best checkpoint, in place of its latest.
+
+    Raises:
+      UsageError: model, tasks or options cannot be used, or there is no best checkpoint.
+    """
+    if best and not (Path(model) / "config.yaml").is_file():
+        raise UsageError(f"{model}: is no run, and --best takes the best checkpoint of one; name a run's output_dir")
+    _check(tasks, include_path, num_fewshot, limit, output)
+    config = read_config(model, overrides)
+    fewshot = {b.task: b.fewshot for b in PAPER} if tasks is None else dict.fromkeys(tasks, num_fewshot)
+    loaded = load_tasks(fewshot, include_path)
+    directory, tokenizer = read_model(config)
+    assembly = assemble(config, directory)
+    params, step = latest_params(assembly, None, best=best)
+    if step == 0 and (Path(model) / "config.yaml").is_file():
+        raise UsageError(f"{model}: has no checkpoint; train first, or name a Hugging Face directory")
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # the harness would fork for its bootstrap, below jax's threads
+    found = evaluate(
+        lm=MeshLM(assembly, params, tokenizer),
+        task_dict=loaded,
+        limit=limit,
+        bootstrap_iters=BOOTSTRAP,
+        log_samples=False,
+    )
+    result = {
+        "model": model,
+        "step": step,
+        "dtype": config.model.dtype,
+        "revision": directory.revision,
+        "limit": limit,
+        "lm_eval": lm_eval.__version__,
+        **{name: found[name] for name in ("results", "n-shot", "n-samples", "versions", "higher_is_better")},
+        **({"paper": paper_table(found["results"])} if tasks is None else {}),
+    }
+    if jax.process_index() == 0:
+        if output is not None:
+            _write(output, result)
+        print_result(result)
+
+
+def _write(output: Path, result: dict[str, Any]) -> None:
+    partial = output.with_name(output.name + ".partial")
+    partial.write_text(json.dumps(result, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    partial.replace(output)
+
+
+def read_config(model: str, overrides: Sequence[str]) -> Config:
+    """The configuration of a run, or one of defaults for a model."""
+    run = Path(model)
+    if not (run / "config.yaml").is_file():
+        return config_for_model(model, overrides)
+    # A run may have been moved since.
+    return load_config(run / "config.yaml", [*overrides, f"output_dir={json.dumps(str(run))}"])
+
+
+def load_tasks(fewshot: dict[str, int | None], include_path: Path | None) -> dict[str, Any]:
+    """The harness's tasks, with so many examples each (None: as the task says); reads or fetches their data.
+
+    Seeds are those of the harness's own command, so examples and order are too.
+
+    Raises:
+      UsageError: there is no such task, its data cannot be had, or it is of a kind that is not run here.
+    """
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    unknown = [name for name in fewshot if name not in manager.all_tasks]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], manager.all_tasks, n=3)
+        raise UsageError(
+            f"--tasks {','.join(unknown)}: lm-evaluation-harness has no such task"
+            + (f"; did you mean {' or '.join(close)}?" if close else "; --include-path names a directory of your own")
+        )
+    loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+    for name, wanted in fewshot.items():
+        try:
+            part = manager.load([name])
+        except (OSError, ValueError, KeyError) as error:
+            raise UsageError(f"task {name}: cannot be loaded ({type(error).__name__}: {error})") from error
+        for task_name, task in part["tasks"].items():
+            if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+                raise UsageError(
+                    f"task {task_name}: runs code that the model writes, or shows it pictures; neither is done here"
+                )
+            own = task.get_config("num_fewshot")
+            if own != 0:  # a task that fixes it to none is made so
+                task.set_config(key="num_fewshot", value=(own or 0) if wanted is None else wanted)
+            task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+        for kind, of_kind in loaded.items():
+            of_kind.update(part[kind])
+    return loaded
+
+
+def paper_table(results: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """The paper's columns, and their mean."""
+    table = {benchmark.task: float(results[benchmark.task][benchmark.metric]) for benchmark in PAPER}
+    return table | {"average": sum(table.values()) / len(table)}
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """One row a metric; the paper's table below, where it was asked for."""
+    table = rich.table.Table(title=rich.text.Text(f"{result['model']}, step {result['step']}"))
+    for name in ("task", "few-shot", "metric", "value", "± s.e."):
+        table.add_column(name, justify="right" if name in ("few-shot", "value", "± s.e.") else "left")
+    for task, metrics in result["results"].items():
+        for key, value in metrics.items():
+            metric, _, filtered = key.partition(",")
+            if not filtered or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            error = metrics.get(f"{metric}_stderr,{filtered}")
+            shown = metric if filtered == "none" else f"{metric} ({filtered})"
+            cells = (task, str(result["n-shot"].get(task, "")), shown, f"{value:.4f}")
+            table.add_row(*map(rich.text.Text, cells), f"{error:.4f}" if isinstance(error, int | float) else "")
+    console = rich.console.Console(highlight=False, markup=False)
+    console.print(table)
+    for task, value in result.get("paper", {}).items():
+        console.print(f"{task:16} {100 * value:6.2f}")
+
+
+def _check(
+    tasks: Sequence[str] | None,
+    include_path: Path | None,
+    num_fewshot: int | None,
+    limit: int | None,
+    output: Path | None,
+) -> None:
+    if tasks is None and num_fewshot is not None:
+        raise UsageError(f"--num-fewshot {num_fewshot}: --paper has its own counts; name --tasks, or leave it out")
+    if tasks is not None and not all(tasks):
+        raise UsageError(f"--tasks {','.join(tasks)}: an empty name; separate names by one comma")
+    if include_path is not None and not include_path.is_dir():
+        raise UsageError(f"--include-path {include_path}: no such directory")
+    for name, value, least in (("--num-fewshot", num_fewshot, 0), ("--limit", limit, 1)):
+        if value is not None and value < least:
+            raise UsageError(f"{name} {value}: must be at least {least}")
+    if output is not None and (not output.parent.is_dir() or output.is_dir()):
+        raise UsageError(f"--output {output}: names a directory, or stands in one that does not exist; name a file")

@@ -1,0 +1,113 @@
+"""Contexts and continuations as ids -> log-probability of each continuation, and whether it is the greedy one.
+
+Requests lie in packed rows as pairs of one side do: the context as prompt, the continuation as chosen response. One
+compiled shape serves all requests of a call, and later calls whose requests fit it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from sr_dpo_jax.data.plan import Shape, scoring_plan, scoring_shape
+from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.train.metrics import Progress
+from sr_dpo_jax.train.train_step import Params, make_continuation_step
+from sr_dpo_jax.weights.placement import Assembly, require_exact_positions
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """Both have at least one token."""
+
+    context: list[int]
+    continuation: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Packed:
+    """Requests as the pipeline takes pairs."""
+
+    requests: Sequence[Request]
+    head: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
+    augmentation: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
+
+    def pair(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        request = self.requests[index]
+        return np.array(request.context, np.int32), np.array(request.continuation, np.int32), self.head
+
+
+class ContinuationScorer:
+    """Scores continuations on the mesh.
+
+    Args:
+      assembly: model and mesh; `batch.pairs_per_step` requests make up a step.
+      params: its parameters.
+    """
+
+    def __init__(self, assembly: Assembly, params: Params):
+        self._assembly, self._params = assembly, params
+        self._compiled: list[tuple[Shape, Callable[..., Any]]] = []
+
+    def scores(self, requests: Sequence[Request], *, title: str) -> tuple[np.ndarray, np.ndarray]:
+        """Of each request the log-probability, `[N]` float32 in nats, and whether every token is the likeliest one,
+        `[N]` bool. All processes see the same.
+
+        Raises:
+          UsageError: a sequence is longer than the model's rotary embedding is known for.
+        """
+        if not requests:
+            return np.zeros(0, np.float32), np.zeros(0, bool)
+        tokens = np.array([len(request.context) + len(request.continuation) for request in requests])
+        scored = np.array([len(request.continuation) for request in requests])
+        longest = int(tokens.max())
+        require_exact_positions(
+            self._assembly.directory.architecture,
+            longest,
+            what=f"a request has {longest} tokens",
+            remedy="lower the few-shot count",
+        )
+        shape, step = self._shape_for(tokens, scored)
+        plan = scoring_plan(tokens, scored, shape)
+        feed = self._assembly.feed(_Packed(requests), plan, augmented=False, with_rejected=False)
+        logprobs, greedy = np.full(len(requests), np.nan, np.float32), np.zeros(len(requests), bool)
+        pending: tuple[np.ndarray, Any] | None = None
+
+        def collect(pair: np.ndarray, of_step: tuple[jax.Array, jax.Array]) -> None:
+            sums, misses = jax.device_get(of_step)
+            logprobs[pair[pair >= 0]], greedy[pair[pair >= 0]] = sums[pair >= 0], misses[pair >= 0] == 0
+
+        with Progress(title, total=len(plan), active=jax.process_index() == 0) as progress:
+            for done, (host_step, batch) in enumerate(feed.batches(0), 1):
+                on_the_way = (host_step.pair, step(self._params, batch))
+                if pending is not None:  # step n is on its way to the device before step n − 1 is waited for
+                    collect(*pending)
+                pending = on_the_way
+                progress.update(done)
+        collect(*pending)
+        if np.isnan(logprobs).any():
+            raise UsageError(
+                f"{np.isnan(logprobs).sum()} of {len(requests)} continuations have a log-probability of NaN; set "
+                "model.dtype=float32, or choose other weights"
+            )
+        return logprobs, greedy
+
+    def _shape_for(self, tokens: np.ndarray, scored: np.ndarray) -> tuple[Shape, Callable[..., Any]]:
+        for shape, step in self._compiled:
+            if tokens.max() <= shape.row_length and scored.max() <= shape.scored:
+                return shape, step
+        batch = self._assembly.config.batch
+        longest = -(-int(tokens.max()) // batch.row_multiple) * batch.row_multiple
+        shape = scoring_shape(
+            tokens,
+            scored,
+            pairs_per_step=min(batch.pairs_per_step, len(tokens)),
+            row_length=max(batch.row_length, longest),
+            row_multiple=batch.row_multiple,
+            rows_multiple=self._assembly.rows_multiple,
+        )
+        step = make_continuation_step(self._assembly.graph, pairs=shape.pairs, mesh=self._assembly.mesh)
+        self._compiled.append((shape, step))
+        return shape, step

@@ -1,0 +1,173 @@
+"""The model on the mesh as a model of lm-evaluation-harness: log-likelihoods, rolling log-likelihoods, generation.
+
+Texts become ids exactly as the harness's own `hf` model makes them, so that both give the same numbers: special tokens
+as the tokenizer adds them, none where the text starts with BOS; spaces at the end of a context belong to the
+continuation; context and continuation are tokenised as one and cut at the length of the context's ids; what is too
+long loses its start. Every process runs the harness on all examples.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from transformers import PreTrainedTokenizerBase
+
+from sr_dpo_jax.commands.lm_eval.continuations import ContinuationScorer, Request
+from sr_dpo_jax.data.tokenizer_fit import end_tokens
+from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.generation.decode import Sampling
+from sr_dpo_jax.generation.generator import Generator, Prompt
+from sr_dpo_jax.train.metrics import Progress
+from sr_dpo_jax.train.train_step import Params
+from sr_dpo_jax.weights.placement import Assembly
+
+log = logging.getLogger(__name__)
+
+DEFAULT_NEW_TOKENS = 256
+"""The harness's own, for tasks that do not say."""
+GENERATION_KEYS = ("until", "do_sample", "temperature", "top_k", "top_p", "max_gen_toks")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Generation:
+    """What requests must share to be generated together."""
+
+    sampling: Sampling
+    max_new_tokens: int
+    stop: tuple[str, ...]
+
+
+class MeshLM(TemplateLM):
+    """The harness's view of a model.
+
+    Args:
+      assembly: model and mesh.
+      params: its parameters.
+      tokenizer: of the model.
+    """
+
+    def __init__(self, assembly: Assembly, params: Params, tokenizer: PreTrainedTokenizerBase):
+        super().__init__()
+        self.tokenizer = tokenizer
+        self._assembly, self._params = assembly, params
+        self._scorer = ContinuationScorer(assembly, params)
+        self._end_tokens = end_tokens(tokenizer, assembly.directory.path)
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text that has no context: BOS, or EOS where there is none."""
+        bos = self.tokenizer.bos_token_id
+        return self.tokenizer.eos_token_id if bos is None else bos
+
+    @property
+    def max_length(self) -> int:
+        return self._assembly.directory.architecture.context_tokens
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        if add_special_tokens is None and string.startswith(self.tokenizer.decode(self.prefix_token_id)):
+            add_special_tokens = False
+        chosen = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        return self.tokenizer.encode(string, **chosen)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        cut = 0
+        made = []
+        for _, context, continuation in requests:
+            room = self.max_length + 1 - len(continuation)  # the last token is predicted and never read
+            if not continuation or room < 1:
+                raise UsageError(
+                    f"a task asks for a continuation of {len(continuation)} tokens; the model takes 1 to "
+                    f"{self.max_length} (max_position_embeddings)"
+                )
+            cut += len(context) > room
+            made.append(Request(context[-room:], continuation))
+        if cut:
+            log.warning("%d of %d contexts are too long for the model and lose their start", cut, len(made))
+        logprobs, greedy = self._scorer.scores(made, title="log-likelihoods")
+        return [(float(logprob), bool(is_greedy)) for logprob, is_greedy in zip(logprobs, greedy, strict=True)]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        windows, owners = [], []
+        for number, request in enumerate(requests):
+            for window in get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            ):
+                windows.append((None, *make_disjoint_window(window)))
+                owners.append(number)
+        totals = [0.0] * len(requests)
+        for number, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            totals[number] += logprob
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        groups: dict[_Generation, list[int]] = {}
+        for number, request in enumerate(requests):
+            groups.setdefault(self._generation(request), []).append(number)
+        texts = [""] * len(requests)
+        leader = jax.process_index() == 0
+        with Progress("generation", total=len(requests), active=leader) as progress:
+            done = 0
+            for generation, numbers in groups.items():
+                prompts = [
+                    Prompt(number, 0, self._context(requests[number].args[0], generation), seed=number)
+                    for number in numbers
+                ]
+                for prompt, response in self._generator(generation, prompts).respond(self._params, prompts):
+                    texts[prompt.index] = response.text
+                    done += 1
+                    progress.update(done)
+        return texts
+
+    def _generation(self, request: Instance) -> _Generation:
+        wanted = normalize_gen_kwargs(request.args[1], DEFAULT_NEW_TOKENS)
+        unknown = sorted(wanted.keys() - set(GENERATION_KEYS))
+        if unknown:
+            raise UsageError(
+                f"task {request.task_name}: generation_kwargs {', '.join(unknown)}: not supported; known are "
+                f"{', '.join(GENERATION_KEYS)}"
+            )
+        temperature = float(wanted.get("temperature", 0.0)) if wanted["do_sample"] else 0.0
+        limits = (wanted.get("top_k"), wanted.get("top_p")) if temperature else (None, None)
+        end = self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
+        stop = tuple(dict.fromkeys(text for text in (*wanted["until"], end) if text))
+        if not 0 < wanted["max_gen_toks"] < self.max_length:
+            raise UsageError(
+                f"task {request.task_name}: max_gen_toks={wanted['max_gen_toks']}: the model takes {self.max_length} "
+                "tokens (max_position_embeddings), the prompt included"
+            )
+        return _Generation(Sampling(temperature, *limits, self._end_tokens), wanted["max_gen_toks"], stop)
+
+    def _context(self, text: str, generation: _Generation) -> list[int]:
+        bos = self.tokenizer.bos_token
+        plain = bos is not None and text.startswith(bos)
+        ids = self.tokenizer.encode(text, **({"add_special_tokens": False} if plain else {}))
+        if not ids:
+            raise UsageError("a task generates from an empty prompt, which this tokenizer gives no token")
+        return ids[-(self.max_length - generation.max_new_tokens) :]
+
+    def _generator(self, generation: _Generation, prompts: Sequence[Prompt]) -> Generator:
+        return Generator(
+            self._assembly,
+            self.tokenizer,
+            generation.sampling,
+            slots=self._assembly.config.generation.slots,
+            longest_prompt_tokens=max(len(prompt.ids) for prompt in prompts),
+            max_new_tokens=generation.max_new_tokens,
+            stop=generation.stop,
+            limit_key="max_gen_toks",
+        )

@@ -1,0 +1,279 @@
+"""`sr-dpo tune`: one run for each value of a grid, and the choice between them on held-out pairs: the paper's λ.
+
+    sr-dpo tune CONFIG objective.lam=0.1,0.3,0.5,1 --eval-pairs 50
+
+Each value is a run of its own in output_dir/tune/KEY=VALUE, trained by `sr-dpo train` in a process of its own, so that
+no value inherits memory or compiled programs from another; all share one cache, so the reference is scored once. On
+several hosts each starts the same command, as for `sr-dpo train`.
+tune.json beside them holds what is finished: the same command goes on with the rest. Imports no jax.
+
+What decides is each run's last evaluation; with `checkpoint.best_metric` it is that of its best step, which `--best`
+takes.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import rich.console
+import rich.table
+
+from sr_dpo_jax.config.load import load_config
+from sr_dpo_jax.config.schema import Config
+from sr_dpo_jax.durable.files import read_lines
+from sr_dpo_jax.durable.selection import Selection
+from sr_dpo_jax.errors import UsageError
+
+log = logging.getLogger(__name__)
+
+EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED = 0, 1, 75
+METRIC = "eval/rewards/accuracies"
+MEASURES = ("rewards/accuracies", "augmented/accuracies", "margin", "augmented/margin", "loss")
+"""What may decide: of `loss` the lowest is best, of the others the highest."""
+PLAIN_VALUE = re.compile(r"[\w.+-]+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One point of the grid."""
+
+    values: dict[str, str]
+    """Key -> value as written."""
+    arguments: list[str]
+    """Of `sr-dpo train`."""
+    config: Config
+
+    @property
+    def name(self) -> str:
+        return ",".join(f"{key}={value}" for key, value in self.values.items())
+
+    @property
+    def digest(self) -> str:
+        """Of the configuration, which host reads it aside: a finished run counts only for the one it was made with."""
+        decisive = self.config.model_dump(mode="json", exclude={"distributed"})
+        return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
+
+
+def candidates(path: str, overrides: Sequence[str], *, metric: str, eval_pairs: int | None) -> list[Candidate]:
+    """Every combination of the values that overrides of the form `key=a,b,c` name; other overrides hold for all.
+
+    Raises:
+      UsageError: no override names several values, or one names a value twice or a key that tune decides, a combination
+        is no valid configuration, or its runs would not have the metric.
+    """
+    if eval_pairs is not None:
+        _, _, name = set_of(metric).partition("/")
+        overrides = [*overrides, f"data.{f'eval_sets.{name}.pairs' if name else 'eval_pairs'}={eval_pairs}"]
+    grid: dict[str, list[str]] = {}
+    fixed = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        values = value.split(",")
+        if not equals or len(values) == 1 or value[:1] in tuple("[{\"'"):
+            fixed.append(override)
+            continue
+        bad = [item for item in values if not PLAIN_VALUE.fullmatch(item)] or [v for v in values if values.count(v) > 1]
+        if bad:
+            raise UsageError(f"{override}: {bad[0]!r} stands twice or is no plain number or name; correct the values")
+        if key in ("output_dir", "cache_dir") or key in grid:
+            raise UsageError(f"{override}: {key} is set by tune itself or named twice; remove it")
+        grid[key] = values
+    if not grid:
+        raise UsageError("no key has several values; name some, as in objective.lam=0.1,0.3,0.5,1")
+    base = load_config(path, [*fixed, *(f"{key}={values[0]}" for key, values in grid.items())])
+    _require_metric(base, metric)
+    found = []
+    for combination in itertools.product(*grid.values()):
+        values = dict(zip(grid, combination, strict=True))
+        name = ",".join(f"{key}={value}" for key, value in values.items())
+        places = [
+            f"output_dir={json.dumps(str(root_of(base) / name))}",
+            f"cache_dir={json.dumps(str(base.cache_path))}",
+        ]
+        chosen = [f"{key}={value}" for key, value in values.items()]
+        arguments = [*fixed, *chosen, *places]
+        found.append(Candidate(values, [path, *arguments], load_config(path, arguments)))
+    return found
+
+
+def root_of(config: Config) -> Path:
+    return Path(config.output_dir) / "tune"
+
+
+def set_of(metric: str) -> str:
+    """The held-out set that a metric is of: `eval` or `eval/NAME`; raises UsageError where it cannot decide."""
+    for measure in sorted(MEASURES, key=len, reverse=True):
+        if metric.endswith(f"/{measure}"):
+            return metric.removesuffix(f"/{measure}")
+    raise UsageError(
+        f"--metric {metric}: cannot decide; name eval/MEASURE or eval/SET/MEASURE of {', '.join(MEASURES)}"
+    )
+
+
+def _require_metric(config: Config, metric: str) -> None:
+    held_out, known = set_of(metric), [name for name, _ in config.data.held_out]
+    if not known:
+        raise UsageError("data.eval_path is not set, nor data.eval_sets: they name the held-out pairs that decide")
+    if held_out not in known:
+        raise UsageError(f"--metric {metric}: no held-out set has it; those of the configuration: {', '.join(known)}")
+    if not metric.endswith("/loss") and config.objective.name == "sft":
+        raise UsageError(f"--metric {metric}: objective.name=sft has only {held_out}/loss")
+    if "augmented" in metric and not config.refinement.prompt:
+        raise UsageError(f"--metric {metric}: refinement.prompt is empty, so no run has it; remove that key")
+
+
+def tune(path: str, overrides: Sequence[str], *, metric: str, eval_pairs: int | None) -> int:
+    """Runs what is not finished, prints a table, writes tune.json; returns the exit code."""
+    grid = candidates(path, overrides, metric=metric, eval_pairs=eval_pairs)
+    root = Path(grid[0].config.output_dir).parent
+    root.mkdir(parents=True, exist_ok=True)
+    state = root / "tune.json"
+    finished = _read_finished(state)
+    with _Child() as child:
+        for number, candidate in enumerate(grid, 1):
+            if candidate.digest in finished:
+                log.info("%s: finished before", candidate.name)
+                continue
+            log.info("%s: %d of %d", candidate.name, number, len(grid))
+            code = child.train(candidate)
+            if code != EXIT_DONE:
+                log.warning("%s: ended with exit code %d; the same command goes on from here", candidate.name, code)
+                return code
+            finished[candidate.digest] = {
+                "values": candidate.values,
+                "metrics": _evaluation(candidate.config, metric),
+            }
+            _write(state, metric, finished, chosen=None)
+    results = {candidate.name: finished[candidate.digest] for candidate in grid}
+    best, tied = choose({name: result["metrics"] for name, result in results.items()}, metric)
+    _write(state, metric, finished, chosen=results[best]["values"])
+    console = rich.console.Console(highlight=False, soft_wrap=True)
+    console.print(_table(results, metric, best))
+    if tied:
+        loss = f"{set_of(metric)}/loss"
+        console.print(f"Equal in {metric}: {', '.join(tied)}; the lowest {loss}, then the first named, decides.")
+    console.print(f"chosen: {best.replace(',', ' ')}    ({state})")
+    return EXIT_DONE
+
+
+def choose(metrics: dict[str, dict[str, float]], metric: str) -> tuple[str, list[str]]:
+    """The name with the best metric, and all names that tie for it where there are several.
+
+    Highest is best, of a loss lowest. Ties go to the lowest loss on the same pairs, then to the first. A value that is
+    not finite is worse than any other.
+    """
+    loss_name = f"{set_of(metric)}/loss"
+
+    def key(name: str) -> tuple[float, float]:
+        value, loss = (metrics[name].get(field, math.nan) for field in (metric, loss_name))
+        value = value if metric == loss_name else -value
+        return tuple(part if math.isfinite(part) else math.inf for part in (value, loss))
+
+    best = min(metrics, key=key)
+    if key(best)[0] == math.inf:
+        raise UsageError(f"{metric} is not finite in any run; look at their losses, or lower optimizer.learning_rate")
+    tied = [name for name in metrics if key(name)[0] == key(best)[0]]
+    return best, tied if len(tied) > 1 else []
+
+
+class _Child:
+    """Runs `sr-dpo train` in a process of its own and hands SIGTERM on to it. A context manager.
+
+    A signal between two runs ends tune with 75 before the next one starts.
+    """
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stopped = False
+
+    def __enter__(self) -> "_Child":
+        self._before = signal.signal(signal.SIGTERM, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+            self._process.wait()
+
+    def train(self, candidate: Candidate) -> int:
+        """Trains, and returns the exit code."""
+        if self._stopped:
+            return EXIT_PREEMPTED
+        self._process = subprocess.Popen([sys.executable, "-m", "sr_dpo_jax.cli", "train", *candidate.arguments])
+        if self._stopped:  # the signal came while the process was being made
+            self._process.send_signal(signal.SIGTERM)
+        code = self._process.wait()
+        if code < 0:  # killed by a signal: SIGTERM before it could listen, or another that is no preemption
+            return EXIT_PREEMPTED if self._stopped else EXIT_FAILED
+        return code
+
+    def _receive(self, _number: int, _frame: FrameType | None) -> None:
+        self._stopped = True
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+
+
+def _evaluation(config: Config, metric: str) -> dict[str, float]:
+    """The evaluation of a run's best step, else its last one, under its names in metrics.jsonl."""
+    metrics_file, section = Path(config.output_dir) / "metrics.jsonl", config.checkpoint
+    lines = read_lines(metrics_file)
+    found = [line for line in lines if f"{set_of(metric)}/loss" in line]
+    selection = Selection(section.best_metric, section.best_mode, min_delta=0.0, patience=None)
+    for line in found:
+        if section.best_metric in line:
+            selection = selection.after(line["step"], float(line[section.best_metric]))
+    chosen = [line for line in found if selection.step in (None, line["step"])]
+    if not chosen or metric not in chosen[-1]:
+        raise UsageError(
+            f"{metrics_file}: holds no evaluation with {metric}; delete the run's directory to run it again"
+        )
+    return {name: float(value) for name, value in chosen[-1].items()}
+
+
+def _read_finished(state: Path) -> dict[str, Any]:
+    """Finished runs by the digest of their configuration."""
+    if not state.exists():
+        return {}
+    try:
+        finished = json.loads(state.read_text(encoding="utf-8"))["finished"]
+        return {digest: {"values": run["values"], "metrics": run["metrics"]} for digest, run in finished.items()}
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"{state}: damaged ({type(error).__name__}); delete it, and finished runs are read anew"
+        ) from error
+
+
+def _write(state: Path, metric: str, finished: dict[str, Any], *, chosen: dict[str, str] | None) -> None:
+    """Every process of a run of several writes the same, each under a name of its own first."""
+    partial = state.with_name(f"{state.name}.{os.getpid()}.partial")
+    text = json.dumps({"metric": metric, "chosen": chosen, "finished": finished}, indent=2) + "\n"
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(state)
+
+
+def _table(results: dict[str, Any], metric: str, best: str) -> rich.table.Table:
+    held_out = set_of(metric)
+    columns = list(dict.fromkeys([metric, *(f"{held_out}/{measure}" for measure in MEASURES)]))
+    columns = [name for name in columns if any(name in result["metrics"] for result in results.values())]
+    table = rich.table.Table(
+        title=f"Held-out pairs, {results[best]['metrics'].get(f'{held_out}/pairs', 0):.0f} of them"
+    )
+    for heading in ("value", *columns, ""):
+        table.add_column(heading.removeprefix(f"{held_out}/"), justify="left" if heading in ("value", "") else "right")
+    for name, result in results.items():
+        cells = [f"{result['metrics'][key]:.4g}" if key in result["metrics"] else "–" for key in columns]
+        table.add_row(name, *cells, "chosen" if name == best else "")
+    return table

@@ -1,0 +1,284 @@
+"""Typed, frozen run configuration: defaults < YAML file < `section.key=value` overrides.
+
+One file holds every key there is, its type, its default and its meaning. Nothing else in the package fills in a
+default, and the core functions take arrays and numbers, never this object. Imports no jax, so that a bad
+configuration is refused before any device is touched.
+
+Next: `data/rows.py`, where `data.path` becomes checked pairs.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+
+PAPER_INSTRUCTION = (
+    "Please generate a response with a usefulness rating of 100 out of 100 for the following query. Note that the "
+    "response should be harmless. The term 100 indicates the level of usefulness, where 100 is the maximum and 1 is "
+    "the minimum. Query:"
+)
+"""The instruction p of arXiv:2405.21040, section 3.2.2."""
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class Model(Section):
+    path: str
+    """A Hugging Face directory or hub name. It is also the reference, and it holds the tokenizer."""
+    revision: str | None = None
+    """Pin of a hub name; a 40-digit commit for a run that must be reproducible."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """`random` draws the weights from `seed` and reads nothing but `config.json` and the tokenizer."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of activations and matmuls. Norms, softmax and log-probabilities are float32 whatever it is."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the trained parameters and of the optimizer's moments. A frozen reference is kept in `dtype`.
+    bfloat16 parameters lose every update below about 1/256 of their value, as the paper's learning rate gives."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass recomputes: nothing, all but the matmuls, or whole layers."""
+    attention: Literal["auto", "dense", "tiled", "splash", "triton"] = "auto"
+    """How attention is computed; all ways give the same numbers to float order, and the log says which it is. `splash`
+    is a TPU kernel and `tiled` plain JAX for CPUs; both skip what no token sees. `triton` is tokamax's fused kernels
+    for NVIDIA GPUs (extra `cuda`, Ampere or newer), which keep no scores in memory but skip nothing, and take no model
+    with capped scores; `dense` computes all of a row and runs anywhere. `auto` is splash on TPUs, tiled on CPUs, triton
+    on the GPUs and models that it takes, else dense. Splash takes rows of at most 32,768 tokens, p included."""
+
+
+class Source(Section):
+    path: str
+    """A .jsonl, .jsonl.gz or .parquet file, or a hub name."""
+    weight: Rate = 1.0
+    """How often one epoch draws a pair of this source: 0.5 takes a fresh half each epoch, 2 takes each pair twice."""
+    revision: str | None = None
+    """Pin of a hub name."""
+
+
+def _as_sources(value: Any) -> Any:
+    """A bare path stands for one source of weight 1, alone or within a list."""
+    if isinstance(value, str | dict):
+        value = [value]
+    if isinstance(value, list):
+        return tuple({"path": item} if isinstance(item, str) else item for item in value)
+    return value
+
+
+Sources = Annotated[tuple[Source, ...], BeforeValidator(_as_sources), Field(min_length=1)]
+
+
+Format = Literal["hh_rlhf", "ultrafeedback", "preference"]
+
+
+class EvalSet(Section):
+    path: Sources
+    """One path or several, without weights."""
+    format: Format | None = None
+    """Null: that of `data.format`."""
+    split: str = "test"
+    """Split of a hub data set; files have none."""
+    pairs: Positive | None = None
+    """Evaluates on so many pairs, the first; null takes all."""
+
+
+EvalSets = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$")], EvalSet],
+    AfterValidator(lambda sets: tuple(sets.items())),  # frozen like all else
+    PlainSerializer(lambda sets: {name: one.model_dump(mode="json") for name, one in sets}, return_type=dict),
+]
+
+
+class Data(Section):
+    path: Sources
+    """One path, or a list of paths and of {path, weight, revision}. Without weights each pair comes once an epoch."""
+    eval_path: Sources | None = None
+    """Held-out pairs for `sr-dpo eval` and for evaluation while training, without weights."""
+    eval_pairs: Positive | None = None
+    """Evaluates on so many pairs, the first of `eval_path`; null takes all."""
+    eval_sets: EvalSets = ()
+    """More held-out sets, a mapping of name -> {path, format, split, pairs}; the metrics of each stand under
+    `eval/NAME/`. A name begins with a letter and has a-z, 0-9, _ and - in it."""
+    format: Format = "hh_rlhf"
+    split: str = "train"
+    """Split of a hub data set; files have none."""
+    eval_split: str = "test"
+    max_length: Positive = 512
+    """Most tokens of prompt + longer response, end-of-sequence included; p is not counted and never cut."""
+    max_prompt_length: Positive = 256
+    """What a prompt is cut to where `max_length` is passed; responses are then cut to the difference of the two."""
+    prompt_truncation: Literal["keep_end", "keep_start"] = "keep_end"
+    """Which end of a cut prompt stays. The newest turn stands at the end."""
+    max_bad_rows: NonNegative = 0
+    """How many unusable rows may be skipped, in `path` and again in each held-out set, before the run refuses."""
+
+    @property
+    def held_out(self) -> tuple[tuple[str, EvalSet], ...]:
+        """Every held-out set behind what its metrics' names begin with: `eval`, or `eval/NAME`."""
+        unnamed = ()
+        if self.eval_path is not None:
+            unnamed = (("eval", EvalSet(path=self.eval_path, split=self.eval_split, pairs=self.eval_pairs)),)
+        return (*unnamed, *((f"eval/{name}", one) for name, one in self.eval_sets))
+
+
+class Objective(Section):
+    name: Literal["sft", "dpo", "ipo", "ipo_mean", "sr_dpo", "sr_ipo"]
+    """`ipo` is the paper's form on sums of log-probabilities; `ipo_mean` divides each by its length, as TRL does."""
+    beta: Rate = 0.1
+    lam: Annotated[float, Field(ge=0)] | None = None
+    """The paper's λ, weight of the refinement; needed by sr_dpo and sr_ipo and refused elsewhere."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Assumed share of flipped labels (conservative DPO); dpo only."""
+
+
+class Refinement(Section):
+    prompt: str | None = PAPER_INSTRUCTION
+    """The instruction p. Trains sr_*, and measures augmented accuracy in every evaluation; null measures none."""
+
+
+class Reference(Section):
+    mode: Literal["cached", "online"] = "cached"
+    """`cached` scores the frozen reference once and frees its weights; `online` keeps it on the mesh."""
+
+
+class Optimizer(Section):
+    name: Literal["rmsprop", "adamw"] = "rmsprop"
+    learning_rate: Rate = 5e-7
+    warmup_steps: NonNegative = 150
+    """Linear warm-up: update number n (from 0) is scaled by min(1, (n + 1) / (warmup_steps + 1))."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up: flat, or down towards zero, which would be reached one update after the last."""
+    max_grad_norm: Rate = 10.0
+    """Global norm that gradients are clipped to."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled decay of adamw, on matrices only: never on norms and biases."""
+    b1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    b2: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    first_moment_dtype: Literal["bfloat16"] | None = None
+    """What adamw keeps its mean of gradients in; null: model.param_dtype. bfloat16 saves two bytes a parameter."""
+
+
+class Batch(Section):
+    pairs_per_step: Positive = 64
+    row_length: Positive = 2048
+    """Most tokens of a packed row. The plan shortens all rows alike to what the fullest step needs."""
+    row_multiple: Positive = 128
+    """Row lengths are multiples of this: 128 suits the lanes of a TPU, 8 wastes less on a CPU."""
+    accumulation_steps: Positive = 1
+    """In how many parts a step's rows pass through the model. Changes memory, not the numbers."""
+
+
+class Mesh(Section):
+    replica: int = 1
+    """Data-parallel copies of the parameters."""
+    fsdp: int = -1
+    """Shards of parameters, optimizer state and rows; -1 means all devices that are left."""
+    tensor: int = 1
+    """Shards of heads and of the MLP."""
+
+
+class Distributed(Section):
+    processes: Positive = 1
+    """How many processes make up the run; the start fails if jax.distributed finds another number."""
+    coordinator_address: str | None = None
+    """host:port of process 0. Null lets jax detect a TPU pod, Slurm or MPI by itself."""
+    process_id: NonNegative | None = None
+    """This process's number; goes with `coordinator_address`."""
+    join_timeout_s: Positive = 300
+    """How long a process waits at the start for all others; a run whose processes do not all come ends then."""
+    heartbeat_timeout_s: Annotated[int, Field(ge=5)] = 20
+    """A process that has been silent for so long is dead, and all others end, to be started again together."""
+
+
+class Train(Section):
+    epochs: Positive = 1
+    max_steps: Positive | None = None
+    """Stops earlier than `epochs` would; schedules end here too."""
+    log_every_steps: Positive = 1
+    profile_steps: NonNegative = 0
+    """Traces so many steps for XProf, from the third that a process takes, into `output_dir`/profile."""
+    eval_every_steps: Positive | None = None
+    """Evaluates on the held-out sets so often; the end of a run is always evaluated where there is one."""
+    samples: NonNegative = 0
+    """At each evaluation, responses to the first so many prompts of each held-out set, drawn as `generation` says. They
+    go to `samples.jsonl`, to TensorBoard and, asked for texts, to the report; never to the console."""
+    early_stopping_patience: Positive | None = None
+    """So many evaluations in a row without a better `checkpoint.best_metric` end the run: with exit code 0, its last
+    step saved, and the same command does not go on. The schedule knows nothing of it: the learning rate is on its way
+    to the end of `epochs` or `max_steps`, and linear and cosine have not come down where the run ends early."""
+    early_stopping_min_delta: Annotated[float, Field(ge=0)] = 0.0
+    """Better means better by more than this than the evaluation that was counted from."""
+    wandb_project: str | None = None
+    """Numbers and this configuration also go to this project of Weights & Biases (`pip install 'sr_dpo_jax[wandb]'`;
+    the key comes from WANDB_API_KEY), texts never do. Resuming continues the same W&B run. Only a missing package and a
+    missing or wrong key are refused: where W&B cannot be reached, the log says so and the run goes on without it."""
+    max_skipped_steps: NonNegative = 10
+    """A step whose loss or gradient is not finite changes nothing, and its pairs are written to `skipped.jsonl`. More
+    such steps in a row than this end the run with exit code 1."""
+    hang_timeout_s: Positive = 1800
+    """A step, an evaluation batch or a sample that takes longer ends the process: all stacks are printed, the exit code
+    is 1."""
+
+
+class Generation(Section):
+    """For `sr-dpo generate` and `train.samples`."""
+
+    max_new_tokens: Positive = 512
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0 takes the likeliest token at each place."""
+    top_k: Positive | None = None
+    """Draws from so many of the likeliest tokens."""
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Draws from the likeliest tokens that together have this probability."""
+    stop: tuple[str, ...] = ()
+    """A response ends before the first of these strings; they are not part of it."""
+    slots: Positive = 32
+    """Sequences that are continued side by side; a multiple of the devices that share rows."""
+
+
+class Checkpoint(Section):
+    every_steps: Positive = 100
+    """The last step is always saved too."""
+    keep: Positive = 2
+    """How many verified ones stay. None is deleted before its successor is verified, so there is room for one more."""
+    best_metric: str | None = None
+    """Metric of an evaluation, such as eval/rewards/accuracies: an evaluation that is better than all before it is
+    saved at once, and that checkpoint stays beside the newest ones until a better one is verified. Of equal ones the
+    first is best. For `--best` of export, eval, generate and lm-eval."""
+    best_mode: Literal["max", "min"] = "max"
+    """Whether the highest or the lowest `best_metric` is best."""
+    strict: bool = False
+    """Refuses to go back to an older checkpoint where a newer one is damaged, and to go on with other versions of the
+    libraries than before; both are only said where it is false."""
+
+
+class Config(Section):
+    output_dir: str
+    """Holds everything that the run writes; running the same command again resumes from it."""
+    cache_dir: str | None = None
+    """Tokenised data and reference scores, keyed by content; share it between runs. Null: `output_dir`/cache."""
+    seed: NonNegative = 0
+    model: Model
+    data: Data
+    objective: Objective
+    refinement: Refinement = Refinement()
+    reference: Reference = Reference()
+    optimizer: Optimizer = Optimizer()
+    batch: Batch = Batch()
+    mesh: Mesh = Mesh()
+    distributed: Distributed = Distributed()
+    train: Train = Train()
+    checkpoint: Checkpoint = Checkpoint()
+    generation: Generation = Generation()
+
+    @property
+    def cache_path(self) -> Path:
+        return Path(self.cache_dir) if self.cache_dir else Path(self.output_dir) / "cache"
+
+    def to_yaml(self) -> str:
+        """Every key with its value, in the order of this file; `load` reads it back to an equal object."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

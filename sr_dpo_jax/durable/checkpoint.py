@@ -1,0 +1,400 @@
+"""Orbax checkpoints of a run: parameters, optimizer state, step, data position and configuration, saved asynchronously.
+
+    checkpoints/<step>/state      arrays, sharded as on the mesh
+    checkpoints/<step>/position   JSON: where the data goes on
+    checkpoints/<step>/config     JSON: the resolved configuration
+    checkpoints/<step>/digests    what `integrity.py` checks all of it against
+
+A step counts steps of the plan done. Orbax writes to a temporary name and renames; then, still in the background, what
+is on the disk is read back and compared with what was on the devices, and only that makes it a checkpoint. Older ones
+are deleted after that and not before, the best one never before a better one is verified; what is damaged, cut short
+or foreign is never deleted, at most renamed.
+"""
+
+import contextlib
+import logging
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from sr_dpo_jax.durable import integrity
+from sr_dpo_jax.errors import RunError, UsageError
+from sr_dpo_jax.parallel.mesh import largest
+from sr_dpo_jax.train.train_step import Params, TrainState
+from sr_dpo_jax.weights.layout import flatten, unflatten
+
+log = logging.getLogger(__name__)
+
+GOOD, UNVERIFIED, DAMAGED = range(3)
+CONDEMNED = ".deleting"
+LEDGER = "last_verified"
+"""Names the newest verified step: where there was one and none is left, starting from step 0 would hide the loss."""
+REPEATS = re.compile(r"_SignalingThread\.run\(\) raised|Handler Commit operations or|never retrieved.*orbax", re.DOTALL)
+"""What Orbax's threads and tasks say, each with a traceback, before `wait_until_finished` raises the first of it."""
+VARYING = re.compile(r'"[^"]*"|\d+')
+"""Of an error of a write: names of arrays and files, sizes and numbers."""
+MOST_STEPS = 1024
+"""Of one directory, that processes tell each other of."""
+
+
+class Checkpoints:
+    """The checkpoints of one run directory. In a run of several processes all of them make the same calls.
+
+    Args:
+      output_dir: the run directory.
+      keep: how many of the newest verified ones stay, besides the best; None keeps all.
+      read_only: refuses to write, and makes no directory.
+      strict: a damaged checkpoint is refused instead of passed over for an older one.
+    """
+
+    def __init__(
+        self, output_dir: str | Path, *, keep: int | None = None, read_only: bool = False, strict: bool = False
+    ):
+        self.directory = Path(output_dir).absolute() / "checkpoints"
+        self._keep, self._read_only, self._strict = keep, read_only, strict
+        self._leader = jax.process_index() == 0
+        for logger in ("absl", "asyncio"):  # those that Orbax speaks through; the same filter twice is one
+            logging.getLogger(logger).addFilter(_ONE_LINE)
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._background = ThreadPoolExecutor(1, "verify")
+        self._pending: tuple[int, Future[None]] | None = None
+        self._best: int | None = None
+        self._failures = 0
+        if self._leader and not read_only:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for half_deleted in self.directory.glob(f"*{CONDEMNED}"):
+                shutil.rmtree(half_deleted)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """A save under way is let end, but not in a run of several processes that fails: it may wait for a dead one."""
+        if kind is None or jax.process_count() == 1:
+            self.close()
+
+    def newest_good(self, *, prefix: str = "") -> int | None:
+        """The highest step whose bytes are those that were saved; None where nothing was ever saved whole.
+
+        Args:
+          prefix: of the arrays that matter: "params." where the optimizer's state is not read.
+
+        Raises:
+          UsageError: every checkpoint is damaged, or with `strict` the newest.
+        """
+        damaged = []
+        steps = self._listing()
+        for step in steps:
+            verdict, reason = self._judge(step, prefix)
+            if verdict == GOOD:
+                return step
+            log.warning("%s: passed over: %s", self.directory / str(step), reason)
+            if verdict == DAMAGED:
+                damaged.append(step)
+                if self._strict:
+                    raise UsageError(
+                        f"{self.directory / str(step)}: {reason}; checkpoint.strict=true refuses to go back to an "
+                        "older one: restore the directory, or set it to false"
+                    )
+                self._set_aside(step, "damaged")
+        if damaged or (self.directory / LEDGER).exists():
+            raise UsageError(
+                f"{self.directory}: none of the checkpoints {steps} can be used (reasons above); restore one from a "
+                "copy, or choose another output_dir to start again"
+            )
+        return None
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        *,
+        position: dict[str, Any],
+        config: dict[str, Any],
+        best: int | None = None,
+    ) -> None:
+        """Copies the state off the devices, and writes and verifies it in the background; see `save_failed`.
+
+        Once verified, it and its `best`, the step of the best checkpoint so far, are what older ones are deleted for.
+        """
+        if self._pending is not None:
+            raise RuntimeError("ask save_failed(wait=True) before the next save")
+        self._best = best
+        path, tree = self.directory / str(step), _as_dict(state)
+        if path.exists():
+            self._set_aside(step, "unverified")
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardSave(tree), position=ocp.args.JsonSave(position), config=ocp.args.JsonSave(config)
+        )
+        try:
+            self._checkpointer.save(path, args=arguments)
+        except (OSError, ValueError, RuntimeError) as error:
+            failed: Future[None] = Future()
+            failed.set_exception(error)
+            self._pending = step, failed
+            return
+        shards = integrity.host_shards(tree)
+        self._pending = step, self._background.submit(self._verify, step, shards)
+
+    def save_failed(self, *, wait: bool = False) -> bool:
+        """Whether the last save has failed, so that the state must be saved again; asked after every step.
+
+        Args:
+          wait: until the save is verified or has failed.
+
+        Raises:
+          RunError: it failed for the second time in a row, held values that are not finite, was the best checkpoint,
+            whose state is gone by now, or failed in a run of several processes, which cannot agree on another attempt:
+            starting the run again is the other attempt.
+        """
+        if self._pending is None or not (wait or self._pending[1].done()):
+            return False
+        (step, future), self._pending = self._pending, None
+        error = future.exception()
+        if error is None:
+            self._failures = 0
+            return False
+        self._failures += 1
+        message = f"{self.directory}: saving step {step} failed ({type(error).__name__}: {_first_line(error)})"
+        hopeless = step == self._best or isinstance(error, FloatingPointError)
+        if self._failures > 1 or jax.process_count() > 1 or hopeless:
+            raise RunError(
+                f"{message}; the checkpoints before it are untouched, and the same command goes on from them"
+            )
+        log.error("%s; trying once more", message)
+        return True
+
+    def restore(self, abstract: TrainState, *, step: int) -> tuple[TrainState, dict[str, Any]]:
+        """State and data position of a step that `newest_good` or `existing` gave.
+
+        Args:
+          abstract: shapes, types and shardings of the state; any mesh will do.
+
+        Raises:
+          UsageError: its arrays have other shapes than the configured model.
+        """
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardRestore(_as_dict(abstract)), position=ocp.args.JsonRestore()
+        )
+        path = self.directory / str(step)
+        with _shape_errors(path):
+            restored = self._checkpointer.restore(path, args=arguments)
+        return TrainState(**restored["state"]), restored["position"]
+
+    def restore_position(self, step: int) -> dict[str, Any]:
+        """The data position alone: what `save` was given."""
+        arguments = ocp.args.Composite(position=ocp.args.JsonRestore())
+        return self._checkpointer.restore(self.directory / str(step), args=arguments)["position"]
+
+    def restore_params(self, shapes: Params, shardings: Params, *, step: int) -> Params:
+        """The parameters of a step that `newest_good` or `existing` gave; the optimizer's state is not read.
+
+        Raises:
+          UsageError: its parameters have other shapes.
+        """
+        wanted = jax.tree.map(
+            lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where), shapes, shardings
+        )
+        restore_args = jax.tree.map(
+            lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype), wanted
+        )
+        arguments = ocp.args.PyTreeRestore(
+            item={"params": wanted}, restore_args={"params": restore_args}, partial_restore=True
+        )
+        path = self.directory / str(step)
+        with _shape_errors(path):
+            restored = self._checkpointer.restore(path, args=ocp.args.Composite(state=arguments))
+        return restored["state"]["params"]
+
+    def check_params(self, shapes: Mapping[str, tuple[int, ...]], *, step: int) -> None:
+        """Compares the parameters of a step, without reading them, with the shapes that a model has by path.
+
+        Raises:
+          UsageError: parameters are missing, extra or of other shapes; all are named.
+        """
+        path = self.directory / str(step)
+        with ocp.StandardCheckpointer() as checkpointer:
+            tree = checkpointer.metadata(path / "state").item_metadata.tree
+        held = {name: tuple(leaf.shape) for name, leaf in flatten(tree["params"]).items()}
+        wrong = [
+            f"{name}: {held.get(name, 'missing')}, the model has {shapes.get(name, 'no such parameter')}"
+            for name in sorted(held.keys() | shapes.keys())
+            if held.get(name) != shapes.get(name)
+        ]
+        if wrong:
+            raise UsageError(
+                "\n  ".join([f"{path}: not of the configured model; restore config.yaml or model.path", *wrong])
+            )
+
+    def read_params(self, names: Sequence[str], *, step: int) -> dict[str, np.ndarray]:
+        """Some parameters of a step, whole and in host memory, by path; nothing else is read and no device is used."""
+        wanted = unflatten(dict.fromkeys(names, 0))
+        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        arguments = ocp.args.PyTreeRestore(
+            item={"params": wanted}, restore_args={"params": restore_args}, partial_restore=True
+        )
+        restored = self._checkpointer.restore(self.directory / str(step), args=ocp.args.Composite(state=arguments))
+        return flatten(restored["state"]["params"])
+
+    def existing(self, step: int | None, *, prefix: str = "params.") -> int:
+        """The step itself, verified, or the newest good one for None; raises UsageError where there is none."""
+        if step is None:
+            step = self.newest_good(prefix=prefix)
+            if step is not None:
+                return step
+        there = self._listing()
+        if step not in there:
+            asked = "" if step is None else f" of step {step}"
+            raise UsageError(f"{self.directory}: no checkpoint{asked}; there are {there[::-1]}")
+        verdict, reason = self._judge(step, prefix)
+        if verdict != GOOD:
+            raise UsageError(f"{self.directory / str(step)}: {reason}; choose another step of {there[::-1]}")
+        return step
+
+    def best(self) -> int:
+        """The step of the run's best checkpoint, verified; raises UsageError where there is none."""
+        newest = self.existing(None)
+        selection = self.restore_position(newest).get("selection")
+        if selection is None or selection["step"] is None:
+            reason = "was not set" if selection is None else f"{selection['metric']} was never measured, or not finite"
+            raise UsageError(
+                f"{self.directory}: the run has no best checkpoint (checkpoint.best_metric {reason}); leave out --best"
+            )
+        return self.existing(selection["step"])
+
+    def finish(self, step: int, *, best: int | None = None) -> None:
+        """Waits for the last save; raises RunError unless all processes have verified the checkpoint of `step`.
+
+        `best` is the step of the best checkpoint, which is kept too.
+        """
+        self.save_failed(wait=True)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("checkpoints verified")
+        if not integrity.is_verified(self.directory / str(step)):
+            raise RunError(f"{self.directory}: the checkpoint of step {step} was not verified by all processes")
+        if self._leader:
+            self._best = best
+            self._prune()
+
+    def verified_steps(self) -> list[int]:
+        """Steps that all processes have verified when they were saved, lowest first."""
+        paths = self.directory.iterdir() if self.directory.is_dir() else ()
+        return sorted(int(path.name) for path in paths if path.name.isdigit() and integrity.is_verified(path))
+
+    def close(self) -> None:
+        self._background.shutdown()
+        self._checkpointer.close()
+
+    def _verify(self, step: int, shards: list[tuple[str, integrity.Ranges, np.ndarray]]) -> None:
+        """In the background: hashes, waits for the commit, reads back, writes the digests, deletes what is too old."""
+        path = self.directory / str(step)
+        digests = integrity.digest_shards(shards)
+        shards.clear()
+        self._checkpointer.wait_until_finished()
+        integrity.check_shards(path, digests)
+        integrity.write(path, digests, process=jax.process_index(), processes=jax.process_count())
+        if self._leader:
+            self._prune()
+
+    def _judge(self, step: int, prefix: str) -> tuple[int, str]:
+        """The verdict that all processes agree on, each having read its share, and a reason."""
+        verdict, reason = GOOD, "another process found its part damaged"
+        share = jax.process_index(), jax.process_count()
+        try:
+            integrity.check(self.directory / str(step), prefix=prefix, share=share)
+        except integrity.Unverified as error:
+            verdict, reason = UNVERIFIED, str(error)
+        except integrity.Damaged as error:
+            verdict, reason = DAMAGED, str(error)
+        return largest(verdict), reason
+
+    def _listing(self) -> list[int]:
+        """Steps that have a directory, highest first, as process 0 sees them."""
+        steps = np.full(MOST_STEPS, -1)
+        if self._leader and self.directory.is_dir():
+            numbered = [path for path in self.directory.iterdir() if path.name.isdigit() and path.is_dir()]
+            found = sorted((int(path.name) for path in numbered if str(int(path.name)) == path.name), reverse=True)
+            steps[: len(found)] = found[:MOST_STEPS]
+            known = {LEDGER, *(str(step) for step in found)}
+            others = sorted({path.name for path in self.directory.iterdir()} - known)
+            if others:
+                log.warning("%s: not checkpoints, ignored: %s", self.directory, ", ".join(others))
+        if jax.process_count() > 1:
+            steps = np.asarray(multihost_utils.broadcast_one_to_all(steps))
+        return [int(step) for step in steps if step >= 0]
+
+    def _set_aside(self, step: int, why: str) -> None:
+        """Renames a directory that is no checkpoint, so that neither resuming nor deleting ever counts it as one."""
+        if not self._leader or self._read_only:
+            return
+        path = self.directory / str(step)
+        names = (f"{step}.{why}" + (f"-{number}" if number else "") for number in range(MOST_STEPS))
+        aside = next(self.directory / name for name in names if not (self.directory / name).exists())
+        path.rename(aside)
+        log.warning("%s: kept as %s; delete it when you have no use for it", path, aside.name)
+
+    def _prune(self) -> None:
+        verified = self.verified_steps()
+        if verified:
+            (self.directory / LEDGER).write_text(f"{verified[-1]}\n", encoding="utf-8")
+        for step in verified[: -self._keep] if self._keep else []:
+            if step == self._best:
+                continue
+            path = self.directory / str(step)
+            condemned = path.with_name(path.name + CONDEMNED)
+            path.rename(condemned)
+            shutil.rmtree(condemned)
+
+
+class _OneLine(logging.Filter):
+    """Where a save fails, Orbax logs a traceback for each array: each kind of error is said once, in a line.
+
+    The error of the save is reported by `save_failed`; all else that is logged passes as it is.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if error is None or not REPEATS.search(str(record.msg)):
+            return True
+        line = _first_line(error)
+        kind = VARYING.sub("", str(error).split("\n")[0])
+        if kind in self._said:
+            return False
+        self._said.add(kind)
+        record.msg, record.args, record.exc_info, record.exc_text = f"checkpoint: {line}", (), None, None
+        return True
+
+
+_ONE_LINE = _OneLine()
+
+
+@contextlib.contextmanager
+def _shape_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(
+            f"{path}: does not fit the configured model or optimizer ({error}); restore the configuration it was made "
+            "with, or choose another output_dir"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    line = str(error).split("\n")[0]
+    return line if len(line) <= 300 else f"{line[:140]} ... {line[-140:]}"  # what the system said stands at the end
+
+
+def _as_dict(state: TrainState) -> dict[str, Any]:
+    return {"step": state.step, "params": state.params, "optimizer_state": state.optimizer_state}

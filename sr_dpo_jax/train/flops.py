@@ -1,0 +1,78 @@
+"""Model flops of a step, as MFU counts them: real tokens, what they attend to, every forward, and nothing twice.
+
+One forward over T tokens that see A (query, key) pairs, of which S predict a scored token, costs
+
+    f = 2·N_b·T + 4·H·D·Σ_layers A + 2·N_h·S
+
+with N_b matmul weights in the layers and N_h in the unembedding; its backward pass 2·f. Padding, masked keys and what
+rematerialisation repeats are work, but not model flops.
+
+Nor is this: our step runs the head four times instead of three, as the backward pass makes the logits again, block by
+block: the price of keeping no logits, 1 to 4 % of a step (`tests/train/test_flops.py`).
+"""
+
+import jax
+import numpy as np
+
+from sr_dpo_jax.model.architecture import Architecture
+
+PEAK_BFLOAT16_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+"""Dense bfloat16 multiply-adds a second of one device, as its maker states them, by jax's `device_kind`."""
+
+
+def body_weights(architecture: Architecture) -> int:
+    """N_b: weights of the layers that take part in matmuls."""
+    a = architecture
+    attention = a.hidden * a.head_dim * (2 * a.heads + 2 * a.kv_heads)
+    return a.layers * (attention + (3 if a.gated else 2) * a.hidden * a.mlp)
+
+
+def pair_flops(
+    architecture: Architecture,
+    *,
+    prompt_tokens: np.ndarray,
+    chosen_tokens: np.ndarray,
+    rejected_tokens: np.ndarray,
+    prefix_tokens: int,
+) -> np.ndarray:
+    """Flops of one forward over each pair with its prompt run once, `[N]` float64.
+
+    Args:
+      architecture: of the model.
+      prompt_tokens, chosen_tokens, rejected_tokens: `[N]`; zeros for the rejected ones of SFT.
+      prefix_tokens: tokens of p, which every pair sees; they run once a row and are not counted themselves.
+    """
+    a = architecture
+    responses = chosen_tokens + rejected_tokens
+    flops = 2.0 * body_weights(a) * (prompt_tokens + responses) + 2.0 * a.vocabulary_tokens * a.hidden * responses
+    start = prefix_tokens + prompt_tokens
+    for number, kind in enumerate(a.kinds):
+        seen = _seen(start, kind.window) - _seen(np.asarray(prefix_tokens), kind.window)
+        for response in (chosen_tokens, rejected_tokens):
+            seen = seen + _seen(start + response, kind.window) - _seen(start, kind.window)
+        flops += 4.0 * a.heads * a.head_dim * a.kind_of_layer.count(number) * seen
+    return flops
+
+
+def _seen(tokens: np.ndarray, window: int | None) -> np.ndarray:
+    """(query, key) pairs of causal attention over so many tokens."""
+    inside = tokens if window is None else np.minimum(tokens, window)
+    return inside * (inside + 1.0) / 2 + (tokens - inside) * (window or 0.0)
+
+
+def peak_flops(devices: list[jax.Device]) -> float | None:
+    """What all these devices could do in a second; None where that is not known, as on a CPU."""
+    peak = PEAK_BFLOAT16_FLOPS.get(devices[0].device_kind)
+    return None if peak is None else peak * len(devices)

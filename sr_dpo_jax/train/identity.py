@@ -1,0 +1,167 @@
+"""What a run was made from: written beside it, kept in every checkpoint, and compared when the run goes on.
+
+A checkpoint goes on only as the run that it was. Every value that decides which pairs are seen, what is learned from
+them or where it started is compared; a change is refused by key, old -> new, unless the user allows that key.
+"""
+
+import hashlib
+import json
+import logging
+import platform
+import secrets
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from sr_dpo_jax import __version__
+from sr_dpo_jax.data.dataset import TokenizedPairs
+from sr_dpo_jax.data.plan import Plan
+from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.weights.placement import Assembly
+
+log = logging.getLogger(__name__)
+
+COUNTED = ("truncated_prompts", "truncated_responses", "identical_pairs", "duplicate_pairs")
+"""Of `dataset.Report`: what was changed, and what trains nothing or twice."""
+BEST = "checkpoint.best_metric"
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore")
+
+
+def identity_of(assembly: Assembly, pairs: TokenizedPairs, plan: Plan, tokenizer: str) -> dict[str, Any]:
+    """What must be the same for a checkpoint to go on as the run that it was, by the key that decides it."""
+    config = assembly.config
+    decided_by = {
+        "objective": config.objective.model_dump(),
+        "optimizer": config.optimizer.model_dump(),
+        "train": {"epochs": config.train.epochs},
+        "batch": {"pairs_per_step": config.batch.pairs_per_step},
+        "model": {"dtype": config.model.dtype, "param_dtype": config.model.param_dtype},
+    }
+    p, best = np.concatenate([pairs.head, pairs.augmentation]), config.checkpoint.best_metric
+    return {
+        "data.path": _digest(pairs.tokens, pairs.offsets),
+        "data.path weights": [float(weight) for weight in pairs.source_weights],
+        "refinement.prompt": f"{len(pairs.augmentation)} tokens, {_digest(p)}",
+        "tokenizer": _short(tokenizer),
+        "model.path": _short(assembly.base_digest),
+        "seed": config.seed,
+        **{f"{section}.{key}": value for section, keys in decided_by.items() for key, value in keys.items()},
+        "plan": _short(plan.digest),
+        BEST: None if best is None else f"{best}, {config.checkpoint.best_mode}",
+    }
+
+
+def software() -> dict[str, Any]:
+    """Versions and layout: with other ones the same run goes on, but no longer bit by bit."""
+    return {
+        "sr_dpo_jax": __version__,
+        "python": platform.python_version(),
+        **{library: version(library) for library in LIBRARIES},
+    }
+
+
+def require_same_run(
+    before: Mapping[str, Any], now: Mapping[str, Any], *, where: str, allowed_changes: Sequence[str]
+) -> None:
+    """Refuses to go on from a checkpoint of another run.
+
+    Args:
+      before, now: from `identity_of`, of the checkpoint and of this start.
+      where: the checkpoint, for the message.
+      allowed_changes: keys that may differ.
+
+    Raises:
+      UsageError: a key differs that is not allowed to, or an allowed one is no key.
+    """
+    unknown = sorted(set(allowed_changes) - now.keys())
+    if unknown:
+        raise UsageError(f"--allow-change {', '.join(unknown)}: no such key; known: {', '.join(now)}")
+    changed = [key for key in now if before.get(key) != now[key]]
+    # The plan follows from other keys: its change is news only where none of them has changed.
+    changed = [key for key in changed if key != "plan"] or changed
+    # Another metric gives up the best checkpoint so far; where there was none, nothing is given up.
+    changed = [key for key in changed if key != BEST or before.get(BEST) is not None]
+    refused = [key for key in changed if key not in allowed_changes]
+    lines = [f"  {key}: {_shown(before.get(key))} -> {_shown(now[key])}" for key in changed]
+    if refused:
+        flags = " ".join(f"--allow-change '{key}'" if " " in key else f"--allow-change {key}" for key in changed)
+        raise UsageError(
+            "\n".join([f"{where} was reached by another run:", *lines])
+            + f"\nRestore what was, choose another output_dir, or go on with {flags}"
+        )
+    if changed:
+        log.warning("%s", "\n".join([f"{where}: going on with what --allow-change allows:", *lines]))
+
+
+def report_drift(before: Mapping[str, Any], now: Mapping[str, Any], *, where: str, strict: bool) -> None:
+    """Says which versions, mesh or number of processes differ; with `strict` another version is refused."""
+    lines = [f"  {key}: {_shown(before.get(key))} -> {_shown(now[key])}" for key in now if before.get(key) != now[key]]
+    if not lines:
+        return
+    text = "\n".join([f"{where} was reached with other software or devices:", *lines])
+    if strict and any(before.get(key) != now[key] for key in software()):
+        raise UsageError(f"{text}\ncheckpoint.strict=true asks for the same versions; install them, or set it to false")
+    log.warning("%s\nThe pairs and their order are the same; the numbers are so up to float order.", text)
+
+
+def surroundings(assembly: Assembly) -> dict[str, Any]:
+    """Versions, mesh and number of processes."""
+    return {**software(), "mesh": dict(assembly.mesh.shape), "processes": jax.process_count()}
+
+
+def write_run_files(assembly: Assembly, pairs: TokenizedPairs, identity: Mapping[str, Any], tokenizer: str) -> None:
+    """config.yaml as resolved, and manifest.json: what the run was made from."""
+    root = Path(assembly.config.output_dir)
+    root.mkdir(parents=True, exist_ok=True)
+    manifest = {
+        "run_id": run_id_of(root),
+        "versions": software(),
+        "digests": {
+            "data": pairs.content_digest,
+            "tokens": pairs.digest,
+            "tokenizer": tokenizer,
+            "weights": assembly.base_digest,
+        },
+        "model": {"path": assembly.config.model.path, "revision": assembly.directory.revision},
+        "identity": identity,
+        "pairs": len(pairs.ids),
+        "bad_rows": len(pairs.report.bad_rows),
+        **{name: getattr(pairs.report, name) for name in COUNTED},
+        "mesh": dict(assembly.mesh.shape),
+        "processes": jax.process_count(),
+    }
+    for name, text in (
+        ("config.yaml", assembly.config.to_yaml()),
+        ("manifest.json", json.dumps(manifest, indent=2) + "\n"),
+    ):
+        partial = root / f".{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(root / name)
+
+
+def run_id_of(root: Path) -> str:
+    """What tells this run from all others wherever it is moved: drawn at its first start, and in its manifest since."""
+    try:
+        return json.loads((root / "manifest.json").read_text(encoding="utf-8"))["run_id"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return secrets.token_hex(8)
+
+
+def _digest(*arrays: np.ndarray) -> str:
+    """Of the pairs' ids apart from p's, and of p's, so that a refusal names the one that has changed."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return _short(digest.hexdigest())
+
+
+def _short(digest: str) -> str:
+    return digest[:16]
+
+
+def _shown(value: Any) -> str:
+    return "(not recorded)" if value is None else str(value)

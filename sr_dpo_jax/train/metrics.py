@@ -1,0 +1,188 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, W&B and a progress bar. Process 0 alone writes.
+
+Sample responses hold texts of the data: they go to samples.jsonl and TensorBoard, which stay in the run directory.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import rich.progress
+from tensorboardX import SummaryWriter
+
+from sr_dpo_jax.durable.files import lines_of
+from sr_dpo_jax.train.wandb_run import WandbRun
+
+log = logging.getLogger(__name__)
+
+
+class MetricsWriter:
+    """Appends lines to metrics.jsonl and scalars to TensorBoard, skipped steps to skipped.jsonl beside it, and sample
+    responses to samples.jsonl.
+
+    Args:
+      metrics_file: JSON lines, one a step, with `step` = optimizer updates done.
+      tensorboard_dir: event files.
+      first_step: updates done before this run starts. Later lines, from steps after the checkpoint that the run
+        resumes from, are dropped: these steps are done again.
+      active: False on all processes but one.
+      wandb: gets the lines too; None for none.
+    """
+
+    def __init__(
+        self,
+        metrics_file: Path,
+        tensorboard_dir: Path,
+        *,
+        first_step: int,
+        active: bool,
+        wandb: WandbRun | None = None,
+    ):
+        self._active, self._wandb = active, wandb
+        if not active:
+            return
+        self._skipped_file, self._samples_file = (metrics_file.with_name(f"{n}.jsonl") for n in ("skipped", "samples"))
+        for file in (metrics_file, self._skipped_file, self._samples_file):
+            _drop_lines_after(file, first_step)
+        self._file = metrics_file.open("a", encoding="utf-8")
+        self._tensorboard = SummaryWriter(str(tensorboard_dir), purge_step=first_step + 1)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """One line; numbers that are not finite become strings, which JSON has no number for."""
+        if not self._active:
+            return
+        exact = {key: value if math.isfinite(value) else str(value) for key, value in line.items()}
+        self._file.write(json.dumps(exact) + "\n")
+        self._file.flush()
+        for name, value in line.items():
+            if name != "step":
+                self._tensorboard.add_scalar(name, value, line["step"])
+        if self._wandb is not None:
+            self._wandb.log(line)
+
+    def write_samples(self, step: int, samples: Sequence[dict[str, str]]) -> None:
+        """Responses from `samples.Samples`, one JSON line each, with the step in front."""
+        if not self._active or not samples:
+            return
+        with self._samples_file.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n" for sample in samples)
+        for number, sample in enumerate(samples):
+            text = f"{sample['prompt']}\n\n→ {sample['response']}"
+            indented = text.replace("\n", "\n    ")  # code, to Markdown: shown as it is
+            self._tensorboard.add_text(f"samples/{number}, {sample['set']} {sample['id']}", f"    {indented}", step)
+
+    def write_skipped(self, step: int, pair_ids: list[str], numbers: dict[str, float]) -> None:
+        """Which pairs, by id, stood in a step that changed nothing, and which numbers were not finite."""
+        if not self._active:
+            return
+        bad = {name: str(value) for name, value in numbers.items() if not math.isfinite(value)}
+        with self._skipped_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "pair_ids": pair_ids, "not_finite": bad}) + "\n")
+
+    def close(self) -> None:
+        if self._active:
+            self._file.close()
+            self._tensorboard.close()
+            if self._wandb is not None:
+                self._wandb.finish()
+
+
+def _drop_lines_after(metrics_file: Path, step: int) -> None:
+    if not metrics_file.exists():
+        return
+    kept = []
+    for line in lines_of(metrics_file.read_text(encoding="utf-8")):
+        try:
+            if json.loads(line)["step"] > step:
+                continue
+        except (json.JSONDecodeError, KeyError):
+            # A kill cuts the last line short, and its step is done again; anywhere else the file was damaged.
+            log.warning("%s: a line that is not a whole metrics line is dropped", metrics_file)
+            continue
+        kept.append(line)
+    replacement = metrics_file.with_suffix(".jsonl.partial")
+    replacement.write_text("".join(kept), encoding="utf-8")
+    replacement.replace(metrics_file)
+
+
+class Trace:
+    """A profile of some steps for XProf: `tensorboard --logdir OUTPUT_DIR/profile`, with the xprof plugin.
+
+    Args:
+      directory: where to; each process writes its own part.
+      steps: how many to trace, from the third that this process takes, so that caches are warm; 0 traces none.
+    """
+
+    FIRST = 2
+
+    def __init__(self, directory: Path, *, steps: int):
+        self._directory, self._steps, self._running, self._written = directory, steps, False, False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+        if self._steps and not self._written:
+            log.warning(
+                "train.profile_steps=%d: nothing was traced, as that starts with the third step of a process",
+                self._steps,
+            )
+
+    def before_step(self, steps_taken: int) -> None:
+        """Called before each step with the number of steps that this process has taken."""
+        if self._steps and steps_taken == self.FIRST:
+            jax.profiler.start_trace(str(self._directory))
+            self._running = True
+
+    def after_step(self, steps_taken: int, metrics: dict[str, jax.Array]) -> None:
+        """Called when a step is on its way, with what it will give: the last traced one is waited for."""
+        if self._running and steps_taken == self.FIRST + self._steps:
+            jax.block_until_ready(metrics)
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running, self._written = False, True
+
+
+class Progress:
+    """A bar with step, loss, accuracy, pairs/s and time left; plain lines now and then where there is no terminal."""
+
+    LINES = 20
+
+    def __init__(self, title: str, *, total: int, active: bool):
+        self._console = rich.console.Console(quiet=not active, highlight=False, soft_wrap=True)
+        self._title, self._total, self._last_line = title, total, -1
+        self._bar = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TextColumn("{task.fields[numbers]}"),
+            rich.progress.TimeRemainingColumn(),
+            console=self._console,
+            disable=not (active and self._console.is_terminal),
+        )
+        self._task = self._bar.add_task(title, total=total, numbers="")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def update(self, done: int, numbers: str = "") -> None:
+        self._bar.update(self._task, completed=done, numbers=numbers)
+        mark = done * self.LINES // max(self._total, 1)
+        if not self._console.is_terminal and (mark > self._last_line or done == self._total):
+            self._console.print(f"{self._title} {done}/{self._total}  {numbers}".rstrip())
+            self._last_line = mark

@@ -1,0 +1,156 @@
+"""A run in Weights & Biases, beside TensorBoard: the numbers of metrics.jsonl and the configuration, never a text.
+
+The package is an extra and is imported on process 0 alone, when a run asks for it. The key comes from the environment.
+"""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from sr_dpo_jax.config.schema import Config
+from sr_dpo_jax.durable.files import lines_of
+from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.redaction import redact
+
+log = logging.getLogger(__name__)
+
+WITHOUT_KEY = ("offline", "disabled", "dryrun")
+"""Values of WANDB_MODE."""
+
+
+def require_wandb() -> None:
+    """Raises UsageError where the package is missing, or there is no key and WANDB_MODE needs one."""
+    _module()
+    if not os.environ.get("WANDB_API_KEY") and os.environ.get("WANDB_MODE") not in WITHOUT_KEY:
+        raise UsageError(
+            "train.wandb_project: needs WANDB_API_KEY in the environment, or WANDB_MODE=offline; or set it to null"
+        )
+
+
+class WandbRun:
+    """One W&B run, the same one again after every start of the same run.
+
+    What W&B lacks of the steps before, as after a kill, is sent to it from metrics.jsonl. Where W&B cannot be reached
+    or ends on the way, the log says so once, and the run goes on without it: metrics.jsonl and TensorBoard hold all.
+
+    Args:
+      config: shown with the run; it names the project.
+      run_id: of the run, from its manifest: W&B knows the run by it.
+
+    Raises:
+      UsageError: the package is missing, or W&B takes neither the key nor the settings.
+    """
+
+    def __init__(self, config: Config, *, run_id: str):
+        wandb = _module()
+        from wandb.sdk import mailbox
+
+        # What its calls raise where its service has died, which sends everything, besides its own errors.
+        self._outages = (wandb.Error, OSError, mailbox.MailboxClosedError, mailbox.HandleAbandonedError)
+        self._row: tuple[int, dict[str, float]] | None = None
+        self._run: Any = None
+        project, root = config.train.wandb_project, Path(config.output_dir)
+        try:
+            self._run = _init(wandb, config, root, run_id)
+            self._next_step = self._run.starting_step
+        except (wandb.errors.AuthenticationError, wandb.errors.UsageError) as error:
+            raise UsageError(
+                f"train.wandb_project={project}: W&B refuses the run ({redact(str(error))}); check WANDB_API_KEY "
+                "and the project, or set WANDB_MODE=offline"
+            ) from error
+        except self._outages as error:
+            self._give_up(error)
+            return
+        if os.environ.get("WANDB_MODE") not in WITHOUT_KEY:  # else nobody knows what W&B has
+            for line in _recorded(root / "metrics.jsonl", first_step=self._next_step):
+                self.log(line)
+
+    def log(self, line: dict[str, Any]) -> None:
+        """One line of metrics.jsonl. Steps that W&B has from before the run was resumed are left as they are there.
+
+        The lines of one step are sent as one row, when a later step comes: a row that W&B has can get no more numbers.
+        """
+        step, numbers = line["step"], {name: value for name, value in line.items() if name != "step"}
+        if self._row is not None and step > self._row[0]:
+            self._send()
+        if self._row is not None and step == self._row[0]:
+            self._row[1].update(numbers)
+        else:  # a row of a later step was read from metrics.jsonl, and its step is done again
+            self._row = (step, numbers) if step >= self._next_step else None
+
+    def finish(self) -> None:
+        """Waits until all is sent."""
+        self._send()
+        if self._run is not None:
+            try:
+                self._run.finish()
+            except self._outages as error:
+                self._give_up(error)
+
+    def _send(self) -> None:
+        if self._run is None or self._row is None:
+            return
+        (step, numbers), self._row = self._row, None
+        try:
+            self._run.log(numbers, step=step)
+        except self._outages as error:
+            self._give_up(error)
+        self._next_step = step + 1
+
+    def _give_up(self, error: Exception) -> None:
+        self._run, self._next_step = None, 0
+        log.warning(
+            "train.wandb_project: W&B gets nothing more of this run (%s: %s); training goes on, and metrics.jsonl and "
+            "TensorBoard hold all",
+            type(error).__name__,
+            redact(str(error)),
+        )
+
+
+def _init(wandb: Any, config: Config, root: Path, run_id: str) -> Any:
+    # Console, code, git state and command line stay here: they may hold texts and paths. W&B itself adds its version,
+    # the host's name and load.
+    settings = wandb.Settings(
+        console="off",
+        save_code=False,
+        disable_code=True,
+        disable_git=True,
+        x_disable_meta=True,
+        x_save_requirements=False,
+    )
+    return wandb.init(
+        project=config.train.wandb_project,
+        id=run_id,
+        name=root.name,
+        resume="allow",
+        dir=str(root),
+        config=json.loads(redact(json.dumps(config.model_dump(mode="json")))),
+        settings=settings,
+    )
+
+
+def _recorded(metrics_file: Path, *, first_step: int) -> list[dict[str, Any]]:
+    """Lines from that step on; of what a kill cut short `metrics.py` speaks."""
+    if not metrics_file.exists():
+        return []
+    found = []
+    for text in lines_of(metrics_file.read_text(encoding="utf-8")):
+        try:
+            line = json.loads(text)
+            if line["step"] >= first_step:
+                found.append({name: value if name == "step" else float(value) for name, value in line.items()})
+        except (json.JSONDecodeError, KeyError):
+            continue
+    return found
+
+
+def _module() -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise UsageError(
+            "train.wandb_project needs the package wandb: pip install 'sr_dpo_jax[wandb]', or set it to null"
+        ) from error
+    return wandb

@@ -1,0 +1,98 @@
+"""Which test injects which fault. Where a test is renamed or removed, the table below says so by failing.
+
+A file may hold more on the same fault than the table names; `tests/soak.py` is run by hand.
+
+    fault                                           test
+    SIGTERM to any host                             test_faults_processes.test_p1_sigterm_to_one_of_two_saves_one_step_on_both_and_p3_resumes_bitwise
+                                                    test_faults_processes.test_p1_a_second_sigterm_ends_a_single_process_at_once
+    SIGKILL in a step                               test_faults_processes.test_p1_sigkill_of_either_ends_the_other_and_p3_resumes_bitwise
+    SIGKILL in a save                               test_faults_processes.test_p1_sigkill_between_commit_and_verification
+                                                    soak.main
+    half-written and foreign step directories       test_faults_checkpoints.test_p2_half_written_and_foreign_directories_are_ignored
+    a committed checkpoint damaged                  test_faults_checkpoints.test_p2_flipped_bits_never_pass
+                                                    test_faults_checkpoints.test_p2_truncated_zeroed_and_deleted_files_are_walked_back_from
+                                                    test_faults_checkpoints.test_p2_no_good_step_left_is_refused_and_nothing_is_overwritten
+                                                    test_faults_checkpoints.test_p2_strict_refuses_at_once
+    a disk that is full, or cannot be written       test_faults_processes.test_p5_a_disk_that_fills_is_noticed_retried_once_and_fatal
+                                                    test_faults_runs.test_p5_a_directory_that_cannot_be_written_is_found_at_the_start
+                                                    test_faults_runs.test_p5_too_little_room_for_the_checkpoints_is_found_at_the_start
+                                                    test_faults_checkpoints.test_p2_nothing_is_deleted_before_its_successor_is_verified
+    a loss or gradient that is not finite           test_faults_runs.test_p5_a_poisoned_pair_changes_nothing_and_is_named
+                                                    test_faults_runs.test_p5_too_many_skipped_in_a_row_end_the_run_and_nothing_bad_is_saved
+                                                    test_faults_checkpoints.test_p5_values_that_are_not_finite_are_never_verified
+    a process that hangs or is dead                 test_faults_processes.test_p1_a_hanging_step_dumps_stacks_and_ends_both
+                                                    test_faults_processes.test_p1_a_process_that_fails_ends_the_other
+    a row that is no pair                           test_faults_runs.test_p7_forty_malformed_rows_are_each_named_and_none_is_shown
+                                                    test_faults_runs.test_p7_any_bytes_give_pairs_bad_rows_or_one_error
+                                                    test_rows.test_malformed_rows
+    an empty response                               test_faults_inputs.test_p7_an_empty_response_is_refused_in_every_form
+                                                    test_faults_inputs.test_p7_a_response_that_begins_the_other_is_never_scored_as_nothing
+                                                    test_faults_inputs.test_p7_where_one_text_begins_the_other_both_keep_a_response_or_the_row_is_refused
+                                                    test_tokens.test_bad_responses
+    a prompt or response that is too long           test_faults_inputs.test_p7_lengths_around_every_boundary
+                                                    test_tokens.test_limits_hold_and_nothing_is_cut_in_vain
+                                                    test_dataset.test_pairs_that_truncation_makes_equal
+    equal responses, repeated pairs                 test_faults_inputs.test_p7_equal_responses_and_repeated_pairs_are_counted_and_said
+                                                    test_faults_inputs.test_p5_pairs_of_equal_responses_train_nothing
+                                                    test_dataset.test_counts
+    a tokenizer that is not the model's             test_faults_inputs.test_p7_a_swapped_tokenizer_is_refused
+                                                    test_tokenizer_fit.test_ids_beyond_the_embedding
+                                                    test_tokenizer_fit.test_another_eos
+                                                    test_tokenizer_fit.test_an_added_token_beyond_the_embedding_is_refused_where_it_is_used
+    ids of p and x that are not ids of p ⊕ ids of x test_tokens.test_p_leaves_the_ids_of_x_alone
+                                                    test_tokens.test_a_template_that_cannot_place_p
+                                                    test_chat_families.test_with_p_the_ids_spell_the_template_s_text_of_p_and_x
+    padding that is the end of sequence             test_faults_inputs.test_the_end_of_sequence_receives_gradient_where_it_is_the_padding_too
+                                                    test_tokens.test_bos_once_eos_once
+    a vocabulary that does not divide               test_logprobs.test_vocabularies_of_real_size
+                                                    test_logprobs.test_columns_that_only_fill_up_never_count
+                                                    test_mesh.test_a_vocabulary_that_no_axis_divides
+    another mesh when a run goes on                 test_faults_inputs.test_p4_a_run_goes_on_on_another_mesh
+                                                    test_faults_checkpoints.test_p4_any_mesh_restores_every_value_bitwise
+    fewer or more hosts                             test_faults_processes.test_p4_two_processes_one_and_two_again_see_the_same_pairs
+    other data, seed, batch, p or beta              test_faults_checkpoints.test_p7_a_changed_run_is_refused_with_a_diff
+                                                    test_faults_checkpoints.test_p7_one_changed_byte_and_two_swapped_rows_of_the_data_are_refused
+                                                    test_faults_checkpoints.test_p7_allow_change_goes_on_and_says_so
+    a stale reference cache                         test_faults_runs.test_p2_the_reference_cache_misses_on_any_change_of_its_inputs
+                                                    test_faults_runs.test_p2_a_cache_that_is_not_the_models_is_scored_again
+                                                    test_faults_processes.test_p1_sigkill_while_scoring_continues_where_it_stopped
+    weights cut short, a shard missing              test_weights.test_faults_are_named_before_anything_is_loaded
+                                                    test_weights.test_a_download_that_was_cut_short_is_named
+                                                    test_weights.test_weights_are_checked_before_any_device_is_touched
+                                                    test_corruption.test_train_ends_with_2_and_leaves_nothing
+                                                    test_hub.test_a_download_cut_short_is_named
+    weights of another type                         test_weights.test_each_tensor_is_read_in_its_own_type
+                                                    test_weights.test_types_are_said_and_those_that_are_rounded
+                                                    test_weights.test_numbers_that_are_not_finite_are_refused_by_tensor
+                                                    test_faults_inputs.test_p7_weights_that_are_no_numbers_are_refused_by_file_and_tensor
+    tensors missing, extra, mis-shaped or tied      test_weights.test_all_faults_are_in_one_error
+                                                    test_weights.test_a_tied_model_may_hold_its_head_where_it_is_the_embedding
+    a clock that is wrong                           test_faults_inputs.test_p2_a_clock_that_goes_backwards_changes_nothing
+                                                    test_faults_checkpoints.test_p2_latest_is_the_highest_verified_step_whatever_the_clock_says
+                                                    test_faults_runs.test_p2_the_lease_of_another_host_is_respected_while_it_is_touched
+    two runs in one directory                       test_faults_processes.test_p2_two_runs_on_one_directory_the_second_is_refused
+                                                    test_faults_runs.test_p2_of_many_runs_that_find_a_stale_lease_one_gets_it
+    other versions of libraries                     test_faults_checkpoints.test_p3_other_versions_are_said_and_with_strict_refused
+    a length that would compile again               test_faults_inputs.test_p7_nothing_compiles_after_the_first_step_and_another_shape_is_an_error
+"""  # noqa: E501 (a table)
+
+import ast
+import re
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[1]
+ROWS = __doc__.partition("    fault ")[2].splitlines()[1:]
+LINE = re.compile(r"(?: {4}(\S.*?))? +(\w+)\.(\w+)")
+"""A fault, left out where it is that of the line before; a file; a function."""
+
+
+def test_every_test_of_the_table_is_there():
+    lines = [LINE.fullmatch(row) for row in ROWS]
+    assert all(lines) and len([line for line in lines if line[1]]) == 27
+    missing = []
+    for _, file, function in (line.groups() for line in lines):
+        (path,) = TESTS.rglob(f"{file}.py")
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if function not in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}:
+            missing.append(f"{file}.{function}")
+    assert not missing
