@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sr_dpo_jax.config import schema
-from sr_dpo_jax.config.schema import Config, Section, from_dict, load
+from sr_dpo_jax.config.load import config_from_dict, load_config
+from sr_dpo_jax.config.schema import Config, Section
 from sr_dpo_jax.errors import UsageError
 
 SMALLEST = {
@@ -40,7 +41,7 @@ def write(tmp_path, text: str):
 
 def refusal(raw: dict) -> str:
     with pytest.raises(UsageError) as error:
-        from_dict(raw, where="run.yaml")
+        config_from_dict(raw, where="run.yaml")
     return str(error.value)
 
 
@@ -54,7 +55,7 @@ DPO = {"name": "dpo", "lam": ...}
 
 
 def test_the_paper_is_the_default():
-    config = from_dict(SMALLEST, where="run.yaml")
+    config = config_from_dict(SMALLEST, where="run.yaml")
     assert (config.objective.beta, config.optimizer.learning_rate, config.optimizer.warmup_steps) == (0.1, 5e-7, 150)
     assert (config.optimizer.name, config.optimizer.schedule, config.optimizer.max_grad_norm) == (
         "rmsprop",
@@ -74,10 +75,10 @@ def test_round_trip(tmp_path):
         mesh={"fsdp": 4, "tensor": -1},
         train={"max_steps": 7, "eval_every_steps": 2},
     )
-    config = from_dict(raw, where="run.yaml")
+    config = config_from_dict(raw, where="run.yaml")
     path = write(tmp_path, config.to_yaml())
-    assert load(path) == config
-    assert load(path).to_yaml() == config.to_yaml()
+    assert load_config(path) == config
+    assert load_config(path).to_yaml() == config.to_yaml()
     assert set(yaml.safe_load(config.to_yaml())) == set(Config.model_fields)
 
 
@@ -88,16 +89,16 @@ def test_round_trip(tmp_path):
 def test_numbers(tmp_path, text, expected):
     """YAML 1.1, and so PyYAML, takes 5e-7 for a string."""
     path = write(tmp_path, yaml.safe_dump(SMALLEST) + f"optimizer:\n  learning_rate: {text}\n")
-    value = load(path).optimizer.learning_rate
+    value = load_config(path).optimizer.learning_rate
     assert value == expected and isinstance(value, float)
     path = write(tmp_path, yaml.safe_dump(SMALLEST))
-    assert load(path, [f"optimizer.learning_rate={text}"]).optimizer.learning_rate == expected
+    assert load_config(path, [f"optimizer.learning_rate={text}"]).optimizer.learning_rate == expected
 
 
 def test_strings_that_look_like_numbers_stay_strings(tmp_path):
     path = write(tmp_path, yaml.safe_dump(SMALLEST))
-    assert load(path, ["output_dir='5e-7'"]).output_dir == "5e-7"
-    assert load(path, ["model.revision=e5a1"]).model.revision == "e5a1"
+    assert load_config(path, ["output_dir='5e-7'"]).output_dir == "5e-7"
+    assert load_config(path, ["model.revision=e5a1"]).model.revision == "e5a1"
 
 
 def test_held_out_sets(tmp_path):
@@ -107,8 +108,10 @@ def test_held_out_sets(tmp_path):
         "as_uf-2": {"path": "c.parquet", "format": "ultrafeedback"},
     }
     path = write(tmp_path, yaml.safe_dump(smallest(data={"eval_path": "d.jsonl", "eval_sets": sets}), sort_keys=False))
-    config = load(path, ["data.eval_sets.more.path=e.jsonl", "data.eval_sets.helpful.pairs=7", "data.eval_split=valid"])
-    assert hash(config) is not None and load(write(tmp_path, config.to_yaml())) == config
+    config = load_config(
+        path, ["data.eval_sets.more.path=e.jsonl", "data.eval_sets.helpful.pairs=7", "data.eval_split=valid"]
+    )
+    assert hash(config) is not None and load_config(write(tmp_path, config.to_yaml())) == config
     held_out = [
         (name, [source.path for source in one.path], one.split, one.format, one.pairs)
         for name, one in config.data.held_out
@@ -119,7 +122,7 @@ def test_held_out_sets(tmp_path):
         ("eval/as_uf-2", ["c.parquet"], "test", "ultrafeedback", None),
         ("eval/more", ["e.jsonl"], "test", None, None),
     ]
-    assert from_dict(SMALLEST, where="x").data.held_out == ()
+    assert config_from_dict(SMALLEST, where="x").data.held_out == ()
 
 
 @pytest.mark.parametrize(
@@ -135,12 +138,12 @@ def test_what_may_choose_the_best_checkpoint(metric, mode, objective):
     sections = best(metric, objective=objective)
     sections["checkpoint"]["best_mode"] = mode
     sections["train"]["early_stopping_patience"] = 2
-    assert from_dict(smallest(**sections), where="x").checkpoint.best_metric == metric
+    assert config_from_dict(smallest(**sections), where="x").checkpoint.best_metric == metric
 
 
 def test_overrides(tmp_path):
     path = write(tmp_path, yaml.safe_dump(SMALLEST))
-    config = load(
+    config = load_config(
         path,
         [
             *("seed=3", "objective.lam=1", "data.path=[x.jsonl, y.jsonl]", "model.revision=null"),
@@ -167,7 +170,7 @@ def test_overrides(tmp_path):
 def test_bad_overrides(tmp_path, override, words):
     path = write(tmp_path, yaml.safe_dump(SMALLEST))
     with pytest.raises(UsageError) as error:
-        load(path, [override])
+        load_config(path, [override])
     for word in words:
         assert word in str(error.value)
 
@@ -175,24 +178,24 @@ def test_bad_overrides(tmp_path, override, words):
 @pytest.mark.parametrize("value", ["!!int abc", "0b_", "[" * 3000])
 def test_yaml_values_that_pyyaml_itself_fails_on(tmp_path, value):
     with pytest.raises(UsageError, match="output_dir"):
-        load(write(tmp_path, yaml.safe_dump(SMALLEST)), [f"output_dir={value}"])
+        load_config(write(tmp_path, yaml.safe_dump(SMALLEST)), [f"output_dir={value}"])
 
 
 @pytest.mark.parametrize("value", ["2020-01-01", "2020-13-45"])
 def test_dates_stay_text(tmp_path, value):
-    config = load(write(tmp_path, yaml.safe_dump(SMALLEST)), [f"model.revision={value}"])
+    config = load_config(write(tmp_path, yaml.safe_dump(SMALLEST)), [f"model.revision={value}"])
     assert config.model.revision == value
 
 
 def test_frozen():
-    config = from_dict(SMALLEST, where="run.yaml")
+    config = config_from_dict(SMALLEST, where="run.yaml")
     with pytest.raises(ValueError, match="frozen"):
         config.seed = 1
     with pytest.raises(ValueError, match="frozen"):
         config.optimizer.learning_rate = 1.0
     with pytest.raises(TypeError):
         config.data.path[0] = "x"
-    assert hash(config) == hash(from_dict(SMALLEST, where="elsewhere"))
+    assert hash(config) == hash(config_from_dict(SMALLEST, where="elsewhere"))
 
 
 @pytest.mark.parametrize(
@@ -308,17 +311,17 @@ def test_all_problems_at_once():
 def test_bad_files(tmp_path, text, words):
     path = write(tmp_path, text)
     with pytest.raises(UsageError) as error:
-        load(path)
+        load_config(path)
     for word in [str(path), *words]:
         assert word in str(error.value)
 
 
 def test_unreadable_files(tmp_path):
     with pytest.raises(UsageError, match="name an existing YAML file"):
-        load(tmp_path / "absent.yaml")
+        load_config(tmp_path / "absent.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UsageError, match="cannot read the configuration"):
-        load(tmp_path / "binary.yaml")
+        load_config(tmp_path / "binary.yaml")
 
 
 def test_every_key_says_what_it_is():
@@ -354,7 +357,7 @@ VALUES = st.recursive(
 def test_nothing_but_usage_errors(raw, whole):
     """Any nested mapping, alone or over a valid configuration, is taken or refused in words."""
     try:
-        assert isinstance(from_dict(SMALLEST | raw if whole else raw, where="x"), Config)
+        assert isinstance(config_from_dict(SMALLEST | raw if whole else raw, where="x"), Config)
     except UsageError as error:
         assert str(error).startswith("x: ")
 
@@ -369,6 +372,6 @@ def test_no_override_raises_anything_else(tmp_path_factory, key, value):
     path = tmp_path_factory.getbasetemp() / "override.yaml"
     path.write_text(yaml.safe_dump(SMALLEST), encoding="utf-8")
     try:
-        load(path, [f"{key}={value}"])
+        load_config(path, [f"{key}={value}"])
     except UsageError as error:
         assert str(error)
