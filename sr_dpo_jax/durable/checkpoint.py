@@ -27,7 +27,7 @@ from jax.experimental import multihost_utils
 
 from sr_dpo_jax.durable import integrity
 from sr_dpo_jax.errors import RunError, UsageError
-from sr_dpo_jax.parallel.mesh import largest
+from sr_dpo_jax.parallel.processes import largest
 from sr_dpo_jax.train.train_step import Params, TrainState
 from sr_dpo_jax.weights.layout import flatten, unflatten
 

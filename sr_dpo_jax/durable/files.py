@@ -1,13 +1,16 @@
-"""Whether a run directory can take what a run will write: asked before the first step, not found out after a day.
+"""The one place that knows how a file is written whole, how JSON lines are read, and what an output path must be.
 
-Also how its files of lines are read and what its files of held-out pairs are called, for all who write and read them.
+A file is written under a temporary name beside its own and renamed: a reader sees the old file, the new one or none,
+and never half of one. A process that is killed leaves the temporary name behind and the old file as it was.
 """
 
+import contextlib
 import json
 import os
 import re
 import secrets
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,37 @@ from sr_dpo_jax.errors import UsageError
 PROBE_BYTES = 1 << 16
 
 
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Gives a temporary name beside `path` to write to, and renames it to `path` when the block ends without an error.
+
+    Several processes may write the same path at once: each has a temporary name of its own, and the last rename stays.
+    Works for a directory too, where `path` does not exist.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+    try:
+        yield temporary
+        temporary.rename(path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file whole, in UTF-8."""
+    with whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as indented JSON, whole; letters of every script stay as they are."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
 def lines_of(text: str) -> list[str]:
-    """The lines of a file of JSON lines, each with its end; the last one may lack it.
+    """Splits a file of JSON lines into its lines, each with its line feed; the last one may lack it.
 
     A trap: `str.splitlines` also splits at characters that JSON leaves as they are within a text, such as U+2028.
     """
@@ -25,13 +57,31 @@ def lines_of(text: str) -> list[str]:
 
 
 def read_lines(path: Path) -> list[Any]:
-    """The values of a file of JSON lines that is whole."""
+    """Reads a whole file of JSON lines and returns their values."""
     return [json.loads(line) for line in lines_of(path.read_text(encoding="utf-8"))]
 
 
 def pairs_file(held_out: str) -> str:
-    """Where `sr-dpo eval` writes the pairs of a set: eval_pairs.jsonl, or eval_pairs_NAME.jsonl of `eval/NAME`."""
+    """Names the file that `sr-dpo eval` writes the pairs of a held-out set to: `eval` → eval_pairs.jsonl, `eval/NAME` →
+    eval_pairs_NAME.jsonl."""
     return f"{held_out.replace('eval', 'eval_pairs', 1).replace('/', '_')}.jsonl"
+
+
+def require_output(path: Path, *, option: str = "--output") -> None:
+    """Refuses an output file that cannot be written, before the work that it is for is begun.
+
+    Raises:
+      UsageError: the path is a directory, stands in no directory, or may not be written; names the option.
+    """
+    reason = None
+    if path.is_dir():
+        reason = "is a directory"
+    elif not path.parent.is_dir():
+        reason = f"{path.parent} is no directory"
+    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+        reason = "no permission"
+    if reason is not None:
+        raise UsageError(f"{option} {path}: cannot be written ({reason}); name a file in an existing directory")
 
 
 def require_writable(directory: Path) -> None:
@@ -61,20 +111,20 @@ def require_writable(directory: Path) -> None:
 
 
 def require_room(directory: Path, *, checkpoint_bytes: int, checkpoints: int) -> None:
-    """Compares the free space with that of the checkpoints still to come.
+    """Refuses a disk that has less room than the checkpoints still to come need.
 
     Args:
       directory: where they go; it exists.
-      checkpoint_bytes: of one, uncompressed.
+      checkpoint_bytes: size of one, uncompressed.
       checkpoints: how many more than now will stand there at once.
 
     Raises:
-      UsageError: there is less.
+      UsageError: less is free.
     """
     free, needed = shutil.disk_usage(directory).free, checkpoint_bytes * checkpoints
     if free < needed:
         raise UsageError(
             f"{directory}: {free / 1e9:.1f} GB are free, and {checkpoints} more checkpoints of "
-            f"{checkpoint_bytes / 1e9:.1f} GB "
-            "will stand there at once; free space, lower checkpoint.keep, or choose another output_dir"
+            f"{checkpoint_bytes / 1e9:.1f} GB will stand there at once; free space, lower checkpoint.keep, or choose "
+            "another output_dir"
         )

@@ -11,25 +11,9 @@ Nor is this: our step runs the head four times instead of three, as the backward
 block: the price of keeping no logits, 1 to 4 % of a step (`tests/train/test_flops.py`).
 """
 
-import jax
 import numpy as np
 
 from sr_dpo_jax.model.architecture import Architecture
-
-PEAK_BFLOAT16_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
-"""Dense bfloat16 multiply-adds a second of one device, as its maker states them, by jax's `device_kind`."""
 
 
 def body_weights(architecture: Architecture) -> int:
@@ -70,9 +54,3 @@ def _seen(tokens: np.ndarray, window: int | None) -> np.ndarray:
     """(query, key) pairs of causal attention over so many tokens."""
     inside = tokens if window is None else np.minimum(tokens, window)
     return inside * (inside + 1.0) / 2 + (tokens - inside) * (window or 0.0)
-
-
-def peak_flops(devices: list[jax.Device]) -> float | None:
-    """What all these devices could do in a second; None where that is not known, as on a CPU."""
-    peak = PEAK_BFLOAT16_FLOPS.get(devices[0].device_kind)
-    return None if peak is None else peak * len(devices)

@@ -16,7 +16,7 @@ from sr_dpo_jax.durable.preemption import Preempted, StopSignal
 from sr_dpo_jax.durable.selection import Selection
 from sr_dpo_jax.durable.watchdog import Watchdog
 from sr_dpo_jax.errors import RunError, UsageError
-from sr_dpo_jax.parallel.mesh import from_leader, on_leader
+from sr_dpo_jax.parallel.processes import from_leader, on_leader
 from sr_dpo_jax.train.identity import run_id_of, write_run_files
 from sr_dpo_jax.train.metrics import MetricsWriter, Progress, Trace
 from sr_dpo_jax.train.setup import Job, prepare

@@ -24,7 +24,7 @@ from sr_dpo_jax.data.dataset import TokenizedPairs
 from sr_dpo_jax.data.pipeline import Feed
 from sr_dpo_jax.data.plan import Plan
 from sr_dpo_jax.errors import UsageError
-from sr_dpo_jax.parallel.mesh import largest
+from sr_dpo_jax.parallel.processes import largest
 from sr_dpo_jax.train.train_step import Params, Scores
 
 log = logging.getLogger(__name__)

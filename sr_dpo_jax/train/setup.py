@@ -29,9 +29,10 @@ from sr_dpo_jax.durable.preemption import StopSignal
 from sr_dpo_jax.durable.selection import Selection
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.model.kernels.splash import LONGEST_ROW, padded_length
-from sr_dpo_jax.parallel.mesh import on_leader
+from sr_dpo_jax.parallel.chips import peak_flops
+from sr_dpo_jax.parallel.processes import on_leader
 from sr_dpo_jax.train.evaluate import HeldOut
-from sr_dpo_jax.train.flops import pair_flops, peak_flops
+from sr_dpo_jax.train.flops import pair_flops
 from sr_dpo_jax.train.identity import identity_of, report_drift, require_same_run, surroundings
 from sr_dpo_jax.train.metrics import Progress
 from sr_dpo_jax.train.optim import make_optimizer, make_schedule

@@ -30,6 +30,7 @@ from sr_dpo_jax.model.attention import DENSE, AttentionPath
 from sr_dpo_jax.model.decoder import Constrain, Decoder
 from sr_dpo_jax.model.paths import attention_name, attention_path
 from sr_dpo_jax.parallel import mesh as meshes
+from sr_dpo_jax.parallel import processes
 from sr_dpo_jax.train.reference import ReferenceScores, cache_files
 from sr_dpo_jax.train.train_step import Objective, Params, initialise
 from sr_dpo_jax.weights import directory as weights
@@ -272,7 +273,7 @@ def abstract_params(config: Config, directory: weights.ModelDirectory) -> Any:
 
 def assemble(config: Config, directory: weights.ModelDirectory) -> Assembly:
     """Starts the devices: joins the processes, makes the mesh, checks the shardings of all parameters."""
-    meshes.start_distributed(**config.distributed.model_dump())
+    processes.start_distributed(**config.distributed.model_dump())
     return assemble_on(meshes.make_mesh(**config.mesh.model_dump()), config, directory)
 
 

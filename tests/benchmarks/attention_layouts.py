@@ -50,11 +50,11 @@ from tpu_compiler import PAIRS, config_of, pairs_of  # noqa: E402
 
 from sr_dpo_jax.commands.compile import hlo as aot_hlo  # noqa: E402
 from sr_dpo_jax.commands.compile.machine import devices_of, only_one  # noqa: E402
-from sr_dpo_jax.commands.compile.programs import CHIPS, first_step  # noqa: E402
+from sr_dpo_jax.commands.compile.programs import first_step  # noqa: E402
 from sr_dpo_jax.model.attention import Visible, visible_mask  # noqa: E402
 from sr_dpo_jax.model.kernels.splash import LARGEST_BLOCK, splash_path  # noqa: E402
 from sr_dpo_jax.parallel import mesh as meshes  # noqa: E402
-from sr_dpo_jax.train.flops import PEAK_BFLOAT16_FLOPS  # noqa: E402
+from sr_dpo_jax.parallel.chips import chip_of  # noqa: E402
 from sr_dpo_jax.train.setup import plan_of  # noqa: E402
 from sr_dpo_jax.weights.directory import open_directory  # noqa: E402
 from sr_dpo_jax.weights.placement import assemble_on, pair_sizes  # noqa: E402
@@ -181,8 +181,8 @@ def compiled(device: jax.Device, attend, length: int, rows: int, masks: list[np.
     tally = aot_hlo.read(program.as_text())
     if tally.unknown_kernels or tally.unknown_loops:
         raise SystemExit(f"not all is known of the program: {tally}")
-    kind = device.device_kind
-    kernels = blocks * tally.kernel_flops * CHIPS[kind][1] / PEAK_BFLOAT16_FLOPS[kind]
+    chip = chip_of(device.device_kind)
+    kernels = blocks * tally.kernel_flops * chip.clock_hz / chip.bfloat16_flops
     mebibytes = program.memory_analysis().temp_size_in_bytes / 2**20
     return f"{tally.cycles / 1e6:9.2f} {kernels / 1e6:9.2f} {(tally.cycles + kernels) / 1e6:9.2f} {mebibytes:8.1f}"
 

@@ -20,7 +20,8 @@ from sr_dpo_jax.commands.compile.typical import typical_pairs
 from sr_dpo_jax.config.schema import PAPER_INSTRUCTION
 from sr_dpo_jax.data import dataset
 from sr_dpo_jax.data.rows import FORMATS
-from sr_dpo_jax.train.flops import PEAK_BFLOAT16_FLOPS, pair_flops
+from sr_dpo_jax.parallel.chips import chip_of
+from sr_dpo_jax.train.flops import pair_flops
 from sr_dpo_jax.train.setup import plan_of
 from sr_dpo_jax.weights.directory import open_directory
 from sr_dpo_jax.weights.placement import assemble_on, pair_sizes
@@ -53,7 +54,7 @@ def expected_time(root: Path, name: str) -> str:
     held_out = HELD_OUT_PAIRS[config.data.format]
     beside = held_out * plain if sft else len(pairs) * (plain + refined * with_p) + 2 * held_out * (plain + with_p)
     chip, _, chips = given.topology.partition(":")
-    peak = given.slices * math.prod(map(int, chips.split("x"))) * PEAK_BFLOAT16_FLOPS[f"TPU {chip}"]
+    peak = given.slices * math.prod(map(int, chips.split("x"))) * chip_of(f"TPU {chip}").bfloat16_flops
 
     def seconds(flops: float) -> tuple[float, float]:
         return flops / (0.4 * peak), flops / (0.2 * peak)

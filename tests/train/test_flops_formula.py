@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import tiny
 
-from sr_dpo_jax.train.flops import body_weights, pair_flops, peak_flops
+from sr_dpo_jax.parallel.chips import peak_flops
+from sr_dpo_jax.train.flops import body_weights, pair_flops
 
 
 def by_hand(architecture, prompt, chosen, rejected, prefix):

@@ -14,6 +14,7 @@ import jax
 from jax.experimental import topologies
 
 from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.parallel.chips import chip_of
 
 log = logging.getLogger(__name__)
 
@@ -22,8 +23,6 @@ LONGEST_WAIT_S = 3600.0
 """For libtpu. What a process holds it for longer is a training run, not a compilation."""
 LIBTPU_LOCK = Path("/tmp/libtpu_lockfile")
 """Made by libtpu, for its owner alone, and left behind."""
-ONE_HOST_OF_8 = ("TPU v5 lite", "TPU v6 lite")
-"""Whose slices of eight chips are one machine, where larger ones have four chips a machine."""
 
 
 @contextlib.contextmanager
@@ -125,6 +124,6 @@ def hosts_of(devices: Sequence[jax.Device]) -> int:
     for device in devices:
         hosts.setdefault(getattr(device, "slice_index", 0), set()).add(device.process_index)
     chips_a_slice = len(devices) // len(hosts)
-    if devices[0].device_kind in ONE_HOST_OF_8 and chips_a_slice == 8:
+    if chips_a_slice == chip_of(devices[0].device_kind).chips_a_host:
         return len(hosts)
     return sum(map(len, hosts.values()))

@@ -23,7 +23,6 @@ from sr_dpo_jax.batch import Batch, Rows
 from sr_dpo_jax.commands.compile import hlo as aot_hlo
 from sr_dpo_jax.commands.compile.machine import hosts_of
 from sr_dpo_jax.commands.compile.traced_flops import splash_flops, traced_flops
-from sr_dpo_jax.commands.inspect.inspect import HBM_GIB
 from sr_dpo_jax.config.schema import Config
 from sr_dpo_jax.data.dataset import TokenizedPairs
 from sr_dpo_jax.data.pipeline import HostStep, StepSource
@@ -33,22 +32,14 @@ from sr_dpo_jax.model.architecture import Architecture
 from sr_dpo_jax.model.attention import Visible
 from sr_dpo_jax.model.kernels.splash import padded_length, splash_path
 from sr_dpo_jax.parallel import mesh as meshes
-from sr_dpo_jax.train.flops import PEAK_BFLOAT16_FLOPS
+from sr_dpo_jax.parallel.chips import GIB, TPUS, Chip, chip_of
 from sr_dpo_jax.train.setup import make_program, plan_of, work_of
 from sr_dpo_jax.train.train_step import make_score_step
 from sr_dpo_jax.weights.directory import ModelDirectory
 from sr_dpo_jax.weights.placement import Assembly, assemble_on, objective_of, pair_sizes, reference_copy
 
-GIB = 2**30
 RUNTIME_SHARE = 0.05
 """What the runtime is left of a chip's memory, for its own buffers and for fragments that nothing fits into."""
-CHIPS = {
-    "TPU v4": ("v4", 1.05e9),
-    "TPU v5 lite": ("v5e", 1.5e9),
-    "TPU v5": ("v5p", 1.75e9),
-    "TPU v6 lite": ("v6e", 1.75e9),
-}
-"""jax's `device_kind`: the maker's name, as in `HBM_GIB`, and the clock in Hz that peak flops belong to."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +140,7 @@ def compile_for(
     step_s = mfu = None
     if programs[0].refusal is None and work.peak_flops is not None:
         cycles = programs[0].estimated_cycles + programs[0].kernel_cycles
-        step_s = cycles / CHIPS[devices[0].device_kind][1]
+        step_s = cycles / _tpu(devices[0].device_kind).clock_hz
         mfu = model_flops * plan.shape.pairs / (step_s * work.peak_flops)
     return Compiled(
         chips=len(devices),
@@ -311,10 +302,8 @@ def _compile(
     models: int = 1,
     resident: int = 0,
 ) -> Program:
-    kind = assembly.mesh.devices.flat[0].device_kind
-    if kind not in CHIPS:
-        raise UsageError(f"nothing is known of {kind}; known: {', '.join(CHIPS)}")
-    hbm = HBM_GIB[CHIPS[kind][0]] * GIB
+    chip = _tpu(assembly.mesh.devices.flat[0].device_kind)
+    hbm = chip.memory_gib * GIB
     needed = _bytes_a_chip(arguments) + resident
     if needed > hbm:
         return Program(name, False, hbm, needed, "the arguments alone need more than a chip has")
@@ -353,12 +342,20 @@ def _compile(
         resident_bytes=resident,
         traced_flops=flops.matmuls + share * flops.kernels,
         estimated_cycles=tally.cycles,
-        kernel_cycles=share * tally.kernel_flops * CHIPS[kind][1] / PEAK_BFLOAT16_FLOPS[kind],
+        kernel_cycles=share * tally.kernel_flops * chip.clock_hz / chip.bfloat16_flops,
         collectives={kind: (count, tally.payload_bytes[kind]) for kind, count in sorted(tally.counts.items())},
         unknown_loops=tally.unknown_loops,
         unknown_kernels=sum(tally.unknown_kernels.values()),
         repeated_operations=tally.repeated_operations,
     )
+
+
+def _tpu(device_kind: str) -> Chip:
+    chip = chip_of(device_kind)
+    if chip is None or not chip.is_tpu:
+        known = ", ".join(kind for tpu in TPUS for kind in tpu.device_kinds)
+        raise UsageError(f"nothing is known of {device_kind}; known: {known}")
+    return chip
 
 
 def bytes_wanted(message: str, argument_bytes: int) -> int | None:

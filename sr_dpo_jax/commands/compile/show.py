@@ -10,9 +10,10 @@ import rich.console
 import rich.table
 import rich.text
 
-from sr_dpo_jax.commands.compile.programs import CHIPS, GIB, RUNTIME_SHARE, Program
+from sr_dpo_jax.commands.compile.programs import RUNTIME_SHARE, Program
 from sr_dpo_jax.commands.compile.search import Attempt, Report, override_arguments
 from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.parallel.chips import GIB, chip_of
 
 COLUMNS = 100
 NOTES = (
@@ -89,7 +90,7 @@ def _facts(report: Report) -> rich.table.Table:
         hosts += f" (a run needs distributed.processes={compiled.hosts}, here it is {report.processes})"
     with_p = "" if compiled.augmented_length is None else f", {compiled.augmented_length} with p"
     rows = {
-        "topology": f"{report.topology}{slices}: {compiled.chips} chips {CHIPS[compiled.device_kind][0]}, {hosts}",
+        "topology": f"{report.topology}{slices}: {compiled.chips} chips {chip_of(compiled.device_kind).name}, {hosts}",
         "mesh": " × ".join(f"{name} {size}" for name, size in compiled.mesh.items()),
         "parameters": f"{compiled.parameters:,}",
         "attention": compiled.attention

@@ -39,8 +39,6 @@ from sr_dpo_jax.weights.placement import reference_copy
 PARTS = ("embedding", "attention", "mlp", "norms", "unembedding")
 OPTIMIZERS = ("rmsprop", "adamw")
 PARAM_DTYPES = ("float32", "bfloat16")
-HBM_GIB = {"v5e": 16, "v4": 32, "v6e": 32, "v5p": 95}
-"""Memory of one chip, as its maker states it."""
 NOT_FETCHED = (
     "the numbers of the weights, and whether their files are whole: of a hub name only the headers of the files are "
     "fetched; --digest fetches all"

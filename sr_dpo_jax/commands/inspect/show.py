@@ -11,13 +11,13 @@ import rich.console
 import rich.table
 import rich.text
 
-from sr_dpo_jax.commands.inspect.inspect import HBM_GIB, OPTIMIZERS, Inspection
+from sr_dpo_jax.commands.inspect.inspect import OPTIMIZERS, Inspection
 from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.parallel.chips import GIB, TPUS
 
 COLUMNS = 100
 LISTED = 8
 """Longer sequences are told in a few words."""
-GIB = 2**30
 NOT_COUNTED = (
     "Not counted: activations, the batch, and what compiler and runtime need besides, such as one more copy of the "
     "gradients while micro-batches are added up."
@@ -148,10 +148,10 @@ def _left(found: Inspection) -> rich.table.Table | None:
         return None
     cases = [(dtype, name) for dtype in found.memory for name in OPTIMIZERS]
     table = _table("chip", *(f">{name}, {dtype}" for dtype, name in cases))
-    for chip, gib in HBM_GIB.items():
-        left = [gib * GIB - found.memory[dtype].total_bytes(name, online=False) for dtype, name in cases]
+    for chip in TPUS:
+        left = [chip.memory_gib * GIB - found.memory[dtype].total_bytes(name, online=False) for dtype, name in cases]
         cells = (_size(free) if free > 0 else f"{_size(-free)} too much" for free in left)
-        _row(table, f"{chip}, {gib} GiB", *cells)
+        _row(table, f"{chip.name}, {chip.memory_gib} GiB", *cells)
     return table
 
 

@@ -1,0 +1,126 @@
+"""How processes join a run, and what is said where the environment tells of others."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.parallel import processes
+
+START = {
+    "coordinator_address": None,
+    "process_id": None,
+    "join_timeout_s": 60,
+    "heartbeat_timeout_s": 20,
+}
+
+
+@pytest.mark.parametrize(("started", "said"), [(2, None), (1, "sees 1"), (4, "sees 4")])
+def test_the_count_of_processes_is_checked(monkeypatch, started, said):
+    """jax joins whom it finds, whatever number the configuration names."""
+    joined = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *given, **times: joined.append((given, times)))
+    monkeypatch.setattr(jax, "process_count", lambda: started)
+    if said is None:
+        processes.start_distributed(processes=2, **START)
+    else:
+        with pytest.raises(UsageError, match=f"distributed.processes=2, but jax.distributed {said}"):
+            processes.start_distributed(processes=2, **START)
+    times = {"initialization_timeout": 60, "heartbeat_timeout_seconds": 20}
+    assert joined == [((None, None, None), times)]  # jax detects all three
+
+
+def test_a_coordinator_that_is_named_is_given_to_jax(monkeypatch):
+    joined = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *given, **_: joined.append(given))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    processes.start_distributed(processes=2, **{**START, "coordinator_address": "a:1", "process_id": 1})
+    assert joined == [("a:1", 2, 1)]
+
+
+def test_no_cluster_is_bad_usage(monkeypatch):
+    def nothing(*_, **__):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", nothing)
+    with pytest.raises(UsageError, match=r"distributed\.processes=2: jax found no cluster to join"):
+        processes.start_distributed(processes=2, **START)
+
+
+ALLOCATION = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "warned"),
+    [
+        (ALLOCATION | {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4"}, "SLURM_STEP_NUM_TASKS tells of 4"),
+        ({"OMPI_COMM_WORLD_SIZE": "3"}, "OMPI_COMM_WORLD_SIZE tells of 3"),
+        ({"TPU_WORKER_HOSTNAMES": "a-0.svc,a-1.svc"}, "TPU_WORKER_HOSTNAMES tells of 2"),
+        (ALLOCATION, None),  # a batch script, or the shell of salloc
+        (ALLOCATION | {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}, None),  # an interactive step
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ({"SLURM_STEP_NUM_TASKS": "many"}, None),
+    ],
+)
+def test_one_process_among_several_is_warned_of(monkeypatch, caplog, environment, warned):
+    for variable in processes.COUNTED_BY:
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    processes.start_distributed(processes=1, **START)
+    said = [record.getMessage() for record in caplog.records if record.name == processes.__name__]
+    assert [warned in message for message in said] == ([True] if warned else [])
+
+
+JOIN = """
+import os
+import sys
+from jax._src.clusters import cloud_tpu_cluster, cluster
+on_a_tpu = "TPU_WORKER_ID" in os.environ
+cloud_tpu_cluster.running_in_cloud_tpu_vm = cluster.running_in_cloud_tpu_vm = on_a_tpu
+import jax
+from sr_dpo_jax.parallel import processes
+from sr_dpo_jax.errors import UsageError
+START = {"coordinator_address": None, "process_id": None, "join_timeout_s": 60, "heartbeat_timeout_s": 20}
+try:
+    processes.start_distributed(processes=int(sys.argv[1]), **START)
+except UsageError as error:
+    print(error)
+print("joined", jax.process_index(), jax.process_count())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheduler", ["Slurm", "GKE"])
+def test_jax_finds_the_processes_that_a_scheduler_started(scheduler):
+    """Two real processes with a scheduler's variables and no address; the second holds a wrong count."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    keep = {
+        name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "OMPI_", "TPU_", "XLA_"))
+    }
+    keep |= {"JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_PORT": str(port), "TPU_SKIP_MDS_QUERY": "1"}
+    started = []
+    for number in range(2):
+        slurm = {
+            "SLURM_JOB_ID": "7",
+            "SLURM_STEP_NODELIST": "localhost",
+            "SLURM_NTASKS": "2",
+            "SLURM_PROCID": str(number),
+            "SLURM_LOCALID": "0",
+        }
+        gke = {"TPU_WORKER_ID": str(number), "TPU_WORKER_HOSTNAMES": "localhost,127.0.0.1"}
+        # Where these are missing jax asks the metadata server of Google Cloud.
+        gke |= {"MEGASCALE_COORDINATOR_ADDRESS": "localhost", "MEGASCALE_NUM_SLICES": "1", "MEGASCALE_SLICE_ID": "0"}
+        command = [sys.executable, "-c", JOIN, str(2 + number)]
+        environment = keep | (slurm if scheduler == "Slurm" else gke)
+        started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+    first, second = [process.communicate(timeout=120)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0]
+    assert first == "joined 0 2\n"
+    assert "distributed.processes=3, but jax.distributed sees 2" in second and second.endswith("joined 1 2\n")
