@@ -17,8 +17,6 @@ from sr_dpo_jax.errors import RunError, UsageError
 from sr_dpo_jax.redaction import Formatter, redact
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
-LATE_WRITE = "Event loop is closed"
-"""What asyncio says, once for each array, to the library that writes checkpoints."""
 BEST = "the best checkpoint, by checkpoint.best_metric, in place of the latest"
 
 
@@ -49,9 +47,6 @@ def _fail(_kind: type[BaseException], error: BaseException, _trace: TracebackTyp
 
 
 def _say_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Redacted; nothing of writes of a checkpoint that end after another one has failed, and the save with it."""
-    if unraisable.object is None and str(unraisable.exc_value) == LATE_WRITE:
-        return
     print(_traceback(unraisable.exc_value), file=sys.stderr)
 
 
@@ -193,7 +188,7 @@ def _train(options: argparse.Namespace) -> int:
 
 def _score(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
-    from sr_dpo_jax.train.evaluate import score_command
+    from sr_dpo_jax.commands.evaluate import score_command
 
     print(f"{score_command(config, options.output)} pairs scored in {options.output}")
     return 0
@@ -201,7 +196,7 @@ def _score(options: argparse.Namespace) -> int:
 
 def _eval(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
-    from sr_dpo_jax.train.evaluate import evaluate_command
+    from sr_dpo_jax.commands.evaluate import evaluate_command
 
     for name, value in evaluate_command(config, best=options.best).items():
         print(f"{name:28} {value:.6g}")
@@ -210,7 +205,7 @@ def _eval(options: argparse.Namespace) -> int:
 
 def _generate(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
-    from sr_dpo_jax.generation.generator import generate_command
+    from sr_dpo_jax.commands.generate import generate_command
 
     count = generate_command(config, options.prompts, options.output, best=options.best)
     print(f"{count} responses in {options.output}")

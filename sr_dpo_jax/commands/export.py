@@ -14,7 +14,7 @@ import yaml
 
 from sr_dpo_jax import __version__
 from sr_dpo_jax.config.load import load_config
-from sr_dpo_jax.config.schema import Config
+from sr_dpo_jax.config.schema import Config, DpoObjective, PairObjective, RefinedObjective
 from sr_dpo_jax.durable.checkpoint import Checkpoints
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.weights.directory import ModelDirectory, iterate_shapes, open_directory
@@ -76,7 +76,7 @@ def export(
     config, origin = load_config(run_dir / "config.yaml"), _read_manifest(run_dir / "manifest.json")
     # The commit that the run resolved, whatever a branch has become since.
     directory = open_directory(config.model.path, revision=origin.revision, weights=False)
-    abstract, dtype = abstract_params(config, directory), dtype or config.model.param_dtype
+    abstract, dtype = abstract_params(directory.architecture), dtype or config.model.param_dtype
     with contextlib.closing(Checkpoints(run_dir, read_only=True)) as checkpoints:
         step = checkpoints.best() if best else checkpoints.existing(step)
         checkpoints.check_params(dict(iterate_shapes(abstract)), step=step)
@@ -106,11 +106,11 @@ def model_card(config: Config, origin: Origin, *, name: str, step: int, dtype: s
         front["base_model"] = base
     front["tags"] = ["sr_dpo_jax", objective.name]
     rows = {"objective": objective.name}
-    if objective.name != "sft":
+    if isinstance(objective, PairObjective):
         rows["beta (β)"] = f"{objective.beta:g}"
-    if objective.lam is not None:
+    if isinstance(objective, RefinedObjective):
         rows["lam (λ)"] = f"{objective.lam:g}"
-    if objective.label_smoothing:
+    if isinstance(objective, DpoObjective) and objective.label_smoothing:
         rows["label smoothing"] = f"{objective.label_smoothing:g}"
     pinned = "" if config.model.revision is None else f" at revision `{config.model.revision}`"
     commit = "" if origin.revision is None else f", commit `{origin.revision}`"

@@ -1,13 +1,12 @@
 """Problems between keys of a configuration, which none of them shows alone, each with its remedy.
 
-What needs the data or the devices is checked where they are. Every function takes a `config.Config`; that file imports
-this one.
+What needs the data or the devices is checked where they are. Imports no jax.
 """
 
-from typing import Any
+from sr_dpo_jax.config.schema import Config, PairObjective, RefinedObjective
 
 MEASURES = ("loss", "logps/chosen")
-PREFERENCE_MEASURES = (
+PAIR_MEASURES = (
     "logps/rejected",
     "rewards/chosen",
     "rewards/rejected",
@@ -17,7 +16,7 @@ PREFERENCE_MEASURES = (
 )
 LOSSES = ("loss", "loss_per_token")
 GAINS = ("margin", "margins", "accuracies")
-"""Last parts of the names of metrics of which the lowest is never best."""
+"""Metrics whose names end so are better when they are higher."""
 RESERVED = (
     "augmented",
     "augmented_margin",
@@ -32,51 +31,28 @@ RESERVED = (
     "refinement",
     "rewards",
 )
-"""First parts of the names of metrics under `eval/`: a set of one of these names could not be told from a metric."""
+"""Metrics under `eval/` begin so: a held-out set of one of these names could not be told from a metric."""
 
 
-def evaluation_metrics(config: Any) -> list[str]:
-    """Names of all means that an evaluation while training gives, over every held-out set."""
+def evaluation_metrics(config: Config) -> list[str]:
+    """Names every mean that an evaluation while training gives, over all held-out sets."""
     measures = [*MEASURES]
-    if config.objective.name == "sft":
-        measures.append("loss_per_token")
-    else:
-        measures += PREFERENCE_MEASURES
+    if isinstance(config.objective, PairObjective):
+        measures += PAIR_MEASURES
         if config.refinement.prompt:
             measures += ("augmented/margin", "augmented/accuracies")
-        if config.objective.name in ("sr_dpo", "sr_ipo"):
+        if isinstance(config.objective, RefinedObjective):
             measures.append("refinement")
+    else:
+        measures.append("loss_per_token")
     return [f"{name}/{measure}" for name, _ in config.data.held_out for measure in measures]
 
 
-def cross_checks(config: Any) -> list[str]:
-    """Problems between keys, each with its remedy; what needs the data or the devices is checked where they are."""
+def cross_checks(config: Config) -> list[str]:
+    """Finds the problems between keys, each with its remedy."""
     found = [*_addresses(config), *_evaluation_problems(config)]
-    refined = config.objective.name in ("sr_dpo", "sr_ipo")
-    if refined and config.objective.lam is None:
-        found.append(
-            f"  objective.lam=null: {config.objective.name} needs it; the paper chooses from 0.1, 0.3, 0.5 and 1"
-        )
-    if not refined and config.objective.lam is not None:
-        found.append(
-            f"  objective.lam={config.objective.lam}: {config.objective.name} does not use it; "
-            "remove it or choose sr_dpo or sr_ipo"
-        )
-    if refined and not config.refinement.prompt:
+    if isinstance(config.objective, RefinedObjective) and not config.refinement.prompt:
         found.append(f"  refinement.prompt is empty: {config.objective.name} needs the instruction p; remove the key")
-    if config.objective.label_smoothing and config.objective.name != "dpo":
-        found.append(
-            f"  objective.label_smoothing={config.objective.label_smoothing}: only dpo uses it; remove it or choose dpo"
-        )
-    if config.optimizer.weight_decay and config.optimizer.name != "adamw":
-        found.append(f"  optimizer.weight_decay={config.optimizer.weight_decay}: only adamw uses it; remove it")
-    if config.optimizer.name != "adamw" and (config.optimizer.b1, config.optimizer.b2) != (0.9, 0.999):
-        found.append("  optimizer.b1, optimizer.b2: only adamw uses them; remove them")
-    if config.optimizer.name != "adamw" and config.optimizer.first_moment_dtype is not None:
-        found.append(
-            f"  optimizer.first_moment_dtype={config.optimizer.first_moment_dtype}: only adamw keeps a first moment; "
-            "remove it"
-        )
     if config.generation.temperature == 0 and (config.generation.top_k, config.generation.top_p) != (None, None):
         found.append(
             "  generation.top_k, generation.top_p: without effect at generation.temperature=0, the likeliest token; "
@@ -102,7 +78,7 @@ def cross_checks(config: Any) -> list[str]:
     return found
 
 
-def _addresses(config: Any) -> list[str]:
+def _addresses(config: Config) -> list[str]:
     return [
         f"  {key}={path}: is an address; files are written to directories alone: mount the bucket, as "
         "tpu_scripts/README.md shows"
@@ -111,7 +87,7 @@ def _addresses(config: Any) -> list[str]:
     ]
 
 
-def _evaluation_problems(config: Any) -> list[str]:
+def _evaluation_problems(config: Config) -> list[str]:
     data, train, found = config.data, config.train, []
     if data.eval_pairs is not None and data.eval_path is None:
         found.append(f"  data.eval_pairs={data.eval_pairs}: set data.eval_path, or remove it")
@@ -137,7 +113,7 @@ def _evaluation_problems(config: Any) -> list[str]:
     return found + _best_problems(config)
 
 
-def _best_problems(config: Any) -> list[str]:
+def _best_problems(config: Config) -> list[str]:
     metric, mode, train = config.checkpoint.best_metric, config.checkpoint.best_mode, config.train
     found = []
     if train.early_stopping_min_delta and train.early_stopping_patience is None:

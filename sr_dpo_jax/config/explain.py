@@ -1,4 +1,4 @@
-"""What is wrong with a nested mapping as a configuration, in words: secrets in it, pydantic's errors as remedies."""
+"""Errors of a configuration in words: secrets that it holds, and pydantic's errors as key path, value and remedy."""
 
 import difflib
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,7 @@ from sr_dpo_jax.redaction import holds_secret, is_secret_name, redact
 
 
 def secrets_in(node: Any, key_path: tuple[str, ...] = ()) -> Iterator[str]:
-    """Keys that hold or ask for a secret. Values are not shown, and nothing that is written could show them later."""
+    """Names the keys that hold or ask for a secret, without their values: nothing that is written could show them."""
     if isinstance(node, dict | list):
         for key, value in node.items() if isinstance(node, dict) else enumerate(node):
             here = (*key_path, str(key))
@@ -23,25 +23,61 @@ def secrets_in(node: Any, key_path: tuple[str, ...] = ()) -> Iterator[str]:
 
 
 def explain(item: Any, root: type[BaseModel]) -> str:
-    """One of pydantic's errors as key path, value and remedy; `root` is the model that was validated."""
-    location = [str(part) for part in item["loc"]]
-    key_path = ".".join(location)
-    if item["type"] == "missing":
-        return f"  {key_path}: missing; set it in the file or with {key_path}=..."
-    if item["type"] == "extra_forbidden":
-        known = list(_section_at(location[:-1], root).model_fields)
-        close = difflib.get_close_matches(location[-1], known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
-        return f"  {key_path}: no such key; {hint}"
+    """Turns one of pydantic's errors into key path, value and remedy; `root` is the model that was validated."""
+    location, sections = _walk([str(part) for part in item["loc"]], root)
+    key_path, parent = ".".join(location), sections[-1]
+    match item["type"]:
+        case "missing":
+            return f"  {key_path}: missing; set it in the file or with {key_path}=..."
+        case "union_tag_not_found":
+            return f"  {key_path}.name: missing; set it to one of {_names(parent)}"
+        case "union_tag_invalid":
+            return f"  {key_path}.name={item['ctx']['tag']!r}: not known; choose one of {_names(parent)}"
+        case "extra_forbidden":
+            return f"  {key_path}: {_unknown(location, sections)}"
     return f"  {key_path}={item['input']!r}: {item['msg']}"
 
 
-def _section_at(location: Sequence[str], section: type[BaseModel]) -> type[BaseModel]:
-    """The section at a key path. An entry of a list or mapping of sections is one of those, whatever it is called."""
-    for name in location:
-        if name in section.model_fields:
-            section = next(_sections_in(section.model_fields[name].annotation), section)
-    return section
+def _unknown(location: Sequence[str], sections: Sequence[list[type[BaseModel]]]) -> str:
+    """Says what to do about a key that its section does not have."""
+    (section,), alternatives = sections[-1], sections[-2] if len(sections) > 1 else []
+    others = [kind for kind in alternatives if location[-1] in kind.model_fields]
+    if others:  # the section has other keys under another name
+        return f"only {_names(others)} has it; remove it, or choose {_names(others)}"
+    known = list(section.model_fields)
+    close = difflib.get_close_matches(location[-1], known, n=1)
+    return f"no such key; did you mean {close[0]}?" if close else f"no such key; known here: {', '.join(known)}"
+
+
+def _walk(location: Sequence[str], root: type[BaseModel]) -> tuple[list[str], list[list[type[BaseModel]]]]:
+    """Follows pydantic's location from the root.
+
+    Returns:
+      The key path, without the names that pydantic puts in to say which kind of a section was tried; and the sections
+      on the way, each as the list of its kinds: the last is where the error is, the one before it is what the last was
+      chosen from where it was. An entry of a list or mapping of sections is one of those, whatever it is called.
+    """
+    path, sections = [], [[root]]
+    for part in location:
+        kinds = sections[-1]
+        if len(kinds) > 1 and any(part in _names_of(kind) for kind in kinds):
+            sections.append([kind for kind in kinds if part in _names_of(kind)])
+            continue
+        path.append(part)
+        if len(kinds) == 1 and part in kinds[0].model_fields:
+            inner = list(_sections_in(kinds[0].model_fields[part].annotation))
+            if inner:
+                sections.append(inner)
+    return path, sections
+
+
+def _names_of(kind: type[BaseModel]) -> tuple[str, ...]:
+    """Lists the values of `name` that choose this kind of section."""
+    return get_args(kind.model_fields["name"].annotation) if "name" in kind.model_fields else ()
+
+
+def _names(kinds: Sequence[type[BaseModel]]) -> str:
+    return ", ".join(name for kind in kinds for name in _names_of(kind))
 
 
 def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:

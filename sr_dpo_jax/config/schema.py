@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainSerializer,
+    Tag,
+)
 
 PAPER_INSTRUCTION = (
     "Please generate a response with a usefulness rating of 100 out of 100 for the following query. Note that the "
@@ -125,14 +134,38 @@ class Data(Section):
         return (*unnamed, *((f"eval/{name}", one) for name, one in self.eval_sets))
 
 
-class Objective(Section):
-    name: Literal["sft", "dpo", "ipo", "ipo_mean", "sr_dpo", "sr_ipo"]
-    """`ipo` is the paper's form on sums of log-probabilities; `ipo_mean` divides each by its length, as TRL does."""
+class SftObjective(Section):
+    """−log π(y⁺|x) of the chosen responses: supervised fine-tuning."""
+
+    name: Literal["sft"]
+
+
+class PairObjective(Section):
+    """An objective that compares two responses by their margins over the reference."""
+
     beta: Rate = 0.1
-    lam: Annotated[float, Field(ge=0)] | None = None
-    """The paper's λ, weight of the refinement; needed by sr_dpo and sr_ipo and refused elsewhere."""
+    """β, the strength of the pull towards the reference."""
+
+
+class DpoObjective(PairObjective):
+    name: Literal["dpo"]
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Assumed share of flipped labels (conservative DPO); dpo only."""
+    """The assumed share of flipped labels (conservative DPO)."""
+
+
+class IpoObjective(PairObjective):
+    name: Literal["ipo", "ipo_mean"]
+    """`ipo` is the paper's form on sums of log-probs; `ipo_mean` divides each by its length, as TRL does."""
+
+
+class RefinedObjective(PairObjective):
+    name: Literal["sr_dpo", "sr_ipo"]
+    lam: Annotated[float, Field(ge=0)]
+    """The paper's λ, the weight of the refinement; it chooses from 0.1, 0.3, 0.5 and 1."""
+
+
+Objective = Annotated[SftObjective | DpoObjective | IpoObjective | RefinedObjective, Field(discriminator="name")]
+"""The name decides which other keys there are; `train/objective.py` holds what each objective is."""
 
 
 class Refinement(Section):
@@ -145,21 +178,39 @@ class Reference(Section):
     """`cached` scores the frozen reference once and frees its weights; `online` keeps it on the mesh."""
 
 
-class Optimizer(Section):
-    name: Literal["rmsprop", "adamw"] = "rmsprop"
+class Rmsprop(Section):
+    """torch.optim.RMSprop with its defaults: decay 0.99, epsilon 1e-8 outside the root."""
+
+    name: Literal["rmsprop"] = "rmsprop"
     learning_rate: Rate = 5e-7
     warmup_steps: NonNegative = 150
     """Linear warm-up: update number n (from 0) is scaled by min(1, (n + 1) / (warmup_steps + 1))."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """After the warm-up: flat, or down towards zero, which would be reached one update after the last."""
     max_grad_norm: Rate = 10.0
-    """Global norm that gradients are clipped to."""
+    """Gradients are clipped to this global norm."""
+
+
+class Adamw(Rmsprop):
+    """AdamW with epsilon 1e-8; the keys of rmsprop, and these."""
+
+    name: Literal["adamw"]
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled decay of adamw, on matrices only: never on norms and biases."""
+    """Decoupled decay, on matrices only: never on norms and biases."""
     b1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     b2: Annotated[float, Field(gt=0, lt=1)] = 0.999
     first_moment_dtype: Literal["bfloat16"] | None = None
-    """What adamw keeps its mean of gradients in; null: model.param_dtype. bfloat16 saves two bytes a parameter."""
+    """The type of the mean of gradients; null: model.param_dtype. bfloat16 saves two bytes a parameter."""
+
+
+def _optimizer_name(section: Any) -> Any:
+    """Gives the name that decides which keys an optimizer has; without one it is rmsprop."""
+    return section.get("name", "rmsprop") if isinstance(section, dict) else getattr(section, "name", None)
+
+
+Optimizer = Annotated[
+    Annotated[Rmsprop, Tag("rmsprop")] | Annotated[Adamw, Tag("adamw")], Discriminator(_optimizer_name)
+]
 
 
 class Batch(Section):
@@ -267,7 +318,7 @@ class Config(Section):
     objective: Objective
     refinement: Refinement = Refinement()
     reference: Reference = Reference()
-    optimizer: Optimizer = Optimizer()
+    optimizer: Optimizer = Rmsprop()
     batch: Batch = Batch()
     mesh: Mesh = Mesh()
     distributed: Distributed = Distributed()

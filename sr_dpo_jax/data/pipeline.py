@@ -13,10 +13,12 @@ from typing import Protocol
 import grain
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from sr_dpo_jax.batch import SIDES, Batch, Placed, Rows, build_row
-from sr_dpo_jax.data.plan import Plan
+from sr_dpo_jax.data.dataset import TokenizedPairs
+from sr_dpo_jax.data.plan import Plan, Shape, scoring_shape
+from sr_dpo_jax.parallel.mesh import replicated, row_shards, sharding
 
 THREADS = 2
 PREFETCHED_STEPS = 4
@@ -35,7 +37,7 @@ class HostStep:
 
 
 class Pairs(Protocol):
-    """What a step is built from, as far as it is `TokenizedPairs`."""
+    """The part of `TokenizedPairs` that a step is built from."""
 
     head: np.ndarray
     augmentation: np.ndarray
@@ -83,7 +85,7 @@ class StepSource:
         pair, row = self._plan.pair[step], self._plan.row[step]
         rows_per_micro_batch = self._plan.shape.rows // self._micro_batches
         wanted = np.arange(self._micro_batches)[:, None] * rows_per_micro_batch + self._local_rows
-        members = [[self._placed(slot, pair[slot]) for slot in np.flatnonzero(row == r)] for r in wanted.flat]
+        members = [[self._placed(number, pair[number]) for number in np.flatnonzero(row == r)] for r in wanted.flat]
         members = [[placed for placed in row_members if placed is not None] for row_members in members]
         empty = self._prefix[:0]
         plain = self._stack(members, self._plan.shape.row_length, 0, empty)
@@ -92,11 +94,12 @@ class StepSource:
             augmented = self._stack(members, self._augmented_length, len(self._pairs.head), self._prefix)
         return HostStep(pair, plain, augmented, len(self._prefix))
 
-    def _placed(self, slot: int, index: int) -> Placed | None:
+    def _placed(self, number: int, index: int) -> Placed | None:
+        """Fetches the pair that has this number within the step; None where the step runs short."""
         if index < 0:
             return None
         prompt, chosen, rejected = self._pairs.pair(index)
-        return Placed(SIDES * int(slot), prompt, chosen, rejected if self._with_rejected else None)
+        return Placed(SIDES * int(number), prompt, chosen, rejected if self._with_rejected else None)
 
     def _stack(
         self, members: list[list[Placed]], row_length: int, head_tokens: int, prefix: np.ndarray
@@ -162,7 +165,67 @@ class Feed:
         return jax.make_array_from_callback((array.shape[0], self.rows, array.shape[2]), self.row_sharding, part)
 
 
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """How pairs are packed into rows for a mesh: the numbers that every plan and feed of a run share."""
+
+    mesh: Mesh
+    pairs_per_step: int
+    row_length: int
+    """Most tokens of a row."""
+    row_multiple: int
+    """Row lengths are multiples of this."""
+    micro_batches: int
+    """A, the parts that a step's rows are cut into."""
+
+    @property
+    def rows_multiple(self) -> int:
+        """The number of rows of a step is a multiple of this: row shards × A."""
+        return row_shards(self.mesh) * self.micro_batches
+
+    def scoring_shape(self, tokens: np.ndarray, scored: np.ndarray) -> Shape:
+        """Chooses the shape of one pass over data that is only scored; sizes as `pair_sizes` gives them."""
+        return scoring_shape(
+            tokens,
+            scored,
+            pairs_per_step=min(self.pairs_per_step, len(tokens)),
+            row_length=self.row_length,
+            row_multiple=self.row_multiple,
+            rows_multiple=self.rows_multiple,
+        )
+
+    def feed(
+        self,
+        pairs: Pairs,
+        plan: Plan,
+        *,
+        augmented: bool,
+        with_rejected: bool = True,
+        reference: np.ndarray | None = None,
+    ) -> Feed:
+        """Makes the steps of a plan into batches on the mesh; arguments as for `StepSource` and `Feed`."""
+        rows = plan.shape.rows // self.micro_batches
+        shape = (self.micro_batches, rows, plan.shape.row_length)
+        row_sharding = sharding(self.mesh, ("steps", "rows", None), shape, "batch.plain.tokens")
+        source = StepSource(
+            pairs,
+            plan,
+            micro_batches=self.micro_batches,
+            local_rows=local_rows(row_sharding, self.micro_batches, rows),
+            with_rejected=with_rejected,
+            augmented=augmented,
+            row_multiple=self.row_multiple,
+        )
+        return Feed(source, rows, row_sharding, replicated(self.mesh), reference)
+
+
+def pair_sizes(pairs: TokenizedPairs, *, with_rejected: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Counts the tokens that each pair takes in a row, and how many of them are scored, each `[N]`."""
+    scored = pairs.chosen_tokens + (pairs.rejected_tokens if with_rejected else 0)
+    return pairs.prompt_tokens + scored, scored
+
+
 def local_rows(row_sharding: NamedSharding, micro_batches: int, rows: int) -> np.ndarray:
-    """Which of the rows `[A, rows, T]` of a sharded batch live on this process's devices, ascending."""
+    """Finds which of the rows `[A, rows, T]` of a sharded batch live on this process's devices, ascending."""
     slices = row_sharding.addressable_devices_indices_map((micro_batches, rows, 1)).values()
     return np.unique(np.concatenate([np.arange(rows)[index[1]] for index in slices]))

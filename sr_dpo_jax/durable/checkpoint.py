@@ -1,19 +1,18 @@
-"""Orbax checkpoints of a run: parameters, optimizer state, step, data position and configuration, saved asynchronously.
+"""Orbax checkpoints of a run: state, data position and configuration, saved asynchronously and verified.
 
     checkpoints/<step>/state      arrays, sharded as on the mesh
     checkpoints/<step>/position   JSON: where the data goes on
     checkpoints/<step>/config     JSON: the resolved configuration
-    checkpoints/<step>/digests    what `integrity.py` checks all of it against
+    checkpoints/<step>/digests    the digests that `integrity.py` compares all of it with
 
-A step counts steps of the plan done. Orbax writes to a temporary name and renames; then, still in the background, what
-is on the disk is read back and compared with what was on the devices, and only that makes it a checkpoint. Older ones
-are deleted after that and not before, the best one never before a better one is verified; what is damaged, cut short
-or foreign is never deleted, at most renamed.
+A step counts steps of the plan done. Orbax writes to a temporary name and renames; then, still in the background, the
+files are read back and compared with what was on the devices, and only that makes them a checkpoint. Older ones are
+deleted after that and not before, the best one never before a better one is verified. A directory that is damaged, cut
+short or foreign is never deleted, at most renamed.
 """
 
 import contextlib
 import logging
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,26 +22,24 @@ from typing import Any, Self
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 
 from sr_dpo_jax.durable import integrity
+from sr_dpo_jax.durable.files import write_text
 from sr_dpo_jax.errors import RunError, UsageError
 from sr_dpo_jax.parallel.processes import largest
-from sr_dpo_jax.train.train_step import Params, TrainState
-from sr_dpo_jax.weights.layout import flatten, unflatten
 
 log = logging.getLogger(__name__)
 
 GOOD, UNVERIFIED, DAMAGED = range(3)
 CONDEMNED = ".deleting"
 LEDGER = "last_verified"
-"""Names the newest verified step: where there was one and none is left, starting from step 0 would hide the loss."""
-REPEATS = re.compile(r"_SignalingThread\.run\(\) raised|Handler Commit operations or|never retrieved.*orbax", re.DOTALL)
-"""What Orbax's threads and tasks say, each with a traceback, before `wait_until_finished` raises the first of it."""
-VARYING = re.compile(r'"[^"]*"|\d+')
-"""Of an error of a write: names of arrays and files, sizes and numbers."""
+"""The file that names the newest verified step: where it names one and none is left, starting from step 0 would hide
+the loss."""
 MOST_STEPS = 1024
-"""Of one directory, that processes tell each other of."""
+"""Process 0 tells the others of this many checkpoints, the newest: what is broadcast has a fixed size."""
+Params = Any
 
 
 class Checkpoints:
@@ -61,8 +58,6 @@ class Checkpoints:
         self.directory = Path(output_dir).absolute() / "checkpoints"
         self._keep, self._read_only, self._strict = keep, read_only, strict
         self._leader = jax.process_index() == 0
-        for logger in ("absl", "asyncio"):  # those that Orbax speaks through; the same filter twice is one
-            logging.getLogger(logger).addFilter(_ONE_LINE)
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._background = ThreadPoolExecutor(1, "verify")
         self._pending: tuple[int, Future[None]] | None = None
@@ -77,15 +72,15 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """A save under way is let end, but not in a run of several processes that fails: it may wait for a dead one."""
+        """Lets a save under way end, but not in a run of several processes that fails: it may wait for a dead one."""
         if kind is None or jax.process_count() == 1:
             self.close()
 
     def newest_good(self, *, prefix: str = "") -> int | None:
-        """The highest step whose bytes are those that were saved; None where nothing was ever saved whole.
+        """Finds the highest step whose bytes are those that were saved; None where nothing was ever saved whole.
 
         Args:
-          prefix: of the arrays that matter: "params." where the optimizer's state is not read.
+          prefix: only arrays whose names begin so are checked: "params." where the optimizer's state is not read.
 
         Raises:
           UsageError: every checkpoint is damaged, or with `strict` the newest.
@@ -115,20 +110,26 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        state: TrainState,
+        state: Mapping[str, Any],
         *,
         position: dict[str, Any],
         config: dict[str, Any],
         best: int | None = None,
     ) -> None:
-        """Copies the state off the devices, and writes and verifies it in the background; see `save_failed`.
+        """Copies the state off the devices, and writes and verifies it in the background.
 
-        Once verified, it and its `best`, the step of the best checkpoint so far, are what older ones are deleted for.
+        Args:
+          step: steps of the plan done.
+          state: arrays by name, among them `params`.
+          position: where the data goes on, JSON.
+          config: the resolved configuration, JSON.
+          best: the step of the best checkpoint so far: older ones than `keep` are deleted once this is verified, but
+            not that one.
         """
         if self._pending is not None:
-            raise RuntimeError("ask save_failed(wait=True) before the next save")
+            raise RuntimeError("call await_save() before the next save")
         self._best = best
-        path, tree = self.directory / str(step), _as_dict(state)
+        path, tree = self.directory / str(step), dict(state)
         if path.exists():
             self._set_aside(step, "unverified")
         arguments = ocp.args.Composite(
@@ -144,18 +145,22 @@ class Checkpoints:
         shards = integrity.host_shards(tree)
         self._pending = step, self._background.submit(self._verify, step, shards)
 
-    def save_failed(self, *, wait: bool = False) -> bool:
-        """Whether the last save has failed, so that the state must be saved again; asked after every step.
+    def poll_save(self) -> bool:
+        """Takes in the result of the save under way if it has ended; True where the state must be saved again.
 
-        Args:
-          wait: until the save is verified or has failed.
+        Called after every step. Raises as `await_save`.
+        """
+        return self._pending is not None and self._pending[1].done() and self.await_save()
+
+    def await_save(self) -> bool:
+        """Waits until the save under way is verified or has failed; True where the state must be saved again.
 
         Raises:
           RunError: it failed for the second time in a row, held values that are not finite, was the best checkpoint,
             whose state is gone by now, or failed in a run of several processes, which cannot agree on another attempt:
             starting the run again is the other attempt.
         """
-        if self._pending is None or not (wait or self._pending[1].done()):
+        if self._pending is None:
             return False
         (step, future), self._pending = self._pending, None
         error = future.exception()
@@ -172,30 +177,28 @@ class Checkpoints:
         log.error("%s; trying once more", message)
         return True
 
-    def restore(self, abstract: TrainState, *, step: int) -> tuple[TrainState, dict[str, Any]]:
-        """State and data position of a step that `newest_good` or `existing` gave.
+    def restore(self, abstract: Mapping[str, Any], *, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Restores state and data position of a step that `newest_good` or `existing` gave.
 
         Args:
-          abstract: shapes, types and shardings of the state; any mesh will do.
+          abstract: shapes, types and shardings of the state by name; any mesh will do.
 
         Raises:
           UsageError: its arrays have other shapes than the configured model.
         """
-        arguments = ocp.args.Composite(
-            state=ocp.args.StandardRestore(_as_dict(abstract)), position=ocp.args.JsonRestore()
-        )
+        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(dict(abstract)), position=ocp.args.JsonRestore())
         path = self.directory / str(step)
         with _shape_errors(path):
             restored = self._checkpointer.restore(path, args=arguments)
-        return TrainState(**restored["state"]), restored["position"]
+        return restored["state"], restored["position"]
 
     def restore_position(self, step: int) -> dict[str, Any]:
-        """The data position alone: what `save` was given."""
+        """Reads the data position alone, as `save` was given it."""
         arguments = ocp.args.Composite(position=ocp.args.JsonRestore())
         return self._checkpointer.restore(self.directory / str(step), args=arguments)["position"]
 
     def restore_params(self, shapes: Params, shardings: Params, *, step: int) -> Params:
-        """The parameters of a step that `newest_good` or `existing` gave; the optimizer's state is not read.
+        """Restores the parameters of a step that `newest_good` or `existing` gave; the optimizer's state is not read.
 
         Raises:
           UsageError: its parameters have other shapes.
@@ -223,7 +226,7 @@ class Checkpoints:
         path = self.directory / str(step)
         with ocp.StandardCheckpointer() as checkpointer:
             tree = checkpointer.metadata(path / "state").item_metadata.tree
-        held = {name: tuple(leaf.shape) for name, leaf in flatten(tree["params"]).items()}
+        held = {name: tuple(leaf.shape) for name, leaf in flatten_dict(tree["params"], sep=".").items()}
         wrong = [
             f"{name}: {held.get(name, 'missing')}, the model has {shapes.get(name, 'no such parameter')}"
             for name in sorted(held.keys() | shapes.keys())
@@ -235,17 +238,17 @@ class Checkpoints:
             )
 
     def read_params(self, names: Sequence[str], *, step: int) -> dict[str, np.ndarray]:
-        """Some parameters of a step, whole and in host memory, by path; nothing else is read and no device is used."""
-        wanted = unflatten(dict.fromkeys(names, 0))
+        """Reads some parameters of a step by path, whole and into host memory; uses no device."""
+        wanted = unflatten_dict(dict.fromkeys(names, 0), sep=".")
         restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         arguments = ocp.args.PyTreeRestore(
             item={"params": wanted}, restore_args={"params": restore_args}, partial_restore=True
         )
         restored = self._checkpointer.restore(self.directory / str(step), args=ocp.args.Composite(state=arguments))
-        return flatten(restored["state"]["params"])
+        return flatten_dict(restored["state"]["params"], sep=".")
 
     def existing(self, step: int | None, *, prefix: str = "params.") -> int:
-        """The step itself, verified, or the newest good one for None; raises UsageError where there is none."""
+        """Checks a step, or finds the newest good one for None; raises UsageError where there is none."""
         if step is None:
             step = self.newest_good(prefix=prefix)
             if step is not None:
@@ -260,7 +263,7 @@ class Checkpoints:
         return step
 
     def best(self) -> int:
-        """The step of the run's best checkpoint, verified; raises UsageError where there is none."""
+        """Finds and checks the step of the run's best checkpoint; raises UsageError where there is none."""
         newest = self.existing(None)
         selection = self.restore_position(newest).get("selection")
         if selection is None or selection["step"] is None:
@@ -275,7 +278,7 @@ class Checkpoints:
 
         `best` is the step of the best checkpoint, which is kept too.
         """
-        self.save_failed(wait=True)
+        self.await_save()
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("checkpoints verified")
         if not integrity.is_verified(self.directory / str(step)):
@@ -285,7 +288,7 @@ class Checkpoints:
             self._prune()
 
     def verified_steps(self) -> list[int]:
-        """Steps that all processes have verified when they were saved, lowest first."""
+        """Lists the steps that all processes verified when they were saved, lowest first."""
         paths = self.directory.iterdir() if self.directory.is_dir() else ()
         return sorted(int(path.name) for path in paths if path.name.isdigit() and integrity.is_verified(path))
 
@@ -294,7 +297,7 @@ class Checkpoints:
         self._checkpointer.close()
 
     def _verify(self, step: int, shards: list[tuple[str, integrity.Ranges, np.ndarray]]) -> None:
-        """In the background: hashes, waits for the commit, reads back, writes the digests, deletes what is too old."""
+        """Hashes, waits for the commit, reads back, writes the digests, deletes older steps; runs in the background."""
         path = self.directory / str(step)
         digests = integrity.digest_shards(shards)
         shards.clear()
@@ -305,7 +308,7 @@ class Checkpoints:
             self._prune()
 
     def _judge(self, step: int, prefix: str) -> tuple[int, str]:
-        """The verdict that all processes agree on, each having read its share, and a reason."""
+        """Gives the verdict that all processes agree on, each having read its share, and a reason."""
         verdict, reason = GOOD, "another process found its part damaged"
         share = jax.process_index(), jax.process_count()
         try:
@@ -317,7 +320,7 @@ class Checkpoints:
         return largest(verdict), reason
 
     def _listing(self) -> list[int]:
-        """Steps that have a directory, highest first, as process 0 sees them."""
+        """Lists the steps that have a directory, highest first, as process 0 sees them."""
         steps = np.full(MOST_STEPS, -1)
         if self._leader and self.directory.is_dir():
             numbered = [path for path in self.directory.iterdir() if path.name.isdigit() and path.is_dir()]
@@ -332,7 +335,7 @@ class Checkpoints:
         return [int(step) for step in steps if step >= 0]
 
     def _set_aside(self, step: int, why: str) -> None:
-        """Renames a directory that is no checkpoint, so that neither resuming nor deleting ever counts it as one."""
+        """Renames a directory that is no checkpoint, so that it is never resumed from, counted or deleted."""
         if not self._leader or self._read_only:
             return
         path = self.directory / str(step)
@@ -344,7 +347,7 @@ class Checkpoints:
     def _prune(self) -> None:
         verified = self.verified_steps()
         if verified:
-            (self.directory / LEDGER).write_text(f"{verified[-1]}\n", encoding="utf-8")
+            write_text(self.directory / LEDGER, f"{verified[-1]}\n")
         for step in verified[: -self._keep] if self._keep else []:
             if step == self._best:
                 continue
@@ -352,32 +355,6 @@ class Checkpoints:
             condemned = path.with_name(path.name + CONDEMNED)
             path.rename(condemned)
             shutil.rmtree(condemned)
-
-
-class _OneLine(logging.Filter):
-    """Where a save fails, Orbax logs a traceback for each array: each kind of error is said once, in a line.
-
-    The error of the save is reported by `save_failed`; all else that is logged passes as it is.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._said: set[str] = set()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        error = record.exc_info[1] if record.exc_info else None
-        if error is None or not REPEATS.search(str(record.msg)):
-            return True
-        line = _first_line(error)
-        kind = VARYING.sub("", str(error).split("\n")[0])
-        if kind in self._said:
-            return False
-        self._said.add(kind)
-        record.msg, record.args, record.exc_info, record.exc_text = f"checkpoint: {line}", (), None, None
-        return True
-
-
-_ONE_LINE = _OneLine()
 
 
 @contextlib.contextmanager
@@ -394,7 +371,3 @@ def _shape_errors(path: Path) -> Iterator[None]:
 def _first_line(error: BaseException) -> str:
     line = str(error).split("\n")[0]
     return line if len(line) <= 300 else f"{line[:140]} ... {line[-140:]}"  # what the system said stands at the end
-
-
-def _as_dict(state: TrainState) -> dict[str, Any]:
-    return {"step": state.step, "params": state.params, "optimizer_state": state.optimizer_state}

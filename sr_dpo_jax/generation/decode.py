@@ -6,7 +6,7 @@
 Shapes never change, so nothing is compiled after the first calls. A sequence's tokens depend on its prompt, its seed
 and nothing else: not on its slot, nor on what the others hold.
 
-Next: `generate.py`, which fills the slots.
+Next: `generator.py`, which fills the slots.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from sr_dpo_jax.generation.cache import CACHE_AXES, Cache, advance, cache_shape
 from sr_dpo_jax.model.attention import at_least_float32, soft_cap
 from sr_dpo_jax.model.decoder import Decoder
-from sr_dpo_jax.parallel.mesh import replicated, sharding
+from sr_dpo_jax.parallel.mesh import jit_on, replicated, sharding
 
 Array = jax.Array
 
@@ -121,8 +121,8 @@ def make_programs(
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh)
     return (
-        jax.jit(read, donate_argnums=1, out_shardings=shardings),
-        jax.jit(proceed, donate_argnums=1, out_shardings=shardings),
+        jit_on(mesh, read, donate_argnums=1, out_shardings=shardings),
+        jit_on(mesh, proceed, donate_argnums=1, out_shardings=shardings),
     )
 
 

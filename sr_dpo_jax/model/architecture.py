@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from sr_dpo_jax.errors import UsageError
+
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
@@ -75,3 +77,17 @@ class Architecture:
     """The unembedding is the embedding."""
     init_scale: float
     """Standard deviation of random matrices."""
+
+
+def require_exact_positions(architecture: Architecture, longest_tokens: int, *, what: str, remedy: str) -> None:
+    """Refuses texts beyond the length up to which the model's rotary frequencies are those of every length.
+
+    Raises:
+      UsageError: `what` is too long, and the remedy.
+    """
+    limits = [kind.rope.exact_positions for kind in architecture.kinds if kind.rope.exact_positions is not None]
+    if limits and longest_tokens > min(limits):
+        raise UsageError(
+            f"{what}; beyond {min(limits)} the rope scaling of model.path gives every length other frequencies, which "
+            f"neither a packed row nor a cache of keys can have; {remedy}"
+        )

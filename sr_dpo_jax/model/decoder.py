@@ -1,18 +1,19 @@
 """A decoder-only transformer over packed rows; the layers are stacked and scanned, so compile time has no depth in it.
 
-Parameters have logical axes in their metadata (`axes`), which `mesh.py` maps to the mesh:
+Parameters have logical axes in their metadata (`axes`), which `parallel/mesh.py` maps to the mesh:
 
     layers   one entry a layer, never sharded     heads, kv_heads   attention heads
     embed    the residual stream                  head_dim          within a head
     mlp      the MLP's hidden units               vocabulary        token ids
-    table    the residual stream's side of the embedding and unembedding
+    table    the residual stream, in the embedding and the unembedding alone
 
     d  hidden size    H, K  query and key heads    D  head dimension    F  MLP units    V  vocabulary    L  layers
 
-Next: `logprobs.py`, which turns hidden states into log-probabilities.
+Next: `logprobs.py`, which turns hidden states into log-probs.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -23,14 +24,13 @@ from flax import nnx
 
 from sr_dpo_jax.batch import Rows
 from sr_dpo_jax.model.architecture import Architecture, Rope
-from sr_dpo_jax.model.attention import AttentionPath, Visible, at_least_float32
+from sr_dpo_jax.model.attention import Attention, AttentionPath, Visible, at_least_float32
+from sr_dpo_jax.model.linear import linear
+from sr_dpo_jax.parallel.mesh import constrain
 
 Array = jax.Array
-Constrain = Callable[[Array, tuple[str | None, ...]], Array]
-Mix = Callable[[Array, Array, Array], Array]
-"""Queries, keys and values of a layer -> what each query gathers: rotation and attention, see `Decoder._mix`."""
-View = tuple[tuple[Array, Array], Any]
-"""How layers of one kind see the rows: cosine and sine of the rotation, and what the attention path prepared."""
+Params = Any
+"""A tree of the decoder's parameters: nested dicts of arrays, or of their shapes or shardings."""
 
 ACTIVATIONS = {"gelu": partial(jax.nn.gelu, approximate=False), "gelu_tanh": jax.nn.gelu, "silu": jax.nn.silu}
 REMAT_POLICIES = {
@@ -73,7 +73,9 @@ class Norm(nnx.Module):
         return wide.astype(x.dtype)
 
 
-class Attention(nnx.Module):
+class SelfAttention(nnx.Module):
+    """The projections of attention and the norms of queries and keys."""
+
     def __init__(self, architecture: Architecture, param_dtype: jnp.dtype, rngs: nnx.Rngs):
         a, matrix = architecture, partial(_matrix, rngs, architecture, param_dtype, layers=architecture.layers)
         zeros = partial(_constant, 0.0, param_dtype, layers=a.layers)
@@ -91,16 +93,18 @@ class Attention(nnx.Module):
         self.query_norm = norm(**query_heads, head_dim=a.head_dim) if a.head_norm != "none" else None
         self.key_norm = norm(**key_heads, head_dim=a.head_dim) if a.head_norm != "none" else None
 
-    def __call__(self, x: Array, mix: Mix) -> Array:
-        """`[R, T, d]` -> `[R, T, d]`."""
-        query = _add(jnp.einsum("rtd,dhk->rthk", x, self.query[...].astype(x.dtype)), self.query_bias)
-        key = _add(jnp.einsum("rtd,dhk->rthk", x, self.key[...].astype(x.dtype)), self.key_bias)
-        value = _add(jnp.einsum("rtd,dhk->rthk", x, self.value[...].astype(x.dtype)), self.value_bias)
-        mixed = mix(_normalised(query, self.query_norm), _normalised(key, self.key_norm), value)
-        return _add(jnp.einsum("rthk,hkd->rtd", mixed, self.output[...].astype(x.dtype)), self.output_bias)
+    def __call__(self, x: Array, attention: Attention) -> Array:
+        """Maps `[R, T, d]` to `[R, T, d]`; rotates and mixes through `attention.attend`."""
+        query = linear("query", x, self.query, self.query_bias)
+        key = linear("key", x, self.key, self.key_bias)
+        value = linear("value", x, self.value, self.value_bias)
+        mixed = attention.attend(_normalised(query, self.query_norm), _normalised(key, self.key_norm), value)
+        return linear("output", mixed, self.output, self.output_bias, axes=2)
 
 
 class MLP(nnx.Module):
+    """down(activation(up(x))), or down(activation(gate(x)) · up(x)) where it is gated."""
+
     def __init__(self, architecture: Architecture, param_dtype: jnp.dtype, rngs: nnx.Rngs):
         a, matrix = architecture, partial(_matrix, rngs, architecture, param_dtype, layers=architecture.layers)
         zeros = partial(_constant, 0.0, param_dtype, layers=a.layers)
@@ -113,13 +117,13 @@ class MLP(nnx.Module):
         self.down_bias = zeros(embed=a.hidden) if a.mlp_bias else None
 
     def __call__(self, x: Array) -> Array:
-        """`[R, T, d]` -> `[R, T, d]`."""
-        units = _add(x @ self.up[...].astype(x.dtype), self.up_bias)
+        """Maps `[R, T, d]` to `[R, T, d]`."""
+        units = linear("up", x, self.up, self.up_bias)
         if self.gate is None:
             units = ACTIVATIONS[self.activation](units)
         else:
-            units *= ACTIVATIONS[self.activation](_add(x @ self.gate[...].astype(x.dtype), self.gate_bias))
-        return _add(units @ self.down[...].astype(x.dtype), self.down_bias)
+            units *= ACTIVATIONS[self.activation](linear("gate", x, self.gate, self.gate_bias))
+        return linear("down", units, self.down, self.down_bias)
 
 
 class Block(nnx.Module):
@@ -130,21 +134,44 @@ class Block(nnx.Module):
         norm = partial(Norm, a, param_dtype, layers=a.layers, embed=a.hidden)
         self.parallel_residual = a.parallel_residual
         self.attention_norm = norm() if a.norm_inputs else None
-        self.attention = Attention(a, param_dtype, rngs)
+        self.attention = SelfAttention(a, param_dtype, rngs)
         self.attention_output_norm = norm() if a.norm_outputs else None
         self.mlp_norm = norm() if a.norm_inputs else None
         self.mlp = MLP(a, param_dtype, rngs)
         self.mlp_output_norm = norm() if a.norm_outputs else None
 
-    def __call__(self, x: Array, mix: Mix) -> Array:
-        attended = self.attention(_normalised(x, self.attention_norm), mix)
-        middle = x + _normalised(attended, self.attention_output_norm)
-        units = self.mlp(_normalised(x if self.parallel_residual else middle, self.mlp_norm))
-        return middle + _normalised(units, self.mlp_output_norm)
+    def __call__(self, x: Array, attention: Attention) -> Array:
+        """Maps `[R, T, d]` to `[R, T, d]`."""
+        with jax.named_scope("attention"):
+            attended = self.attention(_normalised(x, self.attention_norm), attention)
+            middle = x + _normalised(attended, self.attention_output_norm)
+        with jax.named_scope("mlp"):
+            units = self.mlp(_normalised(x if self.parallel_residual else middle, self.mlp_norm))
+            return middle + _normalised(units, self.mlp_output_norm)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerAttention:
+    """Rotation and attention as one layer of the scan has them; its kind is known when the loop runs."""
+
+    kinds: Sequence[tuple[tuple[Array, Array], Attention]]
+    """For each kind of layers, cosine and sine of the rotation, and attention over the rows."""
+    kind: Array
+    """The index of this layer's kind."""
+
+    def attend(self, query: Array, key: Array, value: Array) -> Array:
+        def as_kind(number: int, query: Array, key: Array, value: Array) -> Array:
+            rotation, attention = self.kinds[number]
+            return attention.attend(rotate(query, rotation), rotate(key, rotation), value)
+
+        branches = [partial(as_kind, number) for number in range(len(self.kinds))]
+        if len(branches) == 1:
+            return branches[0](query, key, value)
+        return jax.lax.switch(self.kind, branches, query, key, value)
 
 
 class Decoder(nnx.Module):
-    """Token ids of packed rows -> hidden states after the final norm.
+    """Turns token ids of packed rows into hidden states after the final norm.
 
     Args:
       architecture: shapes and choices of the family.
@@ -152,7 +179,6 @@ class Decoder(nnx.Module):
       param_dtype: type of the parameters.
       remat: what the backward pass recomputes: "none", "dots" (all but the matmuls) or "full" (whole layers).
       attention: the way to compute attention.
-      constrain: `(array, logical axes) -> array`, pins activations to the mesh; see `mesh.constrain`.
       rngs: the `params` stream draws the initial weights.
     """
 
@@ -164,12 +190,10 @@ class Decoder(nnx.Module):
         param_dtype: jnp.dtype,
         remat: str,
         attention: AttentionPath,
-        constrain: Constrain,
         rngs: nnx.Rngs,
     ):
         a = architecture
-        self.architecture, self.dtype, self.remat, self.constrain = a, dtype, remat, constrain
-        self.attention = attention
+        self.architecture, self.dtype, self.remat, self.attention = a, dtype, remat, attention
         self.embedding = _matrix(rngs, a, param_dtype, vocabulary=a.vocabulary_tokens, table=a.hidden)
         self.layers = Block(a, param_dtype, rngs)
         self.final_norm = Norm(a, param_dtype, embed=a.hidden)
@@ -179,24 +203,24 @@ class Decoder(nnx.Module):
 
     @property
     def vocabulary_matrix(self) -> Array:
-        """`[V, d]`: the matrix whose product with a hidden state gives the logits."""
+        """The matrix whose product with a hidden state gives the logits, `[V, d]`."""
         return (self.embedding if self.unembedding is None else self.unembedding)[...]
 
     def __call__(self, plain: Rows, augmented: Rows | None = None) -> tuple[Array, Array | None]:
-        """Hidden states `[R, T, d]` of the plain rows and, under stop_gradient, of the augmented rows.
+        """Computes hidden states `[R, T, d]` of the plain rows and, under stop_gradient, of the augmented rows.
 
         Both go through one scan over the layers, and the augmented branch leaves nothing for the backward pass.
         """
         block, stacked = nnx.split(self.layers)
-        views = [self._views(rows) for rows in (plain, augmented) if rows is not None]
+        attentions = [self._attention_on(rows) for rows in (plain, augmented) if rows is not None]
 
         def layer(hidden: tuple[Array, ...], of_layer: tuple[nnx.State, Array]) -> tuple[tuple[Array, ...], None]:
             params, kind = of_layer
             frozen = jax.lax.stop_gradient(params)
             advanced = []
-            for x, view, parameters in zip(hidden, views, (params, frozen), strict=False):
-                x = nnx.merge(block, parameters)(x, partial(self._mix, view, kind))
-                advanced.append(self.constrain(x, ("rows", None, None)))
+            for x, kinds, parameters in zip(hidden, attentions, (params, frozen), strict=False):
+                x = nnx.merge(block, parameters)(x, LayerAttention(kinds, kind))
+                advanced.append(constrain(x, ("rows", None, None)))
             return tuple(advanced), None
 
         if self.remat != "none":
@@ -211,40 +235,28 @@ class Decoder(nnx.Module):
         return self.final_norm(hidden[0]), jax.lax.stop_gradient(self.final_norm(hidden[1]))
 
     def embed(self, tokens: Array) -> Array:
-        """`[R, T]` token ids -> what enters the first layer, `[R, T, d]`."""
-        embedded = look_up(self.embedding[...], tokens, self.dtype, self.constrain)
+        """Maps token ids `[R, T]` to what enters the first layer, `[R, T, d]`."""
+        embedded = look_up(self.embedding[...], tokens, self.dtype)
         # In the activations' type: models with a scale were trained with the factor rounded to it.
         embedded *= jnp.asarray(self.architecture.embedding_scale, self.dtype)
-        return self.constrain(embedded, ("rows", None, None))
+        return constrain(embedded, ("rows", None, None))
 
-    def _views(self, rows: Rows) -> list[View]:
-        """One view for each kind of layers. A window that no row is long enough to notice is left out."""
-        length, dtype = rows.tokens.shape[-1], at_least_float32(self.dtype)
-        views = []
-        for kind in self.architecture.kinds:
+    def _attention_on(self, rows: Rows) -> list[tuple[tuple[Array, Array], Attention]]:
+        """Prepares rotation and attention for each kind of layers. A window that no row is long enough to notice is
+        left out."""
+        length, dtype, a = rows.tokens.shape[-1], at_least_float32(self.dtype), self.architecture
+        prepared = []
+        for kind in a.kinds:
             window = kind.window if kind.window is not None and kind.window < length else None
             visible = Visible(rows.key_start, rows.key_end, rows.positions, rows.prefix_tokens, window)
-            views.append((rotation_of(rows.positions, kind.rope, dtype), self.attention.prepare(visible)))
-        return views
-
-    def _mix(self, views: list[View], kind: Array, query: Array, key: Array, value: Array) -> Array:
-        """Rotation and attention as a layer of this kind has them; which kind it is, is known when the loop runs."""
-        a = self.architecture
-
-        def mixed_by(view: View, query: Array, key: Array, value: Array) -> Array:
-            rotation, prepared = view
-            query, key = rotate(query, rotation), rotate(key, rotation)
-            return self.attention.attend(query, key, value, prepared, scale=a.query_scale, cap=a.attention_cap)
-
-        branches = [partial(mixed_by, view) for view in views]
-        if len(branches) == 1:
-            return branches[0](query, key, value)
-        return jax.lax.switch(kind, branches, query, key, value)
+            attention = self.attention.on_rows(visible, scale=a.query_scale, cap=a.attention_cap)
+            prepared.append((rotation_of(rows.positions, kind.rope, dtype), attention))
+        return prepared
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def look_up(table: Array, tokens: Array, dtype: jnp.dtype, constrain: Constrain) -> Array:
-    """`table[tokens]` in `dtype`, with a gradient summed in float32.
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def look_up(table: Array, tokens: Array, dtype: jnp.dtype) -> Array:
+    """Reads `table[tokens]` in `dtype`, with a gradient summed in float32.
 
     The transpose that jax would take sums in `dtype`: of 4,096 equal contributions to one token, bfloat16 keeps 256.
     The table is whole on every device while it is read.
@@ -252,15 +264,11 @@ def look_up(table: Array, tokens: Array, dtype: jnp.dtype, constrain: Constrain)
     return constrain(table.astype(dtype), (None, None))[tokens]
 
 
-def _look_up_forward(
-    table: Array, tokens: Array, dtype: jnp.dtype, constrain: Constrain
-) -> tuple[Array, tuple[Array, Array]]:
-    return look_up(table, tokens, dtype, constrain), (table, tokens)
+def _look_up_forward(table: Array, tokens: Array, dtype: jnp.dtype) -> tuple[Array, tuple[Array, Array]]:
+    return look_up(table, tokens, dtype), (table, tokens)
 
 
-def _look_up_backward(
-    dtype: jnp.dtype, constrain: Constrain, kept: tuple[Array, Array], cotangent: Array
-) -> tuple[Array, np.ndarray]:
+def _look_up_backward(dtype: jnp.dtype, kept: tuple[Array, Array], cotangent: Array) -> tuple[Array, np.ndarray]:
     table, tokens = kept
     wide = at_least_float32(table.dtype)
     # Whole on every device, which then adds up its own columns of the table. Left alone, the compiler exchanges rows
@@ -275,7 +283,7 @@ look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 def rotation_of(positions: Array, rope: Rope, dtype: jnp.dtype) -> tuple[Array, Array]:
-    """Cosine and sine of each position's angles, `[R, T, 1, len(frequencies)]`, times the rope's scale.
+    """Gives cosine and sine of each position's angles, `[R, T, 1, len(frequencies)]`, times the rope's scale.
 
     Never in the activations' bfloat16, which rounds position 257 to 256.
     """
@@ -284,7 +292,7 @@ def rotation_of(positions: Array, rope: Rope, dtype: jnp.dtype) -> tuple[Array, 
 
 
 def rotate(heads: Array, rotation: tuple[Array, Array]) -> Array:
-    """Rotary embedding of `[R, T, heads, D]`: with n angles, dimension i turns with i + n, and 2n and up stay."""
+    """Rotates `[R, T, heads, D]`: with n angles, dimension i turns with i + n, and dimensions from 2n on stay."""
     cosine, sine = rotation
     rotary_dims = 2 * cosine.shape[-1]
     first, second = jnp.split(heads[..., :rotary_dims].astype(cosine.dtype), 2, axis=-1)
@@ -294,7 +302,3 @@ def rotate(heads: Array, rotation: tuple[Array, Array]) -> Array:
 
 def _normalised(x: Array, norm: Norm | None) -> Array:
     return x if norm is None else norm(x)
-
-
-def _add(x: Array, bias: nnx.Param | None) -> Array:
-    return x if bias is None else x + bias[...].astype(x.dtype)

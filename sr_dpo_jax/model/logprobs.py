@@ -1,13 +1,12 @@
-"""Hidden states -> log-probability of each response. Only scored positions reach the vocabulary matrix.
+"""Hidden states -> log-prob of each response. Only scored positions reach the vocabulary matrix.
 
 The vocabulary is taken in blocks: the logits of one block exist at a time, in float32, and the gradient makes them
 again instead of keeping them. Peak memory is scored positions × VOCABULARY_BLOCK, whatever the vocabulary, and a
 sharded vocabulary matrix is gathered block by block.
 
-Next: `losses.py`, which turns margins of these into losses.
+Next: `train/objective.py`, which says what becomes of them.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -16,15 +15,15 @@ import numpy as np
 
 from sr_dpo_jax.batch import SIDES, Rows
 from sr_dpo_jax.model.attention import at_least_float32, soft_cap
+from sr_dpo_jax.parallel.mesh import constrain
 
 Array = jax.Array
-Constrain = Callable[[Array, tuple[str | None, ...]], Array]
 
 VOCABULARY_BLOCK = 4096
 
 
 def response_logprobs(
-    hidden: Array, vocabulary_matrix: Array, rows: Rows, *, pairs: int, cap: float | None, constrain: Constrain
+    hidden: Array, vocabulary_matrix: Array, rows: Rows, *, pairs: int, cap: float | None
 ) -> tuple[Array, Array]:
     """`log π(y|x) = Σ_t log softmax(h_t · Wᵀ)[y_t]` of both responses of every pair.
 
@@ -34,7 +33,6 @@ def response_logprobs(
       rows: where responses are scored, fields `[R, ...]`.
       pairs: B; pairs that stand in other rows get zeros.
       cap: logits z become `cap · tanh(z / cap)`; None leaves them.
-      constrain: pins arrays to the mesh.
 
     Returns:
       Log-probabilities `[B, 2]` float32 in nats, and how many tokens each sums over, `[B, 2]` int32; axis 1 is the
@@ -44,7 +42,7 @@ def response_logprobs(
     """
     scored = jnp.take_along_axis(hidden, rows.source[..., None], axis=1)
     scored = constrain(scored, ("rows", "scored", None))
-    per_token = token_logprobs(scored, vocabulary_matrix, rows.target, cap, constrain)
+    per_token = token_logprobs(scored, vocabulary_matrix, rows.target, cap)
     slots = SIDES * pairs + 1  # the last one collects unused positions
     sums = jax.ops.segment_sum(per_token.reshape(-1), rows.slot.reshape(-1), slots)
     tokens = jax.ops.segment_sum(jnp.ones(rows.slot.size, jnp.int32), rows.slot.reshape(-1), slots)
@@ -52,9 +50,9 @@ def response_logprobs(
 
 
 def continuation_logprobs(
-    hidden: Array, vocabulary_matrix: Array, rows: Rows, *, pairs: int, cap: float | None, constrain: Constrain
+    hidden: Array, vocabulary_matrix: Array, rows: Rows, *, pairs: int, cap: float | None
 ) -> tuple[Array, Array]:
-    """The same of the chosen side alone, and whether greedy decoding would have written it; has no gradient.
+    """Scores the chosen side alone, and tells whether greedy decoding would have written it; has no gradient.
 
     Arguments as of `response_logprobs`.
 
@@ -64,17 +62,15 @@ def continuation_logprobs(
     """
     scored = jnp.take_along_axis(hidden, rows.source[..., None], axis=1)
     scored = constrain(scored, ("rows", "scored", None))
-    largest, normaliser, at_target = _scan(scored, vocabulary_matrix, rows.target, cap, constrain)
+    largest, normaliser, at_target = _scan(scored, vocabulary_matrix, rows.target, cap)
     slots, slot = SIDES * pairs + 1, rows.slot.reshape(-1)
     sums = jax.ops.segment_sum((at_target - normaliser).reshape(-1), slot, slots)
     misses = jax.ops.segment_sum((at_target < largest).astype(jnp.int32).reshape(-1), slot, slots)
     return sums[:-1:SIDES], misses[:-1:SIDES]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def token_logprobs(
-    hidden: Array, vocabulary_matrix: Array, target: Array, cap: float | None, constrain: Constrain
-) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def token_logprobs(hidden: Array, vocabulary_matrix: Array, target: Array, cap: float | None) -> Array:
     """`log softmax(h · Wᵀ)[target]`, keeping no logits for the backward pass.
 
     Args:
@@ -82,30 +78,25 @@ def token_logprobs(
       vocabulary_matrix: W, `[V, d]`, of any type; its product is taken in the type of `hidden`, summed in float32.
       target: `[R, M]` int32, in [0, V).
       cap: logits z become `cap · tanh(z / cap)`; None leaves them.
-      constrain: pins arrays to the mesh.
 
     Returns:
       `[R, M]` float32, nats (float64 for float64 hidden states).
     """
-    return _forward(hidden, vocabulary_matrix, target, cap, constrain)[0]
+    return _forward(hidden, vocabulary_matrix, target, cap)[0]
 
 
-def _forward(
-    hidden: Array, matrix: Array, target: Array, cap: float | None, constrain: Constrain
-) -> tuple[Array, tuple[Array, ...]]:
-    _, normaliser, at_target = _scan(hidden, matrix, target, cap, constrain)
+def _forward(hidden: Array, matrix: Array, target: Array, cap: float | None) -> tuple[Array, tuple[Array, ...]]:
+    _, normaliser, at_target = _scan(hidden, matrix, target, cap)
     return at_target - normaliser, (hidden, matrix, target, normaliser)
 
 
-def _scan(
-    hidden: Array, matrix: Array, target: Array, cap: float | None, constrain: Constrain
-) -> tuple[Array, Array, Array]:
-    """Of each scored position, over the whole vocabulary: the largest logit, log Σ exp, and the target's logit."""
+def _scan(hidden: Array, matrix: Array, target: Array, cap: float | None) -> tuple[Array, Array, Array]:
+    """Finds the largest logit of the vocabulary, log Σ exp of all, and the target's logit for each scored position."""
     dtype = at_least_float32(hidden.dtype)
 
     def block(carry: tuple[Array, Array, Array], part: tuple[Array, Array]) -> tuple[tuple[Array, Array, Array], None]:
         largest, total, at_target = carry
-        logits, hit = _logits(hidden, part, target, matrix.shape[0], cap, constrain)
+        logits, hit = _logits(hidden, part, target, matrix.shape[0], cap)
         larger = jnp.maximum(largest, logits.max(axis=-1))
         total = total * jnp.exp(largest - larger) + jnp.exp(logits - larger[..., None]).sum(axis=-1)
         at_target += jnp.where(hit, logits, 0).sum(axis=-1)
@@ -117,9 +108,7 @@ def _scan(
     return largest, largest + jnp.log(total), at_target
 
 
-def _backward(
-    cap: float | None, constrain: Constrain, kept: tuple[Array, ...], cotangent: Array
-) -> tuple[Array, Array, np.ndarray]:
+def _backward(cap: float | None, kept: tuple[Array, ...], cotangent: Array) -> tuple[Array, Array, np.ndarray]:
     """∂logp/∂logits = onehot(target) − softmax, made block by block from h, W and the kept normaliser.
 
     A capped logit passes 1 − (z / cap)² of that on.
@@ -127,7 +116,7 @@ def _backward(
     hidden, matrix, target, normaliser = kept
 
     def block(hidden_gradient: Array, part: tuple[Array, Array]) -> tuple[Array, Array]:
-        logits, hit = _logits(hidden, part, target, matrix.shape[0], cap, constrain)
+        logits, hit = _logits(hidden, part, target, matrix.shape[0], cap)
         gradient = cotangent[..., None] * (hit - jnp.exp(logits - normaliser[..., None]))
         if cap is not None:
             gradient *= 1 - jnp.square(jnp.where(logits == -jnp.inf, 0, logits) / cap)
@@ -147,7 +136,7 @@ token_logprobs.defvjp(_forward, _backward)
 
 
 def _blocks(matrix: Array) -> tuple[Array, Array]:
-    """W as `[blocks, block, d]`, the last block filled up with zero rows, and each block's first token id."""
+    """Cuts W into `[blocks, block, d]`, filled up with zero rows, and gives each block's first token id."""
     count = -(-matrix.shape[0] // VOCABULARY_BLOCK)
     size = -(-matrix.shape[0] // count)
     padded = jnp.pad(matrix, ((0, count * size - matrix.shape[0]), (0, 0)))
@@ -160,9 +149,8 @@ def _logits(
     target: Array,
     vocabulary_tokens: int,
     cap: float | None,
-    constrain: Constrain,
 ) -> tuple[Array, Array]:
-    """Logits of one block, `[R, M, block]`, −inf where it only fills up, and where the target is."""
+    """Computes the logits of one block, `[R, M, block]`, −inf in filled-up rows, and marks the targets in it."""
     matrix, first = part
     matrix = constrain(matrix.astype(hidden.dtype), (None, None))
     logits = jnp.einsum("rmd,vd->rmv", hidden, matrix, preferred_element_type=at_least_float32(hidden.dtype))

@@ -1,4 +1,4 @@
-"""Which way attention is computed: by platform, device and model."""
+"""Chooses the way to compute attention by platform, device and model."""
 
 import importlib.util
 import logging
@@ -11,13 +11,13 @@ from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.model.architecture import Architecture
 from sr_dpo_jax.model.attention import DENSE, AttentionPath
 from sr_dpo_jax.model.kernels.splash import splash_path
-from sr_dpo_jax.model.kernels.tiled import tiled_path
+from sr_dpo_jax.model.kernels.tiled import TILED
 
 log = logging.getLogger(__name__)
 
 
 def attention_name(name: str, mesh: Mesh, architecture: Architecture, dtype: jnp.dtype) -> str:
-    """What model.attention comes to on these devices, for a model with activations of this type."""
+    """Resolves `model.attention=auto` for these devices and a model with activations of this type."""
     if name != "auto":
         return name
     device = mesh.devices.flat[0]
@@ -34,7 +34,7 @@ def attention_name(name: str, mesh: Mesh, architecture: Architecture, dtype: jnp
 
 
 def _triton_refuses(device: jax.Device, architecture: Architecture, dtype: jnp.dtype) -> str | None:
-    """Why tokamax's kernels do not run, or None; the limits are shared memory, by XLA's compiler for these GPUs."""
+    """Says why tokamax's kernels do not run, or None; the limits are shared memory, by XLA's compiler for GPUs."""
     capability = str(getattr(device, "compute_capability", ""))
     if not capability.replace(".", "", 1).isdigit() or float(capability) < 8:  # AMD's is no number
         return f"the fused kernels are for NVIDIA GPUs of compute capability 8.0 or more, here is {device.device_kind}"
@@ -47,47 +47,38 @@ def _triton_refuses(device: jax.Device, architecture: Architecture, dtype: jnp.d
     return None
 
 
-def attention_path(
-    name: str,
-    mesh: Mesh,
-    architecture: Architecture,
-    dtype: jnp.dtype,
-    *,
-    row_axes: tuple[str, ...],
-    head_axes: tuple[str, ...],
-) -> AttentionPath:
-    """The path of that name, as `attention_name` gives it.
+def attention_path(name: str, mesh: Mesh, architecture: Architecture, dtype: jnp.dtype) -> AttentionPath:
+    """Makes the path of that name, which `attention_name` gives.
 
     Args:
       name: dense, tiled, splash or triton.
       mesh: the device mesh.
-      architecture: of the model.
-      dtype: of its activations.
-      row_axes, head_axes: mesh axes that rows and heads are sharded over.
+      architecture: the model's.
+      dtype: the type of its activations.
 
     Raises:
       UsageError: it does not run on these devices or for this model, or what it needs is not installed.
     """
-    device, axes = mesh.devices.flat[0], {"row_axes": row_axes, "head_axes": head_axes}
+    device = mesh.devices.flat[0]
     match name:
         case "tiled":
-            return tiled_path(mesh, **axes)
+            return TILED
         case "splash" if device.platform == "tpu":
-            return splash_path(mesh, **axes, interpret=False)
+            return splash_path(interpret=False)
         case "splash":
             raise UsageError(f"model.attention=splash: a kernel for TPUs, here is {device.platform}; set it to auto")
         case "triton":
             if why_not := _triton_refuses(device, architecture, dtype):
                 raise UsageError(f"model.attention=triton: {why_not}; set it to auto")
-            return _triton_path(mesh, **axes)
+            return _triton_path()
     return DENSE
 
 
-def _triton_path(mesh: Mesh, **axes: tuple[str, ...]) -> AttentionPath:
+def _triton_path() -> AttentionPath:
     try:
         from sr_dpo_jax.model.kernels.triton import triton_path
     except ImportError as missing:
         raise UsageError(
             f"model.attention=triton: {missing.name} is not installed; pip install 'sr_dpo_jax[cuda]'"
         ) from missing
-    return triton_path(mesh, **axes)
+    return triton_path()

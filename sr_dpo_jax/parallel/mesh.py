@@ -1,8 +1,9 @@
-"""jax.distributed, the device mesh, and the one table of logical axis -> mesh axis.
+"""The device mesh, and the one table of logical axis -> mesh axis.
 
 The table is loud: an axis that is not in it, or a size that its mesh axes do not divide, raises and names the array.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,12 +27,13 @@ TABLE: Mapping[str, tuple[str, ...]] = {
     "head_dim": (),
     "mlp": ("tensor",),
     "vocabulary": (),
-    "table": ("fsdp", "tensor"),
+    "table": ("fsdp", "tensor"),  # the hidden units of embedding and unembedding, apart from `embed`: every device
+    # reads whole rows of these two, and adds up its own columns of their gradients
 }
 
 
 def make_mesh(*, replica: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """All devices as replica × fsdp × tensor; a size of −1 takes what the others leave.
+    """Arranges all devices as replica × fsdp × tensor; a size of −1 takes what the others leave.
 
     TPU slices are joined by a network far slower than the one within a slice. Only replicas may span it: they exchange
     gradients once a step, while fsdp and tensor exchange weights and activations in every layer.
@@ -71,20 +73,20 @@ def make_mesh(*, replica: int, fsdp: int, tensor: int, devices: Sequence[jax.Dev
 
 
 def abstract_mesh(*, replica: int, fsdp: int, tensor: int) -> AbstractMesh:
-    """The mesh of so many devices without the devices: it gives shardings, and holds no arrays."""
+    """Makes a mesh of these sizes without devices: it gives shardings, and holds no arrays."""
     sizes = {"replica": replica, "fsdp": fsdp, "tensor": tensor}
     return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def row_shards(mesh: Mesh) -> int:
-    """How many devices share the rows of a micro-batch."""
+    """Counts the devices that share the rows of a micro-batch."""
     return int(np.prod([mesh.shape[name] for name in TABLE["rows"]]))
 
 
 def sharding(
     mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shape: tuple[int, ...], name: str
 ) -> NamedSharding:
-    """The sharding of an array with these logical axes; None is an axis that is whole on every device.
+    """Gives the sharding of an array with these logical axes; None is an axis that is whole on every device.
 
     Raises:
       UsageError: an axis is not in TABLE, or does not divide by its mesh axes.
@@ -110,17 +112,44 @@ def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def constrain(mesh: Mesh) -> Callable[[jax.Array, tuple[str | None, ...]], jax.Array]:
-    """A function that pins an activation to the mesh by its logical axes, for use inside jit."""
+def jit_on(mesh: Mesh, function: Callable[..., Any], **options: Any) -> Any:
+    """Jits a function with the mesh installed: `constrain` and `jax.shard_map` inside it find the mesh by themselves.
 
-    def pin(array: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-        return jax.lax.with_sharding_constraint(array, sharding(mesh, axes, array.shape, "activation"))
+    Every program of the package is made here, so that no signature below has the mesh in it. `options` are those of
+    `jax.jit`.
+    """
 
-    return pin
+    @functools.wraps(function)
+    def traced(*arguments: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*arguments)
+
+    return jax.jit(traced, **options)
+
+
+def constrain(array: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """Pins an activation to the mesh that `jit_on` has installed, by its logical axes.
+
+    Without a mesh, as where a single device computes a model for a test, the array stays as it is.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return array
+    return jax.lax.with_sharding_constraint(array, sharding(mesh, axes, array.shape, "activation"))
+
+
+def partition_spec(*axes: str | None) -> PartitionSpec:
+    """Gives the mesh axes of each logical axis, for `jax.shard_map`; None is an axis that is whole on every device."""
+    return PartitionSpec(*(TABLE[axis] or None if axis is not None else None for axis in axes))
+
+
+def initialise(mesh: Mesh, make: Callable[[], Any], shardings: Any) -> Any:
+    """Runs `make()` compiled, with its results born sharded: nothing is ever whole on one device."""
+    return jit_on(mesh, make, out_shardings=shardings)()
 
 
 def param_shardings(mesh: Mesh, abstract: Any) -> Any:
-    """Shardings of a tree of abstract nnx parameters, whose metadata name their logical axes."""
+    """Gives the shardings of a tree of abstract nnx parameters, whose metadata name their logical axes."""
     return jax.tree.map_with_path(
         lambda path, param: sharding(mesh, param.get_metadata()["axes"], param.shape, jax.tree_util.keystr(path)),
         abstract,

@@ -1,4 +1,4 @@
-"""What a run was made from: written beside it, kept in every checkpoint, and compared when the run goes on.
+"""The identity of a run: written beside it, kept in every checkpoint, and compared when the run goes on.
 
 A checkpoint goes on only as the run that it was. Every value that decides which pairs are seen, what is learned from
 them or where it started is compared; a change is refused by key, old -> new, unless the user allows that key.
@@ -16,47 +16,56 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from sr_dpo_jax import __version__
 from sr_dpo_jax.data.dataset import TokenizedPairs
 from sr_dpo_jax.data.plan import Plan
+from sr_dpo_jax.durable.files import write_json, write_text
 from sr_dpo_jax.errors import UsageError
-from sr_dpo_jax.weights.placement import Assembly
 
 log = logging.getLogger(__name__)
 
 COUNTED = ("truncated_prompts", "truncated_responses", "identical_pairs", "duplicate_pairs")
-"""Of `dataset.Report`: what was changed, and what trains nothing or twice."""
+"""Counts of `dataset.Report` that go to the manifest: pairs that were cut, and pairs that train nothing or twice."""
 BEST = "checkpoint.best_metric"
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore")
 
 
-def identity_of(assembly: Assembly, pairs: TokenizedPairs, plan: Plan, tokenizer: str) -> dict[str, Any]:
-    """What must be the same for a checkpoint to go on as the run that it was, by the key that decides it."""
-    config = assembly.config
-    decided_by = {
-        "objective": config.objective.model_dump(),
-        "optimizer": config.optimizer.model_dump(),
-        "train": {"epochs": config.train.epochs},
-        "batch": {"pairs_per_step": config.batch.pairs_per_step},
-        "model": {"dtype": config.model.dtype, "param_dtype": config.model.param_dtype},
-    }
-    p, best = np.concatenate([pairs.head, pairs.augmentation]), config.checkpoint.best_metric
+def identity_of(
+    pairs: TokenizedPairs,
+    plan: Plan,
+    *,
+    tokenizer: str,
+    weights: str,
+    decided_by: Mapping[str, Any],
+    best_metric: str | None,
+) -> dict[str, Any]:
+    """Collects what must be the same for a checkpoint to go on as the run that it was, by the key that decides it.
+
+    Args:
+      pairs: the training data.
+      plan: which pairs each step holds.
+      tokenizer: its digest.
+      weights: the digest of the base weights.
+      decided_by: configuration key -> value, of all keys that decide what is learned.
+      best_metric: the metric and mode by which the best checkpoint is chosen; None where none is.
+    """
+    p = np.concatenate([pairs.head, pairs.augmentation])
     return {
         "data.path": _digest(pairs.tokens, pairs.offsets),
         "data.path weights": [float(weight) for weight in pairs.source_weights],
         "refinement.prompt": f"{len(pairs.augmentation)} tokens, {_digest(p)}",
         "tokenizer": _short(tokenizer),
-        "model.path": _short(assembly.base_digest),
-        "seed": config.seed,
-        **{f"{section}.{key}": value for section, keys in decided_by.items() for key, value in keys.items()},
+        "model.path": _short(weights),
+        **decided_by,
         "plan": _short(plan.digest),
-        BEST: None if best is None else f"{best}, {config.checkpoint.best_mode}",
+        BEST: best_metric,
     }
 
 
 def software() -> dict[str, Any]:
-    """Versions and layout: with other ones the same run goes on, but no longer bit by bit."""
+    """Lists the versions of the libraries: with other ones the same run goes on, but no longer bit by bit."""
     return {
         "sr_dpo_jax": __version__,
         "python": platform.python_version(),
@@ -98,7 +107,7 @@ def require_same_run(
 
 
 def report_drift(before: Mapping[str, Any], now: Mapping[str, Any], *, where: str, strict: bool) -> None:
-    """Says which versions, mesh or number of processes differ; with `strict` another version is refused."""
+    """Logs which versions, mesh or number of processes differ; with `strict` another version is refused."""
     lines = [f"  {key}: {_shown(before.get(key))} -> {_shown(now[key])}" for key in now if before.get(key) != now[key]]
     if not lines:
         return
@@ -108,43 +117,51 @@ def report_drift(before: Mapping[str, Any], now: Mapping[str, Any], *, where: st
     log.warning("%s\nThe pairs and their order are the same; the numbers are so up to float order.", text)
 
 
-def surroundings(assembly: Assembly) -> dict[str, Any]:
-    """Versions, mesh and number of processes."""
-    return {**software(), "mesh": dict(assembly.mesh.shape), "processes": jax.process_count()}
+def surroundings(mesh: Mesh) -> dict[str, Any]:
+    """Collects versions, mesh and number of processes."""
+    return {**software(), "mesh": dict(mesh.shape), "processes": jax.process_count()}
 
 
-def write_run_files(assembly: Assembly, pairs: TokenizedPairs, identity: Mapping[str, Any], tokenizer: str) -> None:
-    """config.yaml as resolved, and manifest.json: what the run was made from."""
-    root = Path(assembly.config.output_dir)
+def write_run_files(
+    root: Path,
+    pairs: TokenizedPairs,
+    *,
+    config: str,
+    model: Mapping[str, Any],
+    digests: Mapping[str, str],
+    identity: Mapping[str, Any],
+    mesh: Mesh,
+) -> None:
+    """Writes config.yaml as resolved, and manifest.json: what the run was made from.
+
+    Args:
+      root: the run directory.
+      pairs: the training data.
+      config: the configuration's YAML.
+      model: the path of the base model and the commit of a hub name.
+      digests: of the tokenizer and of the base weights.
+      identity: from `identity_of`.
+      mesh: the device mesh.
+    """
     root.mkdir(parents=True, exist_ok=True)
     manifest = {
         "run_id": run_id_of(root),
         "versions": software(),
-        "digests": {
-            "data": pairs.content_digest,
-            "tokens": pairs.digest,
-            "tokenizer": tokenizer,
-            "weights": assembly.base_digest,
-        },
-        "model": {"path": assembly.config.model.path, "revision": assembly.directory.revision},
+        "digests": {"data": pairs.content_digest, "tokens": pairs.digest, **digests},
+        "model": model,
         "identity": identity,
         "pairs": len(pairs.ids),
         "bad_rows": len(pairs.report.bad_rows),
         **{name: getattr(pairs.report, name) for name in COUNTED},
-        "mesh": dict(assembly.mesh.shape),
+        "mesh": dict(mesh.shape),
         "processes": jax.process_count(),
     }
-    for name, text in (
-        ("config.yaml", assembly.config.to_yaml()),
-        ("manifest.json", json.dumps(manifest, indent=2) + "\n"),
-    ):
-        partial = root / f".{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(root / name)
+    write_text(root / "config.yaml", config)
+    write_json(root / "manifest.json", manifest)
 
 
 def run_id_of(root: Path) -> str:
-    """What tells this run from all others wherever it is moved: drawn at its first start, and in its manifest since."""
+    """Gives the id that a run keeps wherever it is moved: drawn at its first start, in its manifest since."""
     try:
         return json.loads((root / "manifest.json").read_text(encoding="utf-8"))["run_id"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -152,7 +169,7 @@ def run_id_of(root: Path) -> str:
 
 
 def _digest(*arrays: np.ndarray) -> str:
-    """Of the pairs' ids apart from p's, and of p's, so that a refusal names the one that has changed."""
+    """Hashes arrays of ids; the pairs' and p's apart, so that a refusal names the one that has changed."""
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(np.ascontiguousarray(array).tobytes())

@@ -6,6 +6,7 @@ Sample responses hold texts of the data: they go to samples.jsonl and TensorBoar
 import json
 import logging
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +16,11 @@ import jax
 import rich.progress
 from tensorboardX import SummaryWriter
 
-from sr_dpo_jax.durable.files import lines_of
+from sr_dpo_jax.data.pipeline import HostStep
+from sr_dpo_jax.data.plan import Plan
+from sr_dpo_jax.durable.files import lines_of, write_text
+from sr_dpo_jax.errors import RunError
+from sr_dpo_jax.train.program import Work
 from sr_dpo_jax.train.wandb_run import WandbRun
 
 log = logging.getLogger(__name__)
@@ -44,10 +49,11 @@ class MetricsWriter:
         wandb: WandbRun | None = None,
     ):
         self._active, self._wandb = active, wandb
+        self.skipped_file = metrics_file.with_name("skipped.jsonl")
+        self._samples_file = metrics_file.with_name("samples.jsonl")
         if not active:
             return
-        self._skipped_file, self._samples_file = (metrics_file.with_name(f"{n}.jsonl") for n in ("skipped", "samples"))
-        for file in (metrics_file, self._skipped_file, self._samples_file):
+        for file in (metrics_file, self.skipped_file, self._samples_file):
             _drop_lines_after(file, first_step)
         self._file = metrics_file.open("a", encoding="utf-8")
         self._tensorboard = SummaryWriter(str(tensorboard_dir), purge_step=first_step + 1)
@@ -81,7 +87,7 @@ class MetricsWriter:
         if not self._active:
             return
         bad = {name: str(value) for name, value in numbers.items() if not math.isfinite(value)}
-        with self._skipped_file.open("a", encoding="utf-8") as file:
+        with self.skipped_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "pair_ids": pair_ids, "not_finite": bad}) + "\n")
 
     def close(self) -> None:
@@ -105,9 +111,7 @@ def _drop_lines_after(metrics_file: Path, step: int) -> None:
             log.warning("%s: a line that is not a whole metrics line is dropped", metrics_file)
             continue
         kept.append(line)
-    replacement = metrics_file.with_suffix(".jsonl.partial")
-    replacement.write_text("".join(kept), encoding="utf-8")
-    replacement.replace(metrics_file)
+    write_text(metrics_file, "".join(kept))
 
 
 class Trace:
@@ -186,3 +190,89 @@ class Progress:
         if not self._console.is_terminal and (mark > self._last_line or done == self._total):
             self._console.print(f"{self._title} {done}/{self._total}  {numbers}".rstrip())
             self._last_line = mark
+
+
+class StepLog:
+    """The lines of metrics.jsonl: each step's is written when the next step is on its way, or at `flush`.
+
+    Args:
+      plan: the plan of training.
+      work: what each pair costs.
+      pair_ids: names the pairs of a step that was skipped.
+      writer: writes the lines.
+      progress: shows the newest.
+      every_steps: how often a line is written; the last step's always is.
+      total_steps: the last step.
+      max_skipped_steps: more steps in a row that change nothing end the run.
+
+    Raises:
+      RunError: from `add` or `flush`, where more steps in a row than `max_skipped_steps` were skipped.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        work: Work,
+        pair_ids: Sequence[str],
+        writer: MetricsWriter,
+        progress: Progress,
+        *,
+        every_steps: int,
+        total_steps: int,
+        max_skipped_steps: int,
+    ):
+        self._plan, self._work, self._pair_ids = plan, work, pair_ids
+        self._writer, self._progress = writer, progress
+        self._every_steps, self._total_steps, self._max_skipped_steps = every_steps, total_steps, max_skipped_steps
+        self._pending: tuple[int, HostStep, dict[str, jax.Array]] | None = None
+        self._skipped_in_a_row = 0
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leaves out of the next step's time what has passed since the last line."""
+        self._clock = time.monotonic()
+
+    def add(self, step: int, host_step: HostStep, metrics: dict[str, jax.Array]) -> None:
+        self.flush()
+        self._pending = step, host_step, metrics
+
+    def flush(self) -> None:
+        """Waits for the metrics of the last step, and writes them."""
+        if self._pending is None:
+            return
+        (step, host_step, metrics), self._pending = self._pending, None
+        plan, work = self._plan, self._work
+        numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        elapsed = time.monotonic() - self._clock
+        self.restart_clock()
+        shape, real_tokens = plan.shape, int(work.tokens[host_step.pair].sum())
+        numbers |= {
+            "epoch": step / plan.steps_per_epoch,
+            "pairs_per_second": shape.pairs / elapsed,
+            "tokens_per_second": real_tokens / elapsed,
+            "tokens_per_second_per_chip": real_tokens / elapsed / work.devices,
+            "padding_fraction": 1 - real_tokens / (shape.rows * shape.row_length),
+            "step_time_s": elapsed,
+        }
+        if work.peak_flops is not None:
+            numbers["mfu"] = float(work.flops[host_step.pair].sum()) / elapsed / work.peak_flops
+        if step % self._every_steps == 0 or step == self._total_steps:
+            self._writer.write({"step": step, **numbers})
+        accuracy = f"accuracy {numbers['rewards/accuracies']:.2f}  " if "rewards/accuracies" in numbers else ""
+        self._progress.update(step, f"loss {numbers['loss']:.4f}  {accuracy}{numbers['pairs_per_second']:.1f} pairs/s")
+        self._count_skipped(step, host_step, numbers)
+
+    def _count_skipped(self, step: int, host_step: HostStep, numbers: dict[str, float]) -> None:
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if numbers["skipped"] else 0
+        if not numbers["skipped"]:
+            return
+        ids = [self._pair_ids[pair] for pair in host_step.pair if pair >= 0]
+        self._writer.write_skipped(step, ids, numbers)
+        log.warning("step %d: loss or gradient is not finite, nothing was updated; pairs: skipped.jsonl", step)
+        if self._skipped_in_a_row > self._max_skipped_steps:
+            raise RunError(
+                f"{self._skipped_in_a_row} steps in a row, the last of them {step}, had a loss or gradient that is not "
+                f"finite, and train.max_skipped_steps={self._max_skipped_steps} allows fewer; "
+                f"{self._writer.skipped_file} names their pairs. Nothing was saved since. Look at these pairs, lower "
+                "optimizer.learning_rate, or set model.dtype=float32"
+            )

@@ -11,7 +11,7 @@ Schedule = Callable[[jax.Array | int], jax.Array]
 
 
 def make_schedule(*, name: str, learning_rate: float, warmup_steps: int, total_steps: int) -> Schedule:
-    """Learning rate of update n, counted from 0.
+    """Makes the function that gives the learning rate of update n, counted from 0.
 
     Warm-up: `peak · min(1, (n + 1) / (warmup_steps + 1))`, as in the code base of arXiv:2305.18290. After it, with
     f = (n − warmup_steps) / (total_steps − warmup_steps): constant 1, linear 1 − f, or cosine (1 + cos πf) / 2.
@@ -28,35 +28,45 @@ def make_schedule(*, name: str, learning_rate: float, warmup_steps: int, total_s
     return schedule
 
 
-def make_optimizer(
-    *,
-    name: str,
+def rmsprop(schedule: Schedule, *, max_grad_norm: float) -> optax.GradientTransformation:
+    """Clips the global norm, then takes RMSprop's step: `v ← 0.99·v + 0.01·g²`, `p ← p − lr·g / (√v + 1e-8)`, v from 0.
+
+    These are the defaults of torch.optim.RMSprop; optax's own differ in decay, and put epsilon inside the root.
+    """
+    scale = optax.scale_by_rms(decay=0.99, eps=1e-8, initial_scale=0.0, eps_in_sqrt=False)
+    return optax.chain(optax.clip_by_global_norm(max_grad_norm), scale, optax.scale_by_learning_rate(schedule))
+
+
+def adamw(
     schedule: Schedule,
+    *,
     max_grad_norm: float,
     weight_decay: float,
     b1: float,
     b2: float,
     first_moment_dtype: str | None,
 ) -> optax.GradientTransformation:
-    """Clips the global norm, then RMSprop or AdamW.
+    """Clips the global norm, then takes AdamW's step with epsilon 1e-8; matrices alone decay.
 
-    rmsprop is torch.optim.RMSprop with its defaults: `v ← 0.99·v + 0.01·g²`, `p ← p − lr·g / (√v + 1e-8)`, v from 0.
-    optax's own defaults differ in decay, and put epsilon inside the root. AdamW keeps its mean of
-    gradients in `first_moment_dtype`, or as the parameters where that is None; its mean of squares, whose root is
-    divided by, always as the parameters.
+    The mean of gradients is kept in `first_moment_dtype`, or as the parameters where that is None; the mean of squares,
+    whose root is divided by, always as the parameters.
     """
-    if name == "rmsprop":
-        scale = optax.scale_by_rms(decay=0.99, eps=1e-8, initial_scale=0.0, eps_in_sqrt=False)
-    else:
-        scale = optax.chain(
+    return optax.chain(
+        optax.clip_by_global_norm(max_grad_norm),
+        optax.chain(
             optax.scale_by_adam(b1=b1, b2=b2, eps=1e-8, mu_dtype=first_moment_dtype),
             optax.add_decayed_weights(weight_decay, mask=_is_matrix),
-        )
-    return optax.chain(optax.clip_by_global_norm(max_grad_norm), scale, optax.scale_by_learning_rate(schedule))
+        ),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+OPTIMIZERS = {"rmsprop": rmsprop, "adamw": adamw}
+"""Every optimizer by its name in the configuration; its keyword numbers are the section's other keys."""
 
 
 def updates_done(optimizer_state: optax.OptState) -> jax.Array:
-    """int32, the schedule's own count of updates; steps that were skipped are not in it."""
+    """Reads the schedule's own count of updates, int32; steps that were skipped are not in it."""
     (count,) = [
         node.count
         for node in jax.tree.leaves(optimizer_state, is_leaf=lambda node: isinstance(node, optax.ScaleByScheduleState))
@@ -66,5 +76,5 @@ def updates_done(optimizer_state: optax.OptState) -> jax.Array:
 
 
 def _is_matrix(params: Any) -> Any:
-    """True where weight decay applies: not on norms and biases, though stacked biases have up to three axes."""
+    """Marks the parameters that decay: not norms and biases, though stacked biases have up to three axes."""
     return jax.tree.map_with_path(lambda path, _: path[-1].key != "scale" and "bias" not in path[-1].key, params)

@@ -1,4 +1,4 @@
-"""Scores of the frozen reference: computed once, before training, and cached by content.
+"""Scores of the frozen reference, computed once before training and cached by content.
 
 A cache entry is one safetensors file of float32 `[N, 2]`, nats, NaN where a pair is not scored yet. Its name is a
 digest of all that the numbers depend on: weights, token ids (with p for the augmented scores), compute type and the
@@ -8,7 +8,6 @@ continues where it stopped.
 
 import hashlib
 import logging
-import os
 import secrets
 import time
 from collections.abc import Callable
@@ -23,17 +22,19 @@ from safetensors.numpy import save_file
 from sr_dpo_jax.data.dataset import TokenizedPairs
 from sr_dpo_jax.data.pipeline import Feed
 from sr_dpo_jax.data.plan import Plan
+from sr_dpo_jax.durable.files import whole
 from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.model.decoder import Params
 from sr_dpo_jax.parallel.processes import largest
-from sr_dpo_jax.train.train_step import Params, Scores
+from sr_dpo_jax.train.train_step import Scores
 
 log = logging.getLogger(__name__)
 
 CHECKED_PAIRS = 8
-"""At least so many random pairs of a cache are scored again before it is believed."""
+"""At least this many random pairs of a cache are scored again before it is believed."""
 CLOSE = {"float32": (1e-2, 1e-4), "bfloat16": (1.0, 1e-2)}
-"""Absolute (nats) and relative difference that float order can make, by the type of the activations; other weights, ids
-or code make far more."""
+"""The absolute (nats) and relative difference that float order can make, by the type of the activations; other weights,
+ids or code make far more."""
 CODE_VERSION = "2"
 """Part of every key; raise it when a change of code changes the numbers by more than float order."""
 SAVE_EVERY_S = 60.0
@@ -43,7 +44,7 @@ KINDS = ("plain", "augmented")
 def cache_files(
     cache_dir: Path, pairs: TokenizedPairs, *, weights_digest: str, dtype: str, augmented: bool
 ) -> tuple[Path, ...]:
-    """The cache file of the plain scores and, if asked for, that of the augmented ones."""
+    """Names the cache file of the plain scores and, if asked for, that of the augmented ones."""
     plain = hashlib.sha256(f"{CODE_VERSION} {weights_digest} {dtype}".encode())
     for array in (pairs.tokens, pairs.offsets):
         plain.update(np.ascontiguousarray(array).tobytes())
@@ -59,7 +60,7 @@ def cache_files(
 
 
 class ReferenceScores:
-    """The scores of one data set, as far as the cache has them.
+    """The reference's scores of one data set, as far as the cache has them.
 
     Args:
       files: from `cache_files`.
@@ -85,24 +86,22 @@ class ReferenceScores:
             self.scores = np.array(multihost_utils.broadcast_one_to_all(self.scores))
 
     @property
-    def steps(self) -> int:
-        return len(self._plan)
-
-    @property
     def complete(self) -> bool:
         return not self._missing().any()
 
     @property
     def digest(self) -> str:
-        """sha256 (hex) of the scores: what a checkpoint remembers of them."""
+        """The sha256 (hex) of the scores; a checkpoint remembers it."""
         return hashlib.sha256(self.scores.tobytes()).hexdigest()
 
-    def distrust(self, score_step: Callable[..., Scores], params: Params, *, dtype: str) -> None:
-        """Scores a few random pairs again, and forgets everything where one differs by more than float order.
+    def spot_check(self, score_step: Callable[..., Scores], params: Params, *, dtype: str) -> None:
+        """Scores a few random pairs again, and drops all cached scores where one differs by more than float order.
 
         The files are keyed by content and carry a digest, so this finds what no digest can: code, a compiler or a
         device that gives other numbers than those that wrote the cache.
         """
+        if self._missing().all():
+            return
         absolute, relative = CLOSE[dtype]
         # One step's pairs are a random draw; all processes take the same steps.
         order = np.random.default_rng(largest(secrets.randbelow(2**31))).permutation(len(self._plan))
@@ -183,7 +182,6 @@ def _save(scores: np.ndarray, files: tuple[Path, ...]) -> None:
         return
     for kind, file in enumerate(files):
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
         array = np.ascontiguousarray(scores[..., kind])
-        save_file({"scores": array}, partial, {"sha256": hashlib.sha256(array.tobytes()).hexdigest()})
-        os.replace(partial, file)
+        with whole(file) as temporary:
+            save_file({"scores": array}, temporary, {"sha256": hashlib.sha256(array.tobytes()).hexdigest()})

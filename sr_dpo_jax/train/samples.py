@@ -3,7 +3,7 @@
     samples.jsonl   one JSON line a response: step, set (`eval` or `eval/NAME`), id of the pair, prompt (as the model
                     reads it), response, finish_reason
 
-The same prompts with the same seeds every time, so that what differs is the policy. Next: `generate.py`.
+The same prompts with the same seeds every time, so that what differs is the policy.
 """
 
 import dataclasses
@@ -13,15 +13,15 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from sr_dpo_jax.data.dataset import TokenizedPairs
-from sr_dpo_jax.generation.generator import Prompt, make_generator
-from sr_dpo_jax.parallel import mesh as meshes
-from sr_dpo_jax.train.train_step import Params
-from sr_dpo_jax.weights.placement import Assembly
+from sr_dpo_jax.generation.generator import Generator, Prompt, Settings
+from sr_dpo_jax.model.decoder import Params
+from sr_dpo_jax.parallel.mesh import row_shards
+from sr_dpo_jax.weights.placement import PlacedModel
 
 
 @dataclasses.dataclass(frozen=True)
 class _Asked:
-    """One prompt, and where it is from."""
+    """One prompt of a held-out set."""
 
     set: str
     id: str
@@ -33,34 +33,41 @@ class Samples:
     """The first prompts of every held-out set, and the compiled programs that respond to them.
 
     Args:
-      assembly: model and mesh.
+      model: the model on its mesh.
       eval_sets: the held-out sets by name.
-      tokenizer: of the model.
-      params: of the policy; only shapes and shardings count.
+      tokenizer: the model's.
+      params: the policy's; only shapes and shardings count.
+      count: prompts a set.
+      seed: seeds the sampling.
+      settings: how responses are drawn.
     """
 
     def __init__(
         self,
-        assembly: Assembly,
+        model: PlacedModel,
         eval_sets: Mapping[str, TokenizedPairs],
         tokenizer: PreTrainedTokenizerBase,
         params: Params,
+        *,
+        count: int,
+        seed: int,
+        settings: Settings,
     ):
-        config = assembly.config
         self._asked: list[_Asked] = []
         for name, pairs in eval_sets.items():
-            for place in range(min(config.train.samples, len(pairs))):
+            for place in range(min(count, len(pairs))):
                 index, ids = len(self._asked), pairs.pair(place)[0].tolist()
-                prompt = Prompt(index, 0, ids, seed=(config.seed * 1_000_003 + index) % 2**32)
+                prompt = Prompt(index, 0, ids, seed=(seed * 1_000_003 + index) % 2**32)
                 self._asked.append(_Asked(name, pairs.ids[place], prompt, tokenizer.decode(ids)))
-        shards = meshes.row_shards(assembly.mesh)
-        slots = -(-min(config.generation.slots, len(self._asked)) // shards) * shards
+        shards = row_shards(model.mesh)
+        slots = -(-min(settings.slots, len(self._asked)) // shards) * shards
         longest = max(len(asked.prompt.ids) for asked in self._asked)
-        self._generator = make_generator(assembly, tokenizer, longest, slots=slots)
+        settings = dataclasses.replace(settings, slots=slots)
+        self._generator = Generator(model, tokenizer, settings, longest_prompt_tokens=longest)
         self._generator.compile(params)
 
     def responses(self, params: Params, progress: Callable[[], None]) -> list[dict[str, Any]]:
-        """The lines of samples.jsonl of one step, without the step; all processes take part and get the same."""
+        """Gives the lines of samples.jsonl of one step, without the step; all processes take part and get the same."""
         found = {}
         for prompt, response in self._generator.respond(params, [asked.prompt for asked in self._asked]):
             asked = self._asked[prompt.index]

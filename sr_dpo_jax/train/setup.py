@@ -1,98 +1,252 @@
-"""All that precedes the first step: the plan, the reference's scores, the state, the compiled programs.
+"""From a configuration to the objects that a command works with, and all that precedes the first step of training.
+
+The configuration ends here and in `loop.py`: what is made below takes arrays and numbers. Data is read and checked
+before any device is touched.
 
 How a run starts, the first that holds: a checkpoint in output_dir is resumed; model.init=random draws the weights from
 the seed; else the weights of model.path are loaded. A reference that the cache does not hold is scored before step 0.
 
-Next: `loop.py`, which takes the steps.
+Next: `data/dataset.py`, which reads the pairs.
 """
 
 import dataclasses
 import logging
-import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
+from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from sr_dpo_jax.config.schema import Config
+from sr_dpo_jax.config.schema import Config, Source
+from sr_dpo_jax.data import dataset
 from sr_dpo_jax.data.dataset import TokenizedPairs
-from sr_dpo_jax.data.pipeline import Feed
-from sr_dpo_jax.data.plan import Plan, Shape, covering_plan, scoring_plan, training_plan
-from sr_dpo_jax.data.tokens import tokenizer_digest
+from sr_dpo_jax.data.pipeline import Feed, Packing, pair_sizes
+from sr_dpo_jax.data.plan import Plan, covering_plan
+from sr_dpo_jax.data.read import read_pairs
+from sr_dpo_jax.data.tokenizer_fit import end_tokens, require_fit
+from sr_dpo_jax.data.tokens import load_tokenizer, tokenizer_digest
 from sr_dpo_jax.durable.checkpoint import Checkpoints
 from sr_dpo_jax.durable.files import require_room
 from sr_dpo_jax.durable.preemption import StopSignal
 from sr_dpo_jax.durable.selection import Selection
 from sr_dpo_jax.errors import UsageError
-from sr_dpo_jax.model.kernels.splash import LONGEST_ROW, padded_length
-from sr_dpo_jax.parallel.chips import peak_flops
-from sr_dpo_jax.parallel.processes import on_leader
-from sr_dpo_jax.train.evaluate import HeldOut
-from sr_dpo_jax.train.flops import pair_flops
+from sr_dpo_jax.generation.decode import Sampling
+from sr_dpo_jax.generation.generator import Settings
+from sr_dpo_jax.model.architecture import Architecture
+from sr_dpo_jax.model.decoder import Params
+from sr_dpo_jax.parallel.mesh import make_mesh
+from sr_dpo_jax.parallel.processes import on_leader, start_distributed
 from sr_dpo_jax.train.identity import identity_of, report_drift, require_same_run, surroundings
-from sr_dpo_jax.train.metrics import Progress
-from sr_dpo_jax.train.optim import make_optimizer, make_schedule
-from sr_dpo_jax.train.reference import ReferenceScores
+from sr_dpo_jax.train.objective import Objective
+from sr_dpo_jax.train.program import Program, Work, make_program, plan_training, work_of
 from sr_dpo_jax.train.samples import Samples
-from sr_dpo_jax.train.train_step import (
-    Objective,
-    Params,
-    Scores,
-    TrainState,
-    abstract_state,
-    initialise,
-    make_score_step,
-    make_train_step,
-    state_shapes,
-    state_shardings,
-)
-from sr_dpo_jax.weights.placement import Assembly, objective_of, pair_sizes
+from sr_dpo_jax.train.scored_set import ScoredSet, make_scored_set
+from sr_dpo_jax.train.state import TrainState
+from sr_dpo_jax.weights import directory as weights
+from sr_dpo_jax.weights.placement import PlacedModel, abstract_params, place_model
 
 log = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """What the pairs cost, for throughput, padding and MFU."""
+def read_model(config: Config) -> tuple[weights.ModelDirectory, PreTrainedTokenizerBase]:
+    """Reads architecture and tokenizer of model.path, which must fit each other; touches no device.
 
-    tokens: np.ndarray
-    """`[N]`, tokens of each pair in a row."""
-    flops: np.ndarray
-    """`[N]`, model flops that each pair costs a step."""
-    devices: int
-    peak_flops: float | None
-    """What the devices can do in a second; None where that is not known."""
+    Weights that are to be read are checked too.
+    """
+    pretrained = config.model.init == "pretrained"
+    directory = weights.open_directory(config.model.path, revision=config.model.revision, weights=pretrained)
+    tokenizer = load_tokenizer(str(directory.path))
+    require_fit(tokenizer, directory.path, vocabulary_tokens=directory.architecture.vocabulary_tokens)
+    if pretrained:
+        weights.check(directory, abstract_params(directory.architecture))
+    return directory, tokenizer
+
+
+def read_training(config: Config, tokenizer: PreTrainedTokenizerBase, architecture: Architecture) -> TokenizedPairs:
+    """Reads the training pairs, with p where the objective compares two responses."""
+    instruction = _instruction(config)
+    data = config.data
+    return read_pairs_of(config, data.path, data.split, tokenizer, architecture, instruction=instruction)
+
+
+def read_held_out(
+    config: Config, tokenizer: PreTrainedTokenizerBase, architecture: Architecture
+) -> dict[str, TokenizedPairs]:
+    """Reads every held-out set, under the name that its metrics begin with: `eval` or `eval/NAME`."""
+    read = partial(read_pairs_of, config, tokenizer=tokenizer, architecture=architecture)
+    return {
+        name: read(
+            held_out.path,
+            held_out.split,
+            instruction=_instruction(config),
+            format=held_out.format,
+            first_pairs=held_out.pairs,
+        )
+        for name, held_out in config.data.held_out
+    }
+
+
+def read_pairs_of(
+    config: Config,
+    sources: Sequence[Source],
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+    architecture: Architecture,
+    *,
+    instruction: str | None,
+    format: str | None = None,
+    first_pairs: int | None = None,
+) -> TokenizedPairs:
+    """Reads pairs as `data.read.read_pairs` does, by the keys of `data`; `format` is data.format unless given."""
+    section = config.data
+    return read_pairs(
+        [dataset.Source(source.path, source.weight, source.revision) for source in sources],
+        tokenizer,
+        architecture,
+        first_pairs=first_pairs,
+        format=format or section.format,
+        split=split,
+        augmentation_prompt=instruction,
+        max_length=section.max_length,
+        max_prompt_length=section.max_prompt_length,
+        prompt_truncation=section.prompt_truncation,
+        max_bad_rows=section.max_bad_rows,
+        cache_dir=config.cache_path,
+    )
+
+
+def _instruction(config: Config) -> str | None:
+    return config.refinement.prompt if Objective.of(config.objective).kind.needs_rejected else None
+
+
+def generation_settings(
+    config: Config, directory: weights.ModelDirectory, tokenizer: PreTrainedTokenizerBase
+) -> Settings:
+    """Gives the section `generation` as numbers, with the tokens that end a response."""
+    section = config.generation
+    sampling = Sampling(section.temperature, section.top_k, section.top_p, end_tokens(tokenizer, directory.path))
+    return Settings(sampling, section.slots, section.max_new_tokens, section.stop)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A configuration made into objects: the model on the mesh, the packing of rows and the objective."""
+
+    config: Config
+    model: PlacedModel
+    packing: Packing
+    objective: Objective
+
+    @property
+    def online(self) -> bool:
+        """Whether the reference stays on the mesh."""
+        return self.objective.kind.needs_reference and self.config.reference.mode == "online"
+
+    def scored_set(self, name: str, pairs: TokenizedPairs, **options: Any) -> ScoredSet:
+        """Makes a scored set of this configuration; `options` as for `make_scored_set`."""
+        cache_dir = self.config.cache_path
+        return make_scored_set(name, pairs, self.model, self.packing, self.objective, cache_dir=cache_dir, **options)
+
+    def plan(self, pairs: TokenizedPairs, held_out: Sequence[TokenizedPairs]) -> Plan:
+        """Plans all steps of training."""
+        seed, epochs = self.config.seed, self.config.train.epochs
+        attention = self.model.attention
+        return plan_training(
+            self.packing, self.objective, pairs, held_out, seed=seed, epochs=epochs, attention=attention
+        )
+
+    def program(self, plan: Plan) -> Program:
+        """Makes the train step for the steps of a plan."""
+        optimizer = self.config.optimizer.model_dump()
+        return make_program(
+            self.model, self.objective, optimizer, pairs=plan.shape.pairs, total_steps=self.total_steps(plan)
+        )
+
+    def total_steps(self, plan: Plan) -> int:
+        """Counts the steps that are taken: those of the plan, or fewer by train.max_steps."""
+        return min(len(plan), self.config.train.max_steps or len(plan))
+
+    def samples(
+        self, eval_sets: Mapping[str, TokenizedPairs], tokenizer: PreTrainedTokenizerBase, params: Params
+    ) -> Samples | None:
+        """Makes the sampler of held-out prompts, where train.samples asks for one."""
+        count, config = self.config.train.samples, self.config
+        if not count:
+            return None
+        settings = generation_settings(config, self.model.directory, tokenizer)
+        return Samples(self.model, eval_sets, tokenizer, params, count=count, seed=config.seed, settings=settings)
+
+    def latest_params(self, base: Params | None = None, *, best: bool = False) -> tuple[Params, int]:
+        """Restores the parameters of the latest (or `best`) checkpoint of output_dir, and gives its step.
+
+        Without a checkpoint gives `base` or else the base weights, and step 0. Raises UsageError where the run has no
+        best checkpoint.
+        """
+        config = self.config
+        if best or (Path(config.output_dir) / "checkpoints").is_dir():
+            with Checkpoints(config.output_dir, read_only=True, strict=config.checkpoint.strict) as checkpoints:
+                step = checkpoints.best() if best else checkpoints.newest_good(prefix="params.")
+                if step is not None:
+                    return checkpoints.restore_params(self.model.shapes, self.model.shardings, step=step), step
+        return self.model.base_params() if base is None else base, 0
+
+    def work(self, pairs: TokenizedPairs) -> Work:
+        """Counts what the pairs cost."""
+        return work_of(self.model.architecture, self.packing, self.objective, pairs, online=self.online)
+
+
+def set_up(config: Config, directory: weights.ModelDirectory) -> Setup:
+    """Starts the devices: joins the processes, makes the mesh, lays the model out on it."""
+    start_distributed(**config.distributed.model_dump())
+    return set_up_on(make_mesh(**config.mesh.model_dump()), config, directory)
+
+
+def set_up_on(mesh: Mesh, config: Config, directory: weights.ModelDirectory) -> Setup:
+    """Lays the model out on a mesh that is there already, be it of devices that are described and not present."""
+    section = config.model
+    model = place_model(
+        directory,
+        mesh,
+        dtype=section.dtype,
+        param_dtype=section.param_dtype,
+        remat=section.remat,
+        attention=section.attention,
+        seed=config.seed if section.init == "random" else None,
+    )
+    batch = config.batch
+    packing = Packing(mesh, batch.pairs_per_step, batch.row_length, batch.row_multiple, batch.accumulation_steps)
+    return Setup(config, model, packing, Objective.of(config.objective))
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What the loop works with and never changes."""
+    """All that the loop works with and never changes."""
 
     config: Config
+    objective: Objective
     plan: Plan
     total_steps: int
     work: Work
-    pair_ids: tuple[str, ...]
-    """`[N]`, to name the pairs of a step that was skipped."""
+    pairs: TokenizedPairs
     record: dict[str, Any]
     """What a checkpoint holds besides state and step, for the start that goes on from it."""
     feed: Feed
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     """Compiled: a batch of another shape raises instead of compiling again."""
     reference_params: Params | None
-    held_out: tuple[HeldOut, ...]
+    """The online reference's."""
+    held_out: tuple[ScoredSet, ...]
     samples: Samples | None
     selection: Selection
-    """What the evaluations before this start have given."""
+    """The best evaluation and the patience, as they stood at the step that this start goes on from."""
     checkpoints: Checkpoints
 
 
 def prepare(
-    assembly: Assembly,
+    setup: Setup,
     pairs: TokenizedPairs,
     eval_sets: Mapping[str, TokenizedPairs],
     *,
@@ -101,114 +255,121 @@ def prepare(
     allowed_changes: Sequence[str],
 ) -> tuple[Job, TrainState]:
     """Plans, scores the reference, loads or restores the state, compiles: all that precedes the first step."""
-    config, objective = assembly.config, objective_of(assembly.config)
-    preference = objective.name != "sft"
-    online = preference and config.reference.mode == "online"
-    sizes = pair_sizes(pairs, with_rejected=preference)
-    plan = plan_of(assembly, pairs, sizes, eval_sets.values())
-    score_step = make_score_step(assembly.graph, pairs=plan.shape.pairs, mesh=assembly.mesh)
+    config, model, objective = setup.config, setup.model, setup.objective
+    plan = setup.plan(pairs, list(eval_sets.values()))
+    program = setup.program(plan)
     checkpoints = Checkpoints(config.output_dir, keep=config.checkpoint.keep, strict=config.checkpoint.strict)
-    identity = identity_of(assembly, pairs, plan, tokenizer_digest(tokenizer))
-    record: dict[str, Any] = {"identity": identity, "surroundings": surroundings(assembly)}
-    resumed, before = _resumed(assembly, checkpoints, record, allowed_changes)
+    record: dict[str, Any] = {
+        "identity": _identity(setup, pairs, plan, tokenizer),
+        "surroundings": surroundings(model.mesh),
+    }
+    resumed, before = _resumed(config, checkpoints, record, allowed_changes)
 
-    feeds = {name: _held_out_feed(assembly, plan, of_set) for name, of_set in eval_sets.items()}
-    reference = _reference(assembly, plan, pairs, eval_sets, feeds) if preference else {}
-    scored = before.get("reference", {})
-    doubted = {name: scores for name, scores in reference.items() if scored.get(name) != scores.digest}
-    base = assembly.base_params() if resumed is None or online or doubted else None
-    _score_reference(doubted, score_step, base, stop, dtype=config.model.dtype)
-    record["reference"] = {name: scores.digest for name, scores in reference.items()}
-    reference_params = assembly.frozen(base) if online else None
-    if resumed is not None:
-        base = None  # its memory is needed for what the checkpoint holds
-    total_steps = min(len(plan), config.train.max_steps or len(plan))
-    program = make_program(assembly, pairs=plan.shape.pairs, total_steps=total_steps)
-    _require_room(assembly, checkpoints, program.state)
-    state = _first_state(program, base) if resumed is None else checkpoints.restore(program.state, step=resumed)[0]
-    del base  # the first step consumes it
-
-    known = {name: scores.scores for name, scores in reference.items()}
-    feed = assembly.feed(
-        pairs, plan, augmented=objective.refined, with_rejected=preference, reference=known.get("training")
+    held_out = [setup.scored_set(name, held, shape=plan.shape) for name, held in eval_sets.items()]
+    training, scored = None, list(held_out)
+    if objective.kind.needs_reference and not setup.online:
+        covering = covering_plan(plan, *pair_sizes(pairs, with_rejected=True))
+        training = setup.scored_set("training", pairs, plan=covering, augmented=objective.kind.refined)
+        scored.insert(0, training)
+    record["reference"], reference_params, base = _reference(
+        setup, scored, before.get("reference", {}), stop, keep_base=resumed is None
+    )
+    _require_room(config, checkpoints, program.state)
+    if resumed is None:
+        state = program.first_state(base)
+    else:
+        state = TrainState(**checkpoints.restore(program.state.tree(), step=resumed)[0])
+    feed = setup.packing.feed(
+        pairs,
+        plan,
+        augmented=objective.kind.refined,
+        with_rejected=objective.kind.needs_rejected,
+        reference=None if training is None else training.reference.scores,
     )
     stop.meet()
+    programs: dict[Any, Any] = {}
     job = Job(
         config=config,
+        objective=objective,
         plan=plan,
-        total_steps=total_steps,
-        work=work_of(assembly, pairs, sizes[0], online=online),
-        pair_ids=pairs.ids,
+        total_steps=setup.total_steps(plan),
+        work=setup.work(pairs),
+        pairs=pairs,
         record=record,
         feed=feed,
-        train_step=_compiled(program, state, reference_params, feed),
+        train_step=program.compiled(state, reference_params, feed),
         reference_params=reference_params,
-        held_out=_held_out(objective, score_step, state.params, eval_sets, feeds, known),
-        samples=Samples(assembly, eval_sets, tokenizer, state.params) if config.train.samples else None,
+        held_out=tuple(held.compiled(state.params, programs) for held in held_out),
+        samples=setup.samples(eval_sets, tokenizer, state.params),
         selection=_selection(config, checkpoints, before.get("selection")),
         checkpoints=checkpoints,
     )
     return job, state
 
 
+def _identity(setup: Setup, pairs: TokenizedPairs, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Names the keys of the configuration that decide what is learned, and digests all else that does."""
+    config, best = setup.config, setup.config.checkpoint.best_metric
+    sections = {
+        "objective": config.objective.model_dump(),
+        "optimizer": config.optimizer.model_dump(),
+        "train": {"epochs": config.train.epochs},
+        "batch": {"pairs_per_step": config.batch.pairs_per_step},
+        "model": {"dtype": config.model.dtype, "param_dtype": config.model.param_dtype},
+    }
+    named = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
+    return identity_of(
+        pairs,
+        plan,
+        tokenizer=tokenizer_digest(tokenizer),
+        weights=setup.model.digest,
+        decided_by={"seed": config.seed, **named},
+        best_metric=None if best is None else f"{best}, {config.checkpoint.best_mode}",
+    )
+
+
+def _resumed(
+    config: Config, checkpoints: Checkpoints, record: Mapping[str, Any], allowed_changes: Sequence[str]
+) -> tuple[int | None, dict[str, Any]]:
+    """Finds the step that the run goes on from, and the `record` of then; refuses a checkpoint of another run."""
+    step = checkpoints.newest_good()
+    if step is None:
+        return None, {}
+    before, where = checkpoints.restore_position(step), f"{config.output_dir}: step {step}"
+    require_same_run(before["identity"], record["identity"], where=where, allowed_changes=allowed_changes)
+    report_drift(before["surroundings"], record["surroundings"], where=where, strict=config.checkpoint.strict)
+    log.info("resuming at step %d", before["next_step"])
+    return step, before
+
+
 def _reference(
-    assembly: Assembly,
-    plan: Plan,
-    pairs: TokenizedPairs,
-    eval_sets: Mapping[str, TokenizedPairs],
-    feeds: Mapping[str, tuple[Feed, Plan]],
-) -> dict[str, ReferenceScores]:
-    """Whose scores the run needs, as far as the cache has them."""
-    reference = {}
-    if assembly.config.reference.mode == "cached":
-        covering = covering_plan(plan, *pair_sizes(pairs, with_rejected=True))
-        augmented = objective_of(assembly.config).refined
-        reference["training"] = assembly.reference_scores(pairs, covering, augmented=augmented)
-    for name, of_set in eval_sets.items():
-        augmented = len(of_set.augmentation) > 0
-        reference[name] = assembly.reference_scores(of_set, feeds[name][1], augmented=augmented)
-    return reference
+    setup: Setup, scored: Sequence[ScoredSet], remembered: Mapping[str, str], stop: StopSignal, *, keep_base: bool
+) -> tuple[dict[str, str], Params | None, Params | None]:
+    """Checks and completes the reference's scores, and copies its parameters where it stays on the mesh.
 
+    Args:
+      setup: model and objective.
+      scored: the sets that the reference scores.
+      remembered: digest of each set's scores in the checkpoint that is resumed: those are believed.
+      stop: ends the run between two steps of scoring.
+      keep_base: whether training starts from the base parameters, so that they are wanted in any case.
 
-def _compiled(program: "Program", state: TrainState, reference_params: Params | None, feed: Feed) -> Any:
-    """The train step, compiled for the batches that come."""
-    started = time.monotonic()
-    step = program.step.lower(state, reference_params, next(feed.batches(0))[1]).compile()
-    log.info("compiled in %.1f s", time.monotonic() - started)
-    return step
-
-
-def _held_out(
-    objective: Objective,
-    score_step: Any,
-    params: Params,
-    eval_sets: Mapping[str, TokenizedPairs],
-    feeds: Mapping[str, tuple[Feed, Plan]],
-    reference: Mapping[str, np.ndarray],
-) -> tuple[HeldOut, ...]:
-    """Every held-out set with the score step compiled for its batches."""
-    found, by_shape = [], {}
-    for name, pairs in eval_sets.items():
-        feed = feeds[name][0]
-        batch = next(feed.batches(0))[1]
-        leaves, tree = jax.tree.flatten(batch)
-        shape = (tree, *(leaf.shape for leaf in leaves))  # sets differ in it where what precedes p does
-        if shape not in by_shape:
-            by_shape[shape] = score_step.lower(params, batch).compile()
-        found.append(HeldOut(name, objective, by_shape[shape], feed, len(pairs), reference.get(name)))
-    return tuple(found)
-
-
-def _held_out_feed(assembly: Assembly, plan: Plan, pairs: TokenizedPairs) -> tuple[Feed, Plan]:
-    """Held-out pairs in the shape that training compiles for."""
-    preference = assembly.config.objective.name != "sft"
-    eval_plan = scoring_plan(*pair_sizes(pairs, with_rejected=preference), plan.shape)
-    augmented = len(pairs.augmentation) > 0
-    return assembly.feed(pairs, eval_plan, augmented=augmented, with_rejected=preference), eval_plan
+    Returns:
+      Digest of the scores by set, the online reference's parameters or None, and the base parameters or None.
+    """
+    known = {held.name: held.reference for held in scored if held.reference is not None}
+    doubted = [held for held in scored if held.name in known and remembered.get(held.name) != known[held.name].digest]
+    base = setup.model.base_params() if keep_base or setup.online or doubted else None
+    for held in doubted:
+        held.reference.spot_check(held.score_step, base, dtype=setup.model.dtype.name)
+        if not held.reference.complete:
+            held.fill_reference(base, stop.meet)
+    copy = setup.model.reference_copy(base) if setup.online else None
+    return {name: scores.digest for name, scores in known.items()}, copy, base if keep_base else None
 
 
 def _selection(config: Config, checkpoints: Checkpoints, record: Mapping[str, Any] | None) -> Selection:
-    """What the checkpoint that is resumed has counted, under the rule of the configuration."""
+    """Takes up what the checkpoint that is resumed has counted, under the rule of the configuration."""
     section, train = config.checkpoint, config.train
     rule = Selection(
         section.best_metric, section.best_mode, train.early_stopping_min_delta, train.early_stopping_patience
@@ -231,164 +392,9 @@ def _selection(config: Config, checkpoints: Checkpoints, record: Mapping[str, An
     return selection
 
 
-def work_of(assembly: Assembly, pairs: TokenizedPairs, tokens: np.ndarray, *, online: bool) -> Work:
-    """Flops of a pair: forward and backward, p's forward, and those of an online reference."""
-    objective = objective_of(assembly.config)
-    forward = partial(
-        pair_flops,
-        assembly.directory.architecture,
-        prompt_tokens=pairs.prompt_tokens,
-        chosen_tokens=pairs.chosen_tokens,
-        rejected_tokens=pairs.rejected_tokens if objective.name != "sft" else 0 * pairs.rejected_tokens,
-    )
-    flops = (4 if online else 3) * forward(prefix_tokens=0)
-    if objective.refined:
-        flops += (2 if online else 1) * forward(prefix_tokens=len(pairs.augmentation))
-    devices = assembly.mesh.devices.flatten().tolist()
-    return Work(tokens, flops, len(devices), peak_flops(devices))
-
-
-def _resumed(
-    assembly: Assembly, checkpoints: Checkpoints, record: dict[str, Any], allowed_changes: Sequence[str]
-) -> tuple[int | None, dict[str, Any]]:
-    """The step that the run goes on from, and what `record` was when it was saved; this is that run."""
-    step = checkpoints.newest_good()
-    if step is None:
-        return None, {}
-    before, where = checkpoints.restore_position(step), f"{assembly.config.output_dir}: step {step}"
-    require_same_run(before["identity"], record["identity"], where=where, allowed_changes=allowed_changes)
-    strict = assembly.config.checkpoint.strict
-    report_drift(before["surroundings"], record["surroundings"], where=where, strict=strict)
-    log.info("resuming at step %d", before["next_step"])
-    return step, before
-
-
-def _score_reference(
-    reference: dict[str, ReferenceScores],
-    score_step: Callable[..., Scores],
-    base: Params | None,
-    stop: StopSignal,
-    *,
-    dtype: str,
-) -> None:
-    """What the cache holds is tried on a few pairs, and what it lacks is scored."""
-    for name, scores in reference.items():
-        scores.distrust(score_step, base, dtype=dtype)
-        if not scores.complete:
-            title, leader = f"reference on {name} pairs", jax.process_index() == 0
-            with Progress(title, total=scores.steps, active=leader) as progress:
-
-                def done(steps: int, progress: Progress = progress) -> None:
-                    progress.update(steps)
-                    stop.meet()
-
-                scores.fill(score_step, base, done)
-
-
-def plan_of(
-    assembly: Assembly,
-    pairs: TokenizedPairs,
-    sizes: tuple[np.ndarray, np.ndarray],
-    eval_sets: Collection[TokenizedPairs],
-) -> Plan:
-    """The plan of training, in rows that have room for every held-out pair too."""
-    config = assembly.config
-    room_for = (0, 0)
-    for of_set in eval_sets:
-        tokens, scored = pair_sizes(of_set, with_rejected=config.objective.name != "sft")
-        room_for = (max(room_for[0], int(tokens.max())), max(room_for[1], int(scored.max())))
-    plan = training_plan(
-        *sizes,
-        source=pairs.source,
-        source_weights=pairs.source_weights,
-        seed=config.seed,
-        epochs=config.train.epochs,
-        pairs_per_step=config.batch.pairs_per_step,
-        row_length=config.batch.row_length,
-        row_multiple=config.batch.row_multiple,
-        rows_multiple=assembly.rows_multiple,
-        room_for=room_for,
-    )
-    shape = plan.shape
-    _require_short_rows(assembly, shape, len(pairs.augmentation) if objective_of(config).refined or eval_sets else 0)
-    log.info(
-        "%d steps an epoch, each %d pairs in %d rows of %d tokens, %d of them scored; %.1f %% padding",
-        plan.steps_per_epoch,
-        shape.pairs,
-        shape.rows,
-        shape.row_length,
-        shape.scored,
-        100 * (1 - sizes[0][plan.pair].sum() / (len(plan) * shape.rows * shape.row_length)),
-    )
-    return plan
-
-
-def _require_short_rows(assembly: Assembly, shape: Shape, p_tokens: int) -> None:
-    """Refuses rows that the attention kernel cannot take, before anything is loaded or compiled."""
-    section = assembly.config.batch
-    tokens = -(-(shape.row_length + p_tokens) // section.row_multiple) * section.row_multiple
-    if assembly.attention == "splash" and padded_length(tokens) > LONGEST_ROW:
-        most = (LONGEST_ROW - p_tokens) // section.row_multiple * section.row_multiple
-        raise UsageError(
-            f"batch.row_length={section.row_length}: rows would have {tokens} tokens with p, and splash attention "
-            f"takes at most {LONGEST_ROW}; set batch.row_length to {most} or less, and where a pair is longer than "
-            "that, lower data.max_length"
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """The jitted train step and the state that goes through it, as shapes."""
-
-    step: Any
-    optimizer: Any
-    state: TrainState
-    """Shapes and types, with shardings."""
-
-
-def make_program(assembly: Assembly, *, pairs: int, total_steps: int) -> Program:
-    """The train step of a configuration; reads nothing and computes nothing, so it serves to compile ahead of time."""
-    section = assembly.config.optimizer
-    schedule = make_schedule(
-        name=section.schedule,
-        learning_rate=section.learning_rate,
-        warmup_steps=section.warmup_steps,
-        total_steps=total_steps,
-    )
-    optimizer = make_optimizer(
-        name=section.name,
-        schedule=schedule,
-        max_grad_norm=section.max_grad_norm,
-        weight_decay=section.weight_decay,
-        b1=section.b1,
-        b2=section.b2,
-        first_moment_dtype=section.first_moment_dtype,
-    )
-    shapes = state_shapes(assembly.param_shapes, optimizer)
-    shardings = state_shardings(shapes, assembly.param_shardings, optimizer, assembly.mesh)
-    step = make_train_step(
-        assembly.graph,
-        optimizer,
-        schedule,
-        objective_of(assembly.config),
-        pairs=pairs,
-        mesh=assembly.mesh,
-        state_shardings=shardings,
-    )
-    return Program(step, optimizer, abstract_state(shapes, shardings))
-
-
-def _first_state(program: Program, base: Params) -> TrainState:
-    """The state around `base` before any update."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
-    moments = initialise(partial(program.optimizer.init, base), shardings.optimizer_state)
-    return TrainState(jax.device_put(jnp.int32(0), shardings.step), base, moments)
-
-
-def _require_room(assembly: Assembly, checkpoints: Checkpoints, state: TrainState) -> None:
-    """`keep` checkpoints stand there, the best one beside them, and one more until it is verified."""
+def _require_room(config: Config, checkpoints: Checkpoints, state: TrainState) -> None:
+    """Counts the checkpoints that will stand at once: `keep`, the best one, and one more until it is verified."""
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    section = assembly.config.checkpoint
-    kept = section.keep + (section.best_metric is not None)
+    kept = config.checkpoint.keep + (config.checkpoint.best_metric is not None)
     to_come = max(kept + 1 - len(checkpoints.verified_steps()), 1)
     on_leader(lambda: require_room(checkpoints.directory, checkpoint_bytes=size, checkpoints=to_come))

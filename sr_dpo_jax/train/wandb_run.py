@@ -9,7 +9,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from sr_dpo_jax.config.schema import Config
 from sr_dpo_jax.durable.files import lines_of
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.redaction import redact
@@ -36,14 +35,16 @@ class WandbRun:
     or ends on the way, the log says so once, and the run goes on without it: metrics.jsonl and TensorBoard hold all.
 
     Args:
-      config: shown with the run; it names the project.
-      run_id: of the run, from its manifest: W&B knows the run by it.
+      root: the run directory; its name is the run's.
+      project: the W&B project.
+      config: the configuration's values, shown with the run.
+      run_id: the id in the run's manifest, by which W&B knows the run.
 
     Raises:
       UsageError: the package is missing, or W&B takes neither the key nor the settings.
     """
 
-    def __init__(self, config: Config, *, run_id: str):
+    def __init__(self, root: Path, *, project: str, config: dict[str, Any], run_id: str):
         wandb = _module()
         from wandb.sdk import mailbox
 
@@ -51,9 +52,8 @@ class WandbRun:
         self._outages = (wandb.Error, OSError, mailbox.MailboxClosedError, mailbox.HandleAbandonedError)
         self._row: tuple[int, dict[str, float]] | None = None
         self._run: Any = None
-        project, root = config.train.wandb_project, Path(config.output_dir)
         try:
-            self._run = _init(wandb, config, root, run_id)
+            self._run = _init(wandb, root, project, config, run_id)
             self._next_step = self._run.starting_step
         except (wandb.errors.AuthenticationError, wandb.errors.UsageError) as error:
             raise UsageError(
@@ -109,7 +109,7 @@ class WandbRun:
         )
 
 
-def _init(wandb: Any, config: Config, root: Path, run_id: str) -> Any:
+def _init(wandb: Any, root: Path, project: str, config: dict[str, Any], run_id: str) -> Any:
     # Console, code, git state and command line stay here: they may hold texts and paths. W&B itself adds its version,
     # the host's name and load.
     settings = wandb.Settings(
@@ -121,18 +121,18 @@ def _init(wandb: Any, config: Config, root: Path, run_id: str) -> Any:
         x_save_requirements=False,
     )
     return wandb.init(
-        project=config.train.wandb_project,
+        project=project,
         id=run_id,
         name=root.name,
         resume="allow",
         dir=str(root),
-        config=json.loads(redact(json.dumps(config.model_dump(mode="json")))),
+        config=json.loads(redact(json.dumps(config))),
         settings=settings,
     )
 
 
 def _recorded(metrics_file: Path, *, first_step: int) -> list[dict[str, Any]]:
-    """Lines from that step on; of what a kill cut short `metrics.py` speaks."""
+    """Reads the lines from that step on; a line that a kill cut short is left out, and `metrics.py` says so."""
     if not metrics_file.exists():
         return []
     found = []

@@ -4,8 +4,7 @@ libtpu's compiler runs on any Linux machine. The train step and the scoring step
 mesh of a described topology, and the compiler says what they need: no weights, no devices. Batch shapes come from the
 plan that a run would make, of the data itself or of typical lengths.
 
-First: `aot_machine.py`, which describes the chips. Next: `aot_search.py`, which looks for what to change where it does
-not fit; `aot_print.py`, which prints it.
+`machine.py` describes the chips, `search.py` looks for what to change where it does not fit, `show.py` prints it.
 """
 
 import dataclasses
@@ -18,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from sr_dpo_jax.batch import Batch, Rows
 from sr_dpo_jax.commands.compile import hlo as aot_hlo
@@ -30,29 +30,29 @@ from sr_dpo_jax.data.plan import Plan, Shape
 from sr_dpo_jax.errors import RunError, UsageError
 from sr_dpo_jax.model.architecture import Architecture
 from sr_dpo_jax.model.attention import Visible
-from sr_dpo_jax.model.kernels.splash import padded_length, splash_path
+from sr_dpo_jax.model.kernels.splash import padded_length, tables_of
 from sr_dpo_jax.parallel import mesh as meshes
 from sr_dpo_jax.parallel.chips import GIB, TPUS, Chip, chip_of
-from sr_dpo_jax.train.setup import make_program, plan_of, work_of
+from sr_dpo_jax.train.setup import Setup, set_up_on
 from sr_dpo_jax.train.train_step import make_score_step
 from sr_dpo_jax.weights.directory import ModelDirectory
-from sr_dpo_jax.weights.placement import Assembly, assemble_on, objective_of, pair_sizes, reference_copy
+from sr_dpo_jax.weights.placement import PlacedModel
 
 RUNTIME_SHARE = 0.05
-"""What the runtime is left of a chip's memory, for its own buffers and for fragments that nothing fits into."""
+"""The share of a chip's memory that is left to the runtime, for its own buffers and for fragments."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One compiled program; bytes and cycles are those of one chip and, unless it says so, of one step."""
+    """One compiled program; bytes and cycles are of one chip and one step, unless a field says otherwise."""
 
     name: str
     fits: bool
     hbm_bytes: int
     peak_bytes: int
-    """Arguments, temporaries, new outputs and code, and what else is in memory while the program runs."""
+    """The sum of arguments, temporaries, new outputs, code, and the resident bytes beside the program."""
     refusal: str | None
-    """What the compiler says where it finds no room; there are no further figures then."""
+    """The compiler's words where it finds no room; there are no further figures then."""
     compile_s: float = 0.0
     argument_bytes: int = 0
     temporary_bytes: int = 0
@@ -62,13 +62,13 @@ class Program:
     resident_bytes: int = 0
     """Optimizer state and online reference beside the scoring step, where it evaluates while training."""
     traced_flops: float = 0.0
-    """Matmuls of the program before it is split, all chips together, with what it recomputes and pads."""
+    """Flops of the program's matmuls before it is split, all chips together, recomputation and padding included."""
     estimated_cycles: float = 0.0
     """The compiler's estimate, kernels and communication not included."""
     kernel_cycles: float = 0.0
     """Attention kernels at the peak of the matrix unit, without the blocks that they skip."""
     collectives: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
-    """Kind: how often it runs, and the bytes that it gives or takes."""
+    """For each kind, how often it runs and the bytes that it gives or takes."""
     unknown_loops: int = 0
     unknown_kernels: int = 0
     repeated_operations: int = 0
@@ -88,15 +88,15 @@ class Compiled:
     augmented_length: int | None
     """Tokens of a row with p."""
     padding: float
-    """Share of a step's tokens that are none, on average."""
+    """The mean share of a step's tokens that is padding."""
     blocks_visited: dict[str, float]
-    """Kind of rows, plain or augmented: share of the attention kernels' blocks in which something is seen; 1
-    without kernels."""
+    """For plain and for augmented rows, the share of the attention kernels' blocks that hold a visible key; 1 without
+    kernels."""
     model_flops_a_pair: float
-    """As MFU counts them, mean over the pairs."""
+    """Model flops as MFU counts them, mean over the pairs."""
     programs: tuple[Program, ...]
     step_s: float | None
-    """That the cycles imply at the chip's clock, for the train step; communication not included. None where the
+    """The time of a train step that the cycles imply at the chip's clock, without communication. None where the
     compiler was not asked for its best."""
     mfu: float | None
 
@@ -115,9 +115,9 @@ def compile_for(
     """Compiles the programs of a configuration for these devices; a program that does not fit is a result.
 
     Args:
-      devices: from `aot_machine.devices_of`.
-      config: what to run.
-      directory: config.json is enough.
+      devices: from `machine.devices_of`.
+      config: the run.
+      directory: the model; config.json is enough.
       pairs, eval_sets: only their lengths count.
 
     Raises:
@@ -125,17 +125,15 @@ def compile_for(
       RunError: the compiler itself fails.
     """
     mesh = meshes.make_mesh(**config.mesh.model_dump(), devices=devices)
-    assembly, objective = assemble_on(mesh, config, directory), objective_of(config)
-    preference = objective.name != "sft"
-    sizes = pair_sizes(pairs, with_rejected=preference)
-    plan = plan_of(assembly, pairs, sizes, eval_sets)
-    work = work_of(assembly, pairs, sizes[0], online=preference and config.reference.mode == "online")
-    evaluates_p = bool(eval_sets) and preference and config.refinement.prompt is not None
-    step = first_step(assembly, pairs, plan, augmented=objective.refined or evaluates_p, with_rejected=preference)
-    visited = blocks_visited(assembly, step)
-    programs = [train_program(assembly, plan, step, visited)]
-    if (preference and config.reference.mode == "cached") or config.data.held_out:
-        programs.append(_score_program(assembly, plan, step, visited))
+    setup = set_up_on(mesh, config, directory)
+    plan, work = setup.plan(pairs, eval_sets), setup.work(pairs)
+    kind = setup.objective.kind
+    evaluates_p = bool(eval_sets) and kind.needs_rejected and config.refinement.prompt is not None
+    step = first_step(setup, pairs, plan, augmented=kind.refined or evaluates_p)
+    visited = blocks_visited(setup.model, step)
+    programs = [train_program(setup, plan, step, visited)]
+    if (kind.needs_reference and not setup.online) or config.data.held_out:
+        programs.append(_score_program(setup, plan, step, visited))
     model_flops = float(work.flops.mean())
     step_s = mfu = None
     if programs[0].refusal is None and work.peak_flops is not None:
@@ -147,11 +145,11 @@ def compile_for(
         hosts=hosts_of(devices),
         device_kind=devices[0].device_kind,
         mesh=dict(mesh.shape),
-        parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(assembly.param_shapes)),
-        attention=assembly.attention,
+        parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(setup.model.shapes)),
+        attention=setup.model.attention,
         shape=plan.shape,
         augmented_length=None if step.augmented is None else step.augmented["tokens"].shape[-1],
-        padding=1 - float(sizes[0][plan.pair].sum()) / (len(plan) * plan.shape.rows * plan.shape.row_length),
+        padding=1 - float(work.tokens[plan.pair].sum()) / (len(plan) * plan.shape.rows * plan.shape.row_length),
         blocks_visited=visited,
         model_flops_a_pair=model_flops,
         programs=tuple(programs),
@@ -160,42 +158,39 @@ def compile_for(
     )
 
 
-def first_step(
-    assembly: Assembly, pairs: TokenizedPairs, plan: Plan, *, augmented: bool, with_rejected: bool
-) -> HostStep:
-    """All rows of the plan's first step, as the processes of a run build them together."""
+def first_step(setup: Setup, pairs: TokenizedPairs, plan: Plan, *, augmented: bool) -> HostStep:
+    """Builds all rows of the plan's first step, as the processes of a run build them together."""
+    packing = setup.packing
     source = StepSource(
         pairs,
         plan,
-        micro_batches=assembly.micro_batches,
-        local_rows=np.arange(plan.shape.rows // assembly.micro_batches),
-        with_rejected=with_rejected,
+        micro_batches=packing.micro_batches,
+        local_rows=np.arange(plan.shape.rows // packing.micro_batches),
+        with_rejected=setup.objective.kind.needs_rejected,
         augmented=augmented,
-        row_multiple=assembly.config.batch.row_multiple,
+        row_multiple=packing.row_multiple,
     )
     return source[0]
 
 
-def blocks_visited(assembly: Assembly, step: HostStep) -> dict[str, float]:
-    """For each kind of rows in a step, the share of blocks that the kernel's own tables let run: mean over rows and
-    layers."""
+def blocks_visited(model: PlacedModel, step: HostStep) -> dict[str, float]:
+    """Gives the share of blocks that the kernel's own tables let run, mean over rows and layers, by kind of rows."""
     kinds = {"plain": (step.plain, 0), "augmented": (step.augmented, step.prefix_tokens)}
     return {
-        name: _visited(assembly, rows, prefix_tokens) if assembly.attention == "splash" else 1.0
+        name: _visited(model.architecture, rows, prefix_tokens) if model.attention == "splash" else 1.0
         for name, (rows, prefix_tokens) in kinds.items()
         if rows is not None
     }
 
 
-def _visited(assembly: Assembly, rows: dict[str, np.ndarray], prefix_tokens: int) -> float:
-    prepare = splash_path(assembly.mesh, row_axes=(), head_axes=(), interpret=False).prepare
-    architecture, total = assembly.directory.architecture, 0.0
+def _visited(architecture: Architecture, rows: dict[str, np.ndarray], prefix_tokens: int) -> float:
+    total = 0.0
     start, end, positions = (
         jnp.asarray(rows[name].reshape(-1, rows[name].shape[-1])) for name in ("key_start", "key_end", "positions")
     )
     for number, kind in enumerate(architecture.kinds):
         window = kind.window if kind.window is not None and kind.window < start.shape[-1] else None
-        runs = prepare(Visible(start, end, positions, prefix_tokens, window)).runs
+        runs = tables_of(Visible(start, end, positions, prefix_tokens, window)).runs
         total += float(runs.mean()) * architecture.kind_of_layer.count(number)
     return total / architecture.layers
 
@@ -203,14 +198,14 @@ def _visited(assembly: Assembly, rows: dict[str, np.ndarray], prefix_tokens: int
 def share_visited(
     architecture: Architecture, batch: Batch, *, models: int, kernels: float, visited: dict[str, float]
 ) -> float:
-    """Of a program's kernel flops, the share in blocks that run: each kind of rows with the kernels that it takes.
+    """Gives the share of a program's kernel flops that lies in blocks that run.
 
     Over augmented rows every model runs once forward; all else is over the plain ones: forward, backward, and what
     rematerialisation repeats.
 
     Args:
-      architecture: of the model.
-      batch: what the program takes.
+      architecture: the model's.
+      batch: the program's argument.
       models: 2 where policy and reference are both in the program.
       kernels: flops of its kernels, no block skipped, all devices together; 0 where there are none.
       visited: from `blocks_visited`.
@@ -223,18 +218,18 @@ def share_visited(
     return visited["augmented"] * augmented + visited["plain"] * (1 - augmented)
 
 
-def _abstract_batch(assembly: Assembly, step: HostStep, *, augmented: bool, scores: bool) -> Batch:
+def _abstract_batch(mesh: Mesh, step: HostStep, *, augmented: bool, scores: bool) -> Batch:
     def rows(arrays: dict[str, np.ndarray], prefix_tokens: int) -> Rows:
         axes = ("steps", "rows", None)
         shapes = {
             name: jax.ShapeDtypeStruct(
-                array.shape, array.dtype, sharding=meshes.sharding(assembly.mesh, axes, array.shape, f"batch.{name}")
+                array.shape, array.dtype, sharding=meshes.sharding(mesh, axes, array.shape, f"batch.{name}")
             )
             for name, array in arrays.items()
         }
         return Rows(**shapes, prefix_tokens=prefix_tokens)
 
-    everywhere = meshes.replicated(assembly.mesh)
+    everywhere = meshes.replicated(mesh)
     of_pairs = jax.ShapeDtypeStruct((len(step.pair), 2), jnp.float32, sharding=everywhere) if scores else None
     return Batch(
         rows(step.plain, 0),
@@ -244,43 +239,37 @@ def _abstract_batch(assembly: Assembly, step: HostStep, *, augmented: bool, scor
     )
 
 
-def train_program(assembly: Assembly, plan: Plan, step: HostStep, visited: dict[str, float]) -> Program:
-    program, arguments = train_step_of(assembly, plan, step)
+def train_program(setup: Setup, plan: Plan, step: HostStep, visited: dict[str, float]) -> Program:
+    """Compiles the train step."""
+    program, arguments = train_step_of(setup, plan, step)
     models = 1 if arguments[1] is None else 2
-    return _compile("train step", assembly, program, arguments, visited=visited, models=models)
+    return _compile("train step", setup.model, program, arguments, visited=visited, models=models)
 
 
-def train_step_of(assembly: Assembly, plan: Plan, step: HostStep) -> tuple[Any, tuple[Any, ...]]:
-    """The jitted train step and its arguments, as shapes with shardings: state, online reference or None, batch."""
-    objective, config = objective_of(assembly.config), assembly.config
-    online = objective.name != "sft" and config.reference.mode == "online"
-    program = make_program(
-        assembly, pairs=plan.shape.pairs, total_steps=min(len(plan), config.train.max_steps or len(plan))
-    )
-    scores = objective.name != "sft" and not online
-    batch = _abstract_batch(assembly, step, augmented=objective.refined, scores=scores)
-    reference = _abstract_reference(assembly, program.state.params) if online else None
+def train_step_of(setup: Setup, plan: Plan, step: HostStep) -> tuple[Any, tuple[Any, ...]]:
+    """Gives the jitted train step and the shapes of its arguments: state, online reference or None, batch."""
+    program, kind = setup.program(plan), setup.objective.kind
+    scores = kind.needs_reference and not setup.online
+    batch = _abstract_batch(setup.model.mesh, step, augmented=kind.refined, scores=scores)
+    reference = _abstract_reference(setup.model, program.state.params) if setup.online else None
     return program.step, (program.state, reference, batch)
 
 
-def _score_program(assembly: Assembly, plan: Plan, step: HostStep, visited: dict[str, float]) -> Program:
-    """The scoring step with the rows that need it most: with p where the reference or an evaluation has it."""
-    program = make_program(assembly, pairs=plan.shape.pairs, total_steps=1)
-    batch = _abstract_batch(assembly, step, augmented=step.augmented is not None, scores=False)
+def _score_program(setup: Setup, plan: Plan, step: HostStep, visited: dict[str, float]) -> Program:
+    """Compiles the scoring step with the rows that need it most: with p where the reference or an evaluation has it."""
+    model, state = setup.model, setup.program(plan).state
+    batch = _abstract_batch(model.mesh, step, augmented=step.augmented is not None, scores=False)
     resident = 0
-    if assembly.config.data.held_out:
-        resident = _bytes_a_chip(program.state.optimizer_state)
-        if assembly.config.reference.mode == "online":
-            resident += _bytes_a_chip(_abstract_reference(assembly, program.state.params))
-    score_step = make_score_step(assembly.graph, pairs=plan.shape.pairs, mesh=assembly.mesh)
-    return _compile(
-        "scoring step", assembly, score_step, (program.state.params, batch), visited=visited, resident=resident
-    )
+    if setup.config.data.held_out:
+        resident = _bytes_a_chip(state.optimizer_state)
+        if setup.config.reference.mode == "online":
+            resident += _bytes_a_chip(_abstract_reference(model, state.params))
+    score_step = make_score_step(model.graph, pairs=plan.shape.pairs, mesh=model.mesh)
+    return _compile("scoring step", model, score_step, (state.params, batch), visited=visited, resident=resident)
 
 
-def _abstract_reference(assembly: Assembly, params: Any) -> Any:
-    dtype = jnp.dtype(assembly.config.model.dtype)
-    shapes = jax.eval_shape(lambda given: reference_copy(given, dtype), params)
+def _abstract_reference(model: PlacedModel, params: Any) -> Any:
+    shapes = jax.eval_shape(model.reference_copy, params)
     return jax.tree.map(
         lambda shape, param: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=param.sharding), shapes, params
     )
@@ -294,7 +283,7 @@ def _bytes_a_chip(shapes: Any) -> int:
 
 def _compile(
     name: str,
-    assembly: Assembly,
+    model: PlacedModel,
     step: Any,
     arguments: tuple[Any, ...],
     *,
@@ -302,7 +291,7 @@ def _compile(
     models: int = 1,
     resident: int = 0,
 ) -> Program:
-    chip = _tpu(assembly.mesh.devices.flat[0].device_kind)
+    chip = _tpu(model.mesh.devices.flat[0].device_kind)
     hbm = chip.memory_gib * GIB
     needed = _bytes_a_chip(arguments) + resident
     if needed > hbm:
@@ -318,7 +307,7 @@ def _compile(
         return Program(name, False, hbm, peak, str(error).partition("\n")[0], time.monotonic() - started)
     memory, compile_s = compiled.memory_analysis(), time.monotonic() - started
     share = share_visited(
-        assembly.directory.architecture,
+        model.architecture,
         arguments[-1],
         models=models,
         kernels=flops.kernels,
@@ -359,7 +348,7 @@ def _tpu(device_kind: str) -> Chip:
 
 
 def bytes_wanted(message: str, argument_bytes: int) -> int | None:
-    """How much memory a chip would need, as the compiler's refusal says; None where it refuses for another reason."""
+    """Reads from the compiler's refusal the memory that a chip would need; None where it refuses for another reason."""
     if not re.search(r"out of memory (on|in memory space) hbm", message, re.IGNORECASE):
         return None
     wanted = re.search(r"(Used|temporaries \()\s*([\d.]+)([KMGT])", message)
@@ -370,7 +359,7 @@ def bytes_wanted(message: str, argument_bytes: int) -> int | None:
 
 
 def refusal_of(name: str, message: str) -> UsageError | RunError:
-    """What to raise where the compiler refuses a program for another reason than the chip's main memory."""
+    """Makes the error for a program that the compiler refuses for another reason than the chip's main memory."""
     said = f"the TPU compiler refuses the {name}: {message.partition(chr(10))[0]}"
     if re.search(r"out of memory (on|in memory space) vmem", message, re.IGNORECASE):
         return UsageError(

@@ -1,10 +1,10 @@
-"""Whether a configuration fits a topology, and where it does not, what to change: the cheapest change that helps.
+"""Finds out whether a configuration fits a topology and, where it does not, the cheapest change that helps.
 
 Changes are tried in the order of what they cost in time: recomputing less, then more; more, smaller micro-batches;
 shorter rows; a mesh that splits parameters or activations further. They add up until it fits; then each of them that
 the last has made needless is taken back.
 
-Next: `aot_print.py`, which prints the result.
+`show.py` prints the result.
 """
 
 import dataclasses
@@ -26,8 +26,9 @@ from sr_dpo_jax.data.dataset import TokenizedPairs
 from sr_dpo_jax.data.rows import BadRow, Message, Pair
 from sr_dpo_jax.data.tokenizer_fit import require_fit
 from sr_dpo_jax.errors import RunError, UsageError
+from sr_dpo_jax.train.objective import Objective
+from sr_dpo_jax.train.setup import read_held_out, read_training
 from sr_dpo_jax.weights import directory as weights
-from sr_dpo_jax.weights.placement import read_data, read_held_out
 
 log = logging.getLogger(__name__)
 
@@ -39,13 +40,13 @@ REMAT_AFTER = {"none": ("dots", "full"), "dots": ("full",), "full": ()}
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
-    """One change and what came of it."""
+    """One change and its result."""
 
     overrides: dict[str, Any]
     """`section.key`: value, on top of the configuration."""
     compiled: Compiled | None
     problem: str | None
-    """Why it cannot run so at all; None where it was compiled."""
+    """The reason why it cannot run so at all; None where it was compiled."""
 
     @property
     def fits(self) -> bool:
@@ -57,16 +58,16 @@ class Report:
     topology: str
     slices: int
     quick: bool
-    """Whether the compiler made its least effort: memory close to that of a run, cycles far too many."""
+    """The compiler made its least effort: memory is close to that of a run, cycles are far too many."""
     lengths: str
-    """Where the lengths of the pairs come from."""
+    """Tells where the lengths of the pairs come from."""
     processes: int
-    """As configured."""
+    """`distributed.processes` as configured."""
     compiled: Compiled
     attempts: tuple[Attempt, ...]
     """Changes that were tried, in order."""
     host_peak_bytes: int
-    """Most memory that this command held on this machine."""
+    """The most memory that this command held on this machine."""
 
     @property
     def remedy(self) -> Attempt | None:
@@ -75,12 +76,12 @@ class Report:
 
 
 def compile_command(config: Config, *, topology: str, slices: int, read: bool, quick: bool) -> Report:
-    """Compiles, and where that does not fit, looks for what does.
+    """Compiles a configuration and, where it does not fit, looks for a change that does.
 
     Args:
-      config: what to run.
-      topology: of one slice, as jax names it.
-      slices: how many of them.
+      config: the run.
+      topology: one slice, as jax names it.
+      slices: the number of slices.
       read: whether to plan from the real data instead of typical lengths.
       quick: asks the compiler for its least effort.
 
@@ -125,12 +126,12 @@ def compile_command(config: Config, *, topology: str, slices: int, read: bool, q
 def search(
     config: Config, compiled: Compiled, slices: int, attempt: Callable[[dict[str, Any]], Attempt]
 ) -> Sequence[Attempt]:
-    """Tries `changes` until one fits, and then the same without each of its parts.
+    """Tries `changes` until one fits, and then leaves out each of its parts that is not needed.
 
     Args:
-      config: what does not fit.
-      compiled: that, compiled.
-      slices: how many the devices form.
+      config: a configuration that does not fit.
+      compiled: its programs.
+      slices: the number of slices that the devices form.
       attempt: compiles the configuration with overrides.
     """
     attempts: list[Attempt] = []
@@ -153,7 +154,7 @@ def search(
 
 
 def _part(key: str) -> str:
-    """The keys of the mesh are changed together, others by themselves."""
+    """Groups the keys that are changed together: those of the mesh; others stand by themselves."""
     return "mesh" if key.startswith("mesh.") else key
 
 
@@ -163,7 +164,7 @@ def _state_too_large(compiled: Compiled) -> bool:
 
 
 def changes(config: Config, compiled: Compiled, slices: int) -> Iterator[dict[str, Any]]:
-    """Overrides to try, each on top of those before it except where they stand for the same key.
+    """Yields overrides to try, each on top of those before it except where they are for the same key.
 
     Fewer replicas come first where the state alone is too large, as nothing else makes it smaller, and after what costs
     less otherwise.
@@ -195,7 +196,7 @@ def changes(config: Config, compiled: Compiled, slices: int) -> Iterator[dict[st
 
 
 def _mesh_overrides(config: Config, mesh: dict[str, int]) -> dict[str, Any]:
-    """What makes up this mesh: fsdp takes what is left, and so nothing else may."""
+    """Gives the overrides for this mesh: fsdp takes all devices that are left, and so no other axis may."""
     configured = config.mesh.model_dump()
     changed = {f"mesh.{name}": mesh[name] for name in ("replica", "tensor") if configured[name] != mesh[name]}
     return {**changed, "mesh.fsdp": -1}
@@ -229,10 +230,7 @@ def _attempt(
 def _read(config: Config, directory: weights.ModelDirectory) -> tuple[TokenizedPairs, Sequence[TokenizedPairs], str]:
     tokenizer = tokens.load_tokenizer(str(directory.path))
     require_fit(tokenizer, directory.path, vocabulary_tokens=directory.architecture.vocabulary_tokens)
-    p = config.refinement.prompt if config.objective.name != "sft" else None
-    pairs = read_data(
-        config, config.data.path, config.data.split, tokenizer, directory.architecture, augmentation_prompt=p
-    )
+    pairs = read_training(config, tokenizer, directory.architecture)
     eval_sets = list(read_held_out(config, tokenizer, directory.architecture).values())
     return pairs, eval_sets, f"data.path, {len(pairs):,} pairs; p has {len(pairs.augmentation)} tokens"
 
@@ -240,7 +238,7 @@ def _read(config: Config, directory: weights.ModelDirectory) -> tuple[TokenizedP
 def _typical(config: Config, directory: weights.ModelDirectory) -> tuple[TokenizedPairs, Sequence[TokenizedPairs], str]:
     head_tokens = p_tokens = 0
     said = "no p"
-    if config.refinement.prompt is not None and config.objective.name != "sft":
+    if config.refinement.prompt is not None and Objective.of(config.objective).kind.needs_rejected:
         head_tokens, p_tokens, said = _prefix(config, directory)
     pairs = typical_pairs(
         config.data.format,
@@ -260,7 +258,7 @@ def _typical(config: Config, directory: weights.ModelDirectory) -> tuple[Tokeniz
 
 
 def _prefix(config: Config, directory: weights.ModelDirectory) -> tuple[int, int, str]:
-    """Tokens of the template head and of p, and how they were counted."""
+    """Counts the tokens of the template head and of p, and says how."""
     if not (directory.path / "tokenizer.json").is_file():
         said = f"p taken to have {TYPICAL_P_TOKENS} tokens, as there is no tokenizer.json"
         return 0, TYPICAL_P_TOKENS, said

@@ -23,11 +23,11 @@ from sr_dpo_jax.commands.demo.protocol import (
     sft_config,
 )
 from sr_dpo_jax.commands.demo.tasks import RATINGS, instruction
+from sr_dpo_jax.commands.evaluate import evaluate_command, score_command
 from sr_dpo_jax.commands.export import export
+from sr_dpo_jax.commands.generate import generate_command
 from sr_dpo_jax.config.schema import Config
 from sr_dpo_jax.durable.files import read_lines
-from sr_dpo_jax.generation.generator import generate_command
-from sr_dpo_jax.train.evaluate import evaluate_command, score_command
 from sr_dpo_jax.train.loop import EXIT_DONE, train
 
 log = logging.getLogger(__name__)

@@ -25,19 +25,16 @@ from sr_dpo_jax.data.rows import BadRow, Message, Pair
 from sr_dpo_jax.data.tokenizer_fit import misfits
 from sr_dpo_jax.data.tokens import PairEncoder, load_tokenizer, uses_bos
 from sr_dpo_jax.errors import UsageError
-from sr_dpo_jax.model.attention import DENSE
-from sr_dpo_jax.model.decoder import Decoder
 from sr_dpo_jax.parallel import mesh as meshes
-from sr_dpo_jax.train.optim import make_optimizer
-from sr_dpo_jax.train.train_step import state_shapes, state_shardings
+from sr_dpo_jax.train.optim import OPTIMIZERS
+from sr_dpo_jax.train.state import state_shapes, state_shardings
 from sr_dpo_jax.weights import directory as weights
 from sr_dpo_jax.weights import hub
 from sr_dpo_jax.weights.files import INDEX, ONLY_SAFETENSORS, other_weights, read_headers, weight_files
 from sr_dpo_jax.weights.hub import Header
-from sr_dpo_jax.weights.placement import reference_copy
+from sr_dpo_jax.weights.placement import abstract_params, reference_copy
 
 PARTS = ("embedding", "attention", "mlp", "norms", "unembedding")
-OPTIMIZERS = ("rmsprop", "adamw")
 PARAM_DTYPES = ("float32", "bfloat16")
 NOT_FETCHED = (
     "the numbers of the weights, and whether their files are whole: of a hub name only the headers of the files are "
@@ -141,7 +138,7 @@ def inspect_model(path: str, *, revision: str | None, mesh: Mapping[str, int], p
         the result.
     """
     directory = weights.open_directory(path, revision=revision, weights=digest)
-    params = _params(directory)
+    params = abstract_params(directory.architecture)
     problems: list[str] = []
     has_weights, files, not_looked_at = _look_at_weights(path, directory, params, problems)
     tokenizer = _collecting(problems, load_tokenizer, str(directory.path))
@@ -190,23 +187,6 @@ def _collecting(problems: list[str], read: Any, *arguments: Any, **options: Any)
     except UsageError as error:
         problems.append(str(error))
         return None
-
-
-def _params(directory: weights.ModelDirectory) -> Any:
-    """Tree of abstract nnx parameters in float32."""
-
-    def make() -> Decoder:
-        return Decoder(
-            directory.architecture,
-            dtype=jnp.dtype("bfloat16"),
-            param_dtype=jnp.dtype("float32"),
-            remat="none",
-            attention=DENSE,
-            constrain=lambda array, axes: array,
-            rngs=nnx.Rngs(0),
-        )
-
-    return nnx.state(nnx.eval_shape(make))
 
 
 def _parts(params: Any) -> dict[str, int]:
@@ -325,15 +305,8 @@ def _memory_of(shapes: Any, shardings: Any, mesh: AbstractMesh, dtype: jnp.dtype
     params = in_dtype(dtype)
     moments = {}
     for name in OPTIMIZERS:
-        optimizer = make_optimizer(
-            name=name,
-            schedule=lambda step: 0.0 * step,
-            max_grad_norm=1.0,
-            weight_decay=0.0,
-            b1=0.9,
-            b2=0.999,
-            first_moment_dtype=None,
-        )
+        numbers = {} if name == "rmsprop" else {"weight_decay": 0.0, "b1": 0.9, "b2": 0.999, "first_moment_dtype": None}
+        optimizer = OPTIMIZERS[name](lambda step: 0.0 * step, max_grad_norm=1.0, **numbers)
         state = state_shapes(params, optimizer)
         laid_out = state_shardings(state, shardings, optimizer, mesh)
         moments[name] = _bytes_a_chip(state.optimizer_state, laid_out.optimizer_state)

@@ -21,8 +21,7 @@ import rich.text
 from sr_dpo_jax.config.load import config_for_model, load_config
 from sr_dpo_jax.config.schema import Config
 from sr_dpo_jax.errors import UsageError
-from sr_dpo_jax.train.evaluate import latest_params
-from sr_dpo_jax.weights.placement import assemble, read_model
+from sr_dpo_jax.train.setup import read_model, set_up
 
 try:
     import lm_eval
@@ -94,13 +93,13 @@ def lm_eval_command(
     fewshot = {b.task: b.fewshot for b in PAPER} if tasks is None else dict.fromkeys(tasks, num_fewshot)
     loaded = load_tasks(fewshot, include_path)
     directory, tokenizer = read_model(config)
-    assembly = assemble(config, directory)
-    params, step = latest_params(assembly, None, best=best)
+    setup = set_up(config, directory)
+    params, step = setup.latest_params(best=best)
     if step == 0 and (Path(model) / "config.yaml").is_file():
         raise UsageError(f"{model}: has no checkpoint; train first, or name a Hugging Face directory")
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # the harness would fork for its bootstrap, below jax's threads
     found = evaluate(
-        lm=MeshLM(assembly, params, tokenizer),
+        lm=MeshLM(setup, params, tokenizer),
         task_dict=loaded,
         limit=limit,
         bootstrap_iters=BOOTSTRAP,

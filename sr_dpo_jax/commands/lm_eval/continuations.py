@@ -1,4 +1,4 @@
-"""Contexts and continuations as ids -> log-probability of each continuation, and whether it is the greedy one.
+"""Contexts and continuations as ids -> log-prob of each continuation, and whether it is the greedy one.
 
 Requests lie in packed rows as pairs of one side do: the context as prompt, the continuation as chosen response. One
 compiled shape serves all requests of a call, and later calls whose requests fit it.
@@ -11,16 +11,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from sr_dpo_jax.data.plan import Shape, scoring_plan, scoring_shape
+from sr_dpo_jax.data.pipeline import Packing
+from sr_dpo_jax.data.plan import Shape, scoring_plan
 from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.model.architecture import require_exact_positions
+from sr_dpo_jax.model.decoder import Params
 from sr_dpo_jax.train.metrics import Progress
-from sr_dpo_jax.train.train_step import Params, make_continuation_step
-from sr_dpo_jax.weights.placement import Assembly, require_exact_positions
+from sr_dpo_jax.train.train_step import make_continuation_step
+from sr_dpo_jax.weights.placement import PlacedModel
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """Both have at least one token."""
+    """A context and its continuation as ids; both have at least one token."""
 
     context: list[int]
     continuation: list[int]
@@ -28,7 +31,7 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class _Packed:
-    """Requests as the pipeline takes pairs."""
+    """Requests in the form of pairs, as the pipeline takes them."""
 
     requests: Sequence[Request]
     head: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
@@ -43,17 +46,18 @@ class ContinuationScorer:
     """Scores continuations on the mesh.
 
     Args:
-      assembly: model and mesh; `batch.pairs_per_step` requests make up a step.
-      params: its parameters.
+      model: the model on its mesh.
+      packing: how rows are packed; `pairs_per_step` requests make up a step.
+      params: the model's parameters.
     """
 
-    def __init__(self, assembly: Assembly, params: Params):
-        self._assembly, self._params = assembly, params
+    def __init__(self, model: PlacedModel, packing: Packing, params: Params):
+        self._model, self._packing, self._params = model, packing, params
         self._compiled: list[tuple[Shape, Callable[..., Any]]] = []
 
     def scores(self, requests: Sequence[Request], *, title: str) -> tuple[np.ndarray, np.ndarray]:
-        """Of each request the log-probability, `[N]` float32 in nats, and whether every token is the likeliest one,
-        `[N]` bool. All processes see the same.
+        """Scores each request: its log-prob, `[N]` float32 in nats, and whether every token is the likeliest one, `[N]`
+        bool. All processes see the same.
 
         Raises:
           UsageError: a sequence is longer than the model's rotary embedding is known for.
@@ -64,14 +68,14 @@ class ContinuationScorer:
         scored = np.array([len(request.continuation) for request in requests])
         longest = int(tokens.max())
         require_exact_positions(
-            self._assembly.directory.architecture,
+            self._model.architecture,
             longest,
             what=f"a request has {longest} tokens",
             remedy="lower the few-shot count",
         )
         shape, step = self._shape_for(tokens, scored)
         plan = scoring_plan(tokens, scored, shape)
-        feed = self._assembly.feed(_Packed(requests), plan, augmented=False, with_rejected=False)
+        feed = self._packing.feed(_Packed(requests), plan, augmented=False, with_rejected=False)
         logprobs, greedy = np.full(len(requests), np.nan, np.float32), np.zeros(len(requests), bool)
         pending: tuple[np.ndarray, Any] | None = None
 
@@ -98,16 +102,10 @@ class ContinuationScorer:
         for shape, step in self._compiled:
             if tokens.max() <= shape.row_length and scored.max() <= shape.scored:
                 return shape, step
-        batch = self._assembly.config.batch
-        longest = -(-int(tokens.max()) // batch.row_multiple) * batch.row_multiple
-        shape = scoring_shape(
-            tokens,
-            scored,
-            pairs_per_step=min(batch.pairs_per_step, len(tokens)),
-            row_length=max(batch.row_length, longest),
-            row_multiple=batch.row_multiple,
-            rows_multiple=self._assembly.rows_multiple,
-        )
-        step = make_continuation_step(self._assembly.graph, pairs=shape.pairs, mesh=self._assembly.mesh)
+        multiple = self._packing.row_multiple
+        longest = -(-int(tokens.max()) // multiple) * multiple
+        packing = dataclasses.replace(self._packing, row_length=max(self._packing.row_length, longest))
+        shape = packing.scoring_shape(tokens, scored)
+        step = make_continuation_step(self._model.graph, pairs=shape.pairs, mesh=self._model.mesh)
         self._compiled.append((shape, step))
         return shape, step

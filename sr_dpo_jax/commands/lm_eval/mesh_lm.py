@@ -22,10 +22,10 @@ from sr_dpo_jax.commands.lm_eval.continuations import ContinuationScorer, Reques
 from sr_dpo_jax.data.tokenizer_fit import end_tokens
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.generation.decode import Sampling
-from sr_dpo_jax.generation.generator import Generator, Prompt
+from sr_dpo_jax.generation.generator import Generator, Prompt, Settings
+from sr_dpo_jax.model.decoder import Params
 from sr_dpo_jax.train.metrics import Progress
-from sr_dpo_jax.train.train_step import Params
-from sr_dpo_jax.weights.placement import Assembly
+from sr_dpo_jax.train.setup import Setup
 
 log = logging.getLogger(__name__)
 
@@ -47,17 +47,17 @@ class MeshLM(TemplateLM):
     """The harness's view of a model.
 
     Args:
-      assembly: model and mesh.
+      setup: the model on the mesh, the packing of rows, and the slots of generation.
       params: its parameters.
       tokenizer: of the model.
     """
 
-    def __init__(self, assembly: Assembly, params: Params, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, setup: Setup, params: Params, tokenizer: PreTrainedTokenizerBase):
         super().__init__()
         self.tokenizer = tokenizer
-        self._assembly, self._params = assembly, params
-        self._scorer = ContinuationScorer(assembly, params)
-        self._end_tokens = end_tokens(tokenizer, assembly.directory.path)
+        self._model, self._slots, self._params = setup.model, setup.config.generation.slots, params
+        self._scorer = ContinuationScorer(setup.model, setup.packing, params)
+        self._end_tokens = end_tokens(tokenizer, setup.model.directory.path)
 
     @property
     def eot_token_id(self) -> int:
@@ -71,7 +71,7 @@ class MeshLM(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        return self._assembly.directory.architecture.context_tokens
+        return self._model.architecture.context_tokens
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         if add_special_tokens is None and string.startswith(self.tokenizer.decode(self.prefix_token_id)):
@@ -161,13 +161,8 @@ class MeshLM(TemplateLM):
         return ids[-(self.max_length - generation.max_new_tokens) :]
 
     def _generator(self, generation: _Generation, prompts: Sequence[Prompt]) -> Generator:
-        return Generator(
-            self._assembly,
-            self.tokenizer,
-            generation.sampling,
-            slots=self._assembly.config.generation.slots,
-            longest_prompt_tokens=max(len(prompt.ids) for prompt in prompts),
-            max_new_tokens=generation.max_new_tokens,
-            stop=generation.stop,
-            limit_key="max_gen_toks",
+        settings = Settings(
+            generation.sampling, self._slots, generation.max_new_tokens, generation.stop, limit_key="max_gen_toks"
         )
+        longest = max(len(prompt.ids) for prompt in prompts)
+        return Generator(self._model, self.tokenizer, settings, longest_prompt_tokens=longest)

@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
-from jax.sharding import Mesh, PartitionSpec
 
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.model.attention import AttentionPath, Visible, blocks_that_run, pad_rows, visible_mask
+from sr_dpo_jax.parallel.mesh import partition_spec
 
 Array = jax.Array
 
@@ -50,26 +50,31 @@ class Tables:
     prefix_tokens: int = dataclasses.field(metadata={"static": True})
 
 
-def splash_path(mesh: Mesh, *, row_axes: tuple[str, ...], head_axes: tuple[str, ...], interpret: bool) -> AttentionPath:
-    """Attention by the kernel on each device's own rows and heads.
+@dataclasses.dataclass(frozen=True)
+class SplashAttention:
+    """Attention by the kernel on each device's own rows and heads."""
 
-    Args:
-      mesh: the device mesh.
-      row_axes, head_axes: mesh axes that rows and heads are sharded over.
-      interpret: runs the kernel as plain JAX operations, on any device: for tests.
-    """
-    rows, heads = PartitionSpec(row_axes), PartitionSpec(row_axes, None, head_axes, None)
+    tables: Tables
+    scale: float
+    cap: float | None
+    interpret: bool
 
-    def attend(query: Array, key: Array, value: Array, tables: Tables, *, scale: float, cap: float | None) -> Array:
-        local = partial(_attend_rows, cap=cap, interpret=interpret)
+    def attend(self, query: Array, key: Array, value: Array) -> Array:
+        rows, heads = partition_spec("rows"), partition_spec("rows", None, "heads", None)
+        local = partial(_attend_rows, cap=self.cap, interpret=self.interpret)
         # The kernel has no partitioning rule of its own: without shard_map every device would compute all rows.
-        sharded = jax.shard_map(
-            local, mesh=mesh, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
-        )
-        scaled = (query.astype(jnp.float32) * scale).astype(query.dtype)
-        return sharded(scaled, key, value, tables)
+        sharded = jax.shard_map(local, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
+        scaled = (query.astype(jnp.float32) * self.scale).astype(query.dtype)
+        return sharded(scaled, key, value, self.tables)
 
-    return AttentionPath("splash", _tables, attend)
+
+def splash_path(*, interpret: bool) -> AttentionPath:
+    """Makes the path; `interpret` runs the kernel as plain JAX operations, on any device: for tests."""
+
+    def on_rows(visible: Visible, *, scale: float, cap: float | None) -> SplashAttention:
+        return SplashAttention(tables_of(visible), scale, cap, interpret)
+
+    return AttentionPath("splash", on_rows)
 
 
 def _block(length: int) -> int:
@@ -81,7 +86,7 @@ def padded_length(length: int) -> int:
     return -(-length // _block(length)) * _block(length)
 
 
-def _tables(visible: Visible) -> Tables:
+def tables_of(visible: Visible) -> Tables:
     length = visible.key_start.shape[1]
     block, padded = _block(length), padded_length(length)
     if padded > LONGEST_ROW:

@@ -12,9 +12,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
 
 from sr_dpo_jax.model.attention import AttentionPath, Visible, at_least_float32, blocks_that_run, pad_rows
+from sr_dpo_jax.parallel.mesh import partition_spec
 
 Array = jax.Array
 
@@ -25,32 +25,31 @@ Tiles = tuple[Visible, Array]
 """The rows in whole tiles, and `[R, T / TILE, T / TILE]` bool: the tiles that are computed, queries by keys."""
 
 
-def tiled_path(mesh: Mesh, *, row_axes: tuple[str, ...], head_axes: tuple[str, ...]) -> AttentionPath:
-    """Attention in tiles, on each device's own rows and heads: the loop over rows must not run across devices.
+@dataclasses.dataclass(frozen=True)
+class TiledAttention:
+    """Attention in tiles, on each device's own rows and heads: the loop over rows must not run across devices."""
 
-    Args:
-      mesh: the device mesh.
-      row_axes, head_axes: mesh axes that rows and heads are sharded over.
-    """
-    rows, heads = PartitionSpec(row_axes), PartitionSpec(row_axes, None, head_axes, None)
+    tiles: Tiles
+    scale: float
+    cap: float | None
 
-    def attend(query: Array, key: Array, value: Array, tiles: Tiles, *, scale: float, cap: float | None) -> Array:
-        local = partial(_attend_rows, scale=scale, cap=cap)
-        specs = (heads, heads, heads, rows)
-        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)(
-            query, key, value, tiles
-        )
-
-    return AttentionPath("tiled", _tiles, attend)
+    def attend(self, query: Array, key: Array, value: Array) -> Array:
+        rows, heads = partition_spec("rows"), partition_spec("rows", None, "heads", None)
+        local = partial(_attend_rows, scale=self.scale, cap=self.cap)
+        sharded = jax.shard_map(local, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
+        return sharded(query, key, value, self.tiles)
 
 
-def _tiles(visible: Visible) -> Tiles:
+def _on_rows(visible: Visible, *, scale: float, cap: float | None) -> TiledAttention:
     whole = pad_rows(visible, TILE)
-    return whole, blocks_that_run(whole, TILE)
+    return TiledAttention((whole, blocks_that_run(whole, TILE)), scale, cap)
+
+
+TILED = AttentionPath("tiled", _on_rows)
 
 
 def _attend_rows(query: Array, key: Array, value: Array, tiles: Tiles, *, scale: float, cap: float | None) -> Array:
-    """`[R, T, H, D]` as of `attention.dense_attend`, one row after the other."""
+    """`[R, T, H, D]` as `DenseAttention.attend`, one row after the other."""
     length = query.shape[1]
 
     def heads_first(heads: Array) -> Array:

@@ -12,6 +12,7 @@ tokamax parses `sys.argv` as absl flags the first time it reads an option, and e
 ours; and it warns of every shape that it has no tuned block sizes for.
 """
 
+import dataclasses
 import logging
 from functools import partial
 from typing import Any
@@ -22,10 +23,10 @@ import numpy as np
 import tokamax
 from absl import flags
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh, PartitionSpec
 
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.model.attention import AttentionPath, Visible, pad_rows, visible_mask
+from sr_dpo_jax.parallel.mesh import partition_spec
 
 Array = jax.Array
 
@@ -37,39 +38,39 @@ LARGEST_MASK = 2**31
 """Entries of one device's masks: the kernels reach them by 32-bit offsets."""
 
 
-def triton_path(mesh: Mesh, *, row_axes: tuple[str, ...], head_axes: tuple[str, ...]) -> AttentionPath:
-    """Attention by the kernels on each device's own rows and heads.
+@dataclasses.dataclass(frozen=True)
+class TritonAttention:
+    """Attention by the kernels on each device's own rows and heads."""
 
-    Args:
-      mesh: the device mesh.
-      row_axes, head_axes: mesh axes that rows and heads are sharded over.
-    """
+    mask: Array
+    """`[R, T, T]` bool, T in whole blocks; the tokens filled in see themselves, as everywhere."""
+    scale: float
+
+    def attend(self, query: Array, key: Array, value: Array) -> Array:
+        rows, heads = partition_spec("rows"), partition_spec("rows", None, "heads", None)
+        scaled = (query.astype(jnp.float32) * self.scale).astype(query.dtype)
+        sharded = jax.shard_map(_attend_rows, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
+        return sharded(scaled, key, value, self.mask)
+
+
+def triton_path() -> AttentionPath:
+    """Makes the path, and keeps tokamax from reading our command line and from warning of every shape."""
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
     logging.getLogger("absl").addFilter(_is_no_miss)
-    rows, heads = PartitionSpec(row_axes), PartitionSpec(row_axes, None, head_axes, None)
-
-    def attend(query: Array, key: Array, value: Array, mask: Array, *, scale: float, cap: float | None) -> Array:
-        if cap is not None:
-            raise UsageError(
-                f"model.attention=triton: the kernel has no gradient for scores capped at {cap:g}; set it to auto"
-            )
-        scaled = (query.astype(jnp.float32) * scale).astype(query.dtype)
-        sharded = jax.shard_map(
-            _attend_rows, mesh=mesh, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
-        )
-        return sharded(scaled, key, value, mask)
-
-    return AttentionPath("triton", _mask, attend)
+    return AttentionPath("triton", _on_rows)
 
 
 def _is_no_miss(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("Autotuning cache miss")
 
 
-def _mask(visible: Visible) -> Array:
-    """`[R, T, T]` bool, T in whole blocks; the tokens filled in see themselves, as everywhere."""
-    return visible_mask(pad_rows(visible, BLOCK))
+def _on_rows(visible: Visible, *, scale: float, cap: float | None) -> TritonAttention:
+    if cap is not None:
+        raise UsageError(
+            f"model.attention=triton: the kernel has no gradient for scores capped at {cap:g}; set it to auto"
+        )
+    return TritonAttention(visible_mask(pad_rows(visible, BLOCK)), scale)
 
 
 def _attend_rows(query: Array, key: Array, value: Array, mask: Array) -> Array:

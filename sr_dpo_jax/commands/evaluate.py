@@ -1,0 +1,123 @@
+"""`sr-dpo eval`: metrics on held-out sets. `sr-dpo score`: log-probs of every pair under model.path."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from sr_dpo_jax.batch import CHOSEN, REJECTED
+from sr_dpo_jax.commands.correlation import rating_metrics
+from sr_dpo_jax.config.schema import Config
+from sr_dpo_jax.data.dataset import TokenizedPairs
+from sr_dpo_jax.durable.files import pairs_file, require_output, whole, write_json
+from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.model.decoder import Params
+from sr_dpo_jax.train.metrics import Progress
+from sr_dpo_jax.train.scored_set import ScoredSet, make_scored_set
+from sr_dpo_jax.train.setup import Setup, read_held_out, read_model, read_pairs_of, set_up
+from sr_dpo_jax.train.train_step import Scores
+
+
+def evaluate_command(config: Config, *, best: bool = False) -> dict[str, float]:
+    """Measures every held-out set with the latest (or `best`) checkpoint of output_dir, or else with model.path.
+
+    The reference is model.path in all cases. Where pairs are rated, the metrics hold the correlation of margins with
+    ratings. Writes them to output_dir/eval.json too, and the pairs of each set, one JSON line each, to
+    output_dir/`pairs_file`.
+    """
+    if not config.data.held_out:
+        raise UsageError(
+            "neither data.eval_path nor data.eval_sets is set: they name the pairs that `sr-dpo eval` measures"
+        )
+    directory, tokenizer = read_model(config)
+    sets = read_held_out(config, tokenizer, directory.architecture)
+    setup, root = set_up(config, directory), Path(config.output_dir)
+    held_out, base = _held_out(setup, sets)
+    params, step = setup.latest_params(base, best=best)
+    metrics: dict[str, float] = {"step": step}
+    if jax.process_index() == 0:
+        root.mkdir(parents=True, exist_ok=True)
+    for held in held_out:
+        policy = held.scores(params)
+        require_finite(held.pairs, policy, config)
+        metrics |= held.metrics(setup.objective, policy)
+        if jax.process_index() == 0 and held.reference is not None:
+            difference = held.pairs.chosen_score - held.pairs.rejected_score
+            metrics |= rating_metrics(held.margins(policy), difference, seed=config.seed, name=held.name)
+            write_scores(root / pairs_file(held.name), held.pairs, policy, held)
+    if jax.process_index() == 0:
+        write_json(root / "eval.json", metrics)
+    return metrics
+
+
+def _held_out(setup: Setup, sets: Mapping[str, TokenizedPairs]) -> tuple[list[ScoredSet], Params | None]:
+    """Makes every set with the reference's scores of it; gives the base parameters too, if they had to be made."""
+    held_out, base = [setup.scored_set(name, pairs) for name, pairs in sets.items()], None
+    for held in held_out:
+        if held.reference is not None and not held.reference.complete:
+            base = setup.model.base_params() if base is None else base
+            held.fill_reference(base)
+    return held_out, base
+
+
+def score_command(config: Config, output: Path) -> int:
+    """Writes the log-probs under model.path of every pair of data.path; returns the count of pairs."""
+    require_output(output)
+    directory, tokenizer = read_model(config)
+    data, p = config.data, config.refinement.prompt
+    pairs = read_pairs_of(config, data.path, data.split, tokenizer, directory.architecture, instruction=p)
+    setup = set_up(config, directory)
+    scored = make_scored_set("score", pairs, setup.model, setup.packing, None, cache_dir=config.cache_path)
+    with Progress("score", total=len(scored.plan), active=jax.process_index() == 0) as progress:
+        scores = scored.scores(setup.model.base_params(), progress.update)
+    require_finite(pairs, scores, config)
+    if jax.process_index() == 0:
+        write_scores(output, pairs, scores)
+    return len(pairs)
+
+
+def require_finite(pairs: TokenizedPairs, scores: Scores, config: Config) -> None:
+    """Refuses scores that are no numbers.
+
+    Raises:
+      UsageError: names the first pair by file and line.
+    """
+    bad = ~np.isfinite(scores.plain).all(axis=1)
+    if scores.augmented is not None:
+        bad |= ~np.isfinite(scores.augmented).all(axis=1)
+    if bad.any():
+        raise UsageError(
+            f"{bad.sum()} of {len(bad)} pairs, first {pairs.place(np.flatnonzero(bad)[0])}, have no finite "
+            f"log-probability with the weights of model.path={config.model.path} in model.dtype={config.model.dtype}; "
+            "set model.dtype=float32, or choose other weights"
+        )
+
+
+def write_scores(path: Path, pairs: TokenizedPairs, scores: Scores, held: ScoredSet | None = None) -> None:
+    """Writes one JSON line a pair, in the order of the data: id, token counts, log-probs in nats, scores if rated.
+
+    With a held-out set also the reference's log-probs and the margins.
+    """
+    counts = {name: getattr(pairs, name) for name in ("prompt_tokens", "chosen_tokens", "rejected_tokens")}
+    columns = _logp_columns("", scores)
+    ratings = {"chosen_score": pairs.chosen_score, "rejected_score": pairs.rejected_score}
+    if held is not None:
+        columns |= _logp_columns("reference_", held.reference_scores(scores)) | held.margins(scores)
+        ratings["rating_difference"] = pairs.chosen_score - pairs.rejected_score
+    with whole(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for index, identity in enumerate(pairs.ids):
+            line: dict[str, Any] = {"id": identity} | {name: int(values[index]) for name, values in counts.items()}
+            line |= {name: float(values[index]) for name, values in columns.items()}
+            line |= {name: float(values[index]) for name, values in ratings.items() if not np.isnan(values[index])}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _logp_columns(prefix: str, scores: Scores) -> dict[str, np.ndarray]:
+    columns = {f"{prefix}logp_chosen": scores.plain[:, CHOSEN], f"{prefix}logp_rejected": scores.plain[:, REJECTED]}
+    if scores.augmented is not None:
+        columns[f"{prefix}logp_chosen_augmented"] = scores.augmented[:, CHOSEN]
+        columns[f"{prefix}logp_rejected_augmented"] = scores.augmented[:, REJECTED]
+    return columns

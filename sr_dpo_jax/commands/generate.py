@@ -1,0 +1,175 @@
+"""`sr-dpo generate`: responses to a file of prompts, many at a time.
+
+    prompts    JSON lines with `prompt` (text, or a list of messages), `messages`, or `turns`: texts of the user, each
+               of which is answered before the next; an `id`, else the 0-based number
+    output     the same lines in the same order, each with `response`, `response_tokens` and `finish_reason`:
+               `end` (an end-of-sequence token), `stop` (a stop string) or `length`. For `turns`, lists of the latter
+               two, and in place of `response` what MT-Bench has: `choices`, of which the first has the list `turns`
+
+While it runs, finished lines are in OUTPUT.partial; the same command goes on from there.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from sr_dpo_jax.commands.prompts import PromptLine, read_prompts
+from sr_dpo_jax.config.schema import Config
+from sr_dpo_jax.data.rows import BadRow, Message
+from sr_dpo_jax.data.tokens import PairEncoder
+from sr_dpo_jax.durable.files import lines_of, require_output, whole
+from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.generation.generator import Generator, Prompt, Response, require_room
+from sr_dpo_jax.train.metrics import Progress
+from sr_dpo_jax.train.setup import generation_settings, read_model, set_up
+from sr_dpo_jax.weights.placement import PlacedModel
+
+log = logging.getLogger(__name__)
+
+Finished = dict[tuple[int, int], dict[str, Any]]
+"""Responses that are done, by place in the file of prompts and turn."""
+
+
+def generate_command(config: Config, prompts_file: Path, output: Path, *, best: bool = False) -> int:
+    """Responds to prompts with the latest (or `best`) checkpoint of output_dir, or model.path; returns the count."""
+    require_output(output)
+    directory, tokenizer = read_model(config)
+    generation = generation_settings(config, directory, tokenizer)
+    lines = read_prompts(str(prompts_file))
+    encoder = PairEncoder(tokenizer, augmentation_prompt=None)
+    vocabulary_tokens = directory.architecture.vocabulary_tokens
+    # Refused before any device is touched, or a partial file begun.
+    first = _encode(encoder, lines, vocabulary_tokens, turn=0, finished={}, where=prompts_file)
+    require_room(directory.architecture, max(map(len, first.values())), generation)
+    setup = set_up(config, directory)
+    model, (params, step) = setup.model, setup.latest_params(best=best)
+    settings = _settings(config, model, lines, step)
+    finished = _read_partial(output, settings)
+    leader, total = jax.process_index() == 0, sum(1 + len(line.later_turns) for line in lines)
+    with Progress("generate", total=total, active=leader) as progress, _Partial(output, settings, leader) as partial:
+        for turn in range(1 + max(len(line.later_turns) for line in lines)):
+            encoded = _encode(encoder, lines, vocabulary_tokens, turn=turn, finished=finished, where=prompts_file)
+            prompts = [
+                Prompt(index, turn, ids, seed=(config.seed * 1_000_003 + turn * 7_000_003 + index) % 2**32)
+                for index, ids in encoded.items()
+                if (index, turn) not in finished
+            ]
+            if prompts:
+                longest = max(map(len, encoded.values()))
+                generator = Generator(model, tokenizer, generation, longest_prompt_tokens=longest)
+                for prompt, response in generator.respond(params, prompts):
+                    partial.append(_take(finished, prompt, response))
+                    progress.update(len(finished))
+    if leader:
+        _write_all(output, lines, finished)
+    return len(lines)
+
+
+def _encode(
+    encoder: PairEncoder,
+    lines: Sequence[PromptLine],
+    vocabulary_tokens: int,
+    *,
+    turn: int,
+    finished: Finished,
+    where: Path,
+) -> dict[int, list[int]]:
+    """Encodes the prompts that wait for this turn's response, by place in the file; earlier responses are in them."""
+    having = [index for index, line in enumerate(lines) if turn <= len(line.later_turns)]
+    prompts: list[str | tuple[Message, ...]] = []
+    for index in having:
+        prompt = lines[index].prompt
+        for earlier, text in enumerate(lines[index].later_turns[:turn]):
+            response = finished[index, earlier]["response"]
+            prompt = (*prompt, Message("assistant", response), Message("user", text))
+        prompts.append(prompt)
+    encoded = dict(zip(having, encoder.prompt_ids(prompts), strict=True))
+    bad = {index: result.reason for index, result in encoded.items() if isinstance(result, BadRow)}
+    for index, ids in encoded.items():
+        if index not in bad and max(ids) >= vocabulary_tokens:
+            bad[index] = f"holds the added token of id {max(ids)}, but the model knows {vocabulary_tokens} ids"
+    if bad:
+        at = f", turn {turn + 1}" if turn else ""
+        reasons = "\n  ".join(f"prompt {index + 1}{at}: {reason}" for index, reason in sorted(bad.items())[:20])
+        raise UsageError(f"{where}: {len(bad)} prompts cannot be used:\n  {reasons}")
+    return encoded
+
+
+def _take(finished: Finished, prompt: Prompt, response: Response) -> dict[str, Any]:
+    """Keeps a response; returns its line of the partial file."""
+    finished[prompt.index, prompt.turn] = kept = {
+        "response": response.text,
+        "response_tokens": len(response.ids),
+        "finish_reason": response.finish_reason,
+    }
+    return {"index": prompt.index, "turn": prompt.turn, **kept}
+
+
+def _settings(config: Config, model: PlacedModel, lines: Sequence[PromptLine], step: int) -> str:
+    """Digests all that the responses depend on: a file begun with other settings is not gone on with."""
+    parts = [config.generation.model_dump(), config.seed, config.model.dtype, model.digest, step]
+    parts += [config.output_dir if step else None, [line.row for line in lines]]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _partial_path(output: Path) -> Path:
+    return output.with_name(output.name + ".partial")
+
+
+class _Partial:
+    """The file of responses that are done, behind a first line with the settings. Process 0 writes it."""
+
+    def __init__(self, output: Path, settings: str, active: bool):
+        self._path, self._settings, self._active = _partial_path(output), settings, active
+
+    def __enter__(self) -> "_Partial":
+        if self._active:
+            begun = self._path.exists()
+            self._file = self._path.open("a", encoding="utf-8")
+            if not begun:
+                self.append({"settings": self._settings})
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._active:
+            self._file.close()
+
+    def append(self, line: dict[str, Any]) -> None:
+        if self._active:
+            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            self._file.flush()
+
+
+def _read_partial(output: Path, settings: str) -> Finished:
+    """Reads the responses that an interrupted run of the same settings left."""
+    path = _partial_path(output)
+    if not path.exists():
+        return {}
+    lines = lines_of(path.read_text(encoding="utf-8"))
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()  # a kill cut it short
+    records = [json.loads(line) for line in lines]
+    if not records or records[0].get("settings") != settings:
+        raise UsageError(
+            f"{path}: was begun with other prompts, weights or generation settings; finish it with those, or delete it"
+        )
+    path.write_text("".join(lines), encoding="utf-8")
+    log.info("%s: going on after %d responses", path, len(records) - 1)
+    return {(record.pop("index"), record.pop("turn")): record for record in records[1:]}
+
+
+def _write_all(output: Path, lines: Sequence[PromptLine], finished: Finished) -> None:
+    with whole(output) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for index, line in enumerate(lines):
+            answer = finished[index, 0]
+            if line.key == "turns":
+                turns = [finished[index, turn] for turn in range(1 + len(line.later_turns))]
+                answer = {name: [of_turn[name] for of_turn in turns] for name in answer}
+                answer["choices"] = [{"index": 0, "turns": answer.pop("response")}]
+            file.write(json.dumps({"id": line.id, **line.row, **answer}, ensure_ascii=False) + "\n")
+    _partial_path(output).unlink(missing_ok=True)

@@ -1,0 +1,75 @@
+"""Preference files -> pairs that the model can take: tokenised, counted in the log, and within its lengths and ids."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from sr_dpo_jax.data import dataset
+from sr_dpo_jax.data.dataset import Source, TokenizedPairs
+from sr_dpo_jax.data.tokenizer_fit import require_embedded
+from sr_dpo_jax.model.architecture import Architecture, require_exact_positions
+
+log = logging.getLogger(__name__)
+
+
+def read_pairs(
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    architecture: Architecture,
+    *,
+    first_pairs: int | None = None,
+    **settings: Any,
+) -> TokenizedPairs:
+    """Reads, checks and tokenises `sources`; touches no device.
+
+    Args:
+      sources: the files or hub data sets.
+      tokenizer: the model's.
+      architecture: the model's.
+      first_pairs: keeps only so many pairs, the first; None keeps all.
+      settings: the other arguments of `dataset.prepare`.
+
+    Raises:
+      UsageError: unusable rows, sequences longer than those for which the model's rotary embedding is known, or ids
+        that the model does not have.
+    """
+    pairs = dataset.prepare(sources, tokenizer, **settings)
+    report = pairs.report
+    log.info(
+        "%s: %d pairs of %d rows; skipped %d bad; truncated %d prompts and %d responses; "
+        "%d pairs of two equal responses, %d that came before",
+        ", ".join(source.path for source in sources),
+        report.pairs,
+        report.rows,
+        len(report.bad_rows),
+        report.truncated_prompts,
+        report.truncated_responses,
+        report.identical_pairs,
+        report.duplicate_pairs,
+    )
+    if first_pairs is not None:
+        pairs = dataset.first(pairs, first_pairs)
+    _require_lengths(pairs, architecture)
+    require_embedded(pairs, vocabulary_tokens=architecture.vocabulary_tokens)
+    return pairs
+
+
+def _require_lengths(pairs: TokenizedPairs, architecture: Architecture) -> None:
+    """Refuses sequences for which the rotary embedding is not known; warns of those the model was not made for."""
+    longest = int((pairs.prompt_tokens + np.maximum(pairs.chosen_tokens, pairs.rejected_tokens)).max())
+    longest += len(pairs.augmentation)
+    require_exact_positions(
+        architecture,
+        longest,
+        what=f"the longest sequence has {longest} tokens, {len(pairs.augmentation)} of them p",
+        remedy="lower data.max_length",
+    )
+    if longest > architecture.context_tokens:
+        log.warning(
+            "the longest sequence has %d tokens with p, but model.path was made for %d (max_position_embeddings)",
+            longest,
+            architecture.context_tokens,
+        )

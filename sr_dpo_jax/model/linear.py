@@ -1,0 +1,25 @@
+"""The one matmul of the decoder's layers. Its name is a scope, so that a profile reads by layer part.
+
+What changes how a layer multiplies, such as an adapter beside a matrix or a quantised matrix, is put in here.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Array = jax.Array
+
+
+def linear(name: str, x: Array, weight: nnx.Param, bias: nnx.Param | None = None, *, axes: int = 1) -> Array:
+    """Computes `x · W + b` in the type of `x`.
+
+    Args:
+      name: the parameter's name, such as `query` or `down`; it is the `jax.named_scope` of the operations.
+      x: `[..., inputs]`, whose last `axes` axes are contracted with the first ones of the matrix.
+      weight: W, `[inputs, outputs]`, of any type; inputs and outputs may be several axes.
+      bias: b, `[outputs]`, or None.
+      axes: how many axes the inputs have.
+    """
+    with jax.named_scope(name):
+        product = jnp.tensordot(x, weight[...].astype(x.dtype), axes=axes)
+        return product if bias is None else product + bias[...].astype(x.dtype)

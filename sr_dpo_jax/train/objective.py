@@ -1,0 +1,68 @@
+"""What an objective is: one table. A new objective is a function in `losses.py`, its keys in the schema and a row here.
+
+Nothing else in the package asks for an objective's name to decide what to do. Imports no jax: reports read it too.
+
+Next: `losses.py`, the formulas that the rows name.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What is true of an objective whatever its numbers are."""
+
+    arguments: tuple[str, ...]
+    """The arrays that its function in `losses.py` takes, named as `train_step.pair_metrics` names them."""
+    family: str
+    """Objectives of one family share a figure, and their losses are of one scale: `likelihood`, `logistic`, `squared`
+    or `squared, per token`."""
+    needs_rejected: bool = True
+    needs_reference: bool = True
+    refined: bool = False
+    """Whether the augmented margin shifts the margin, so that training needs the rows with p."""
+    loss_at_zero: Callable[[float], float] | None = None
+    """The loss where policy and reference are the same, as a function of β; None where the weights decide."""
+
+
+def _ln_2(beta: float) -> float:
+    return math.log(2)
+
+
+def _quarter(beta: float) -> float:
+    return 1 / (4 * beta**2)
+
+
+REFINED = {"arguments": ("margin", "augmented_margin"), "refined": True}
+LENGTHS = ("chosen_log_ratio", "rejected_log_ratio", "chosen_tokens", "rejected_tokens")
+OBJECTIVES = {
+    "sft": Kind(("chosen_logprob",), "likelihood", needs_rejected=False, needs_reference=False),
+    "dpo": Kind(("margin",), "logistic", loss_at_zero=_ln_2),
+    "sr_dpo": Kind(**REFINED, family="logistic", loss_at_zero=_ln_2),
+    "ipo": Kind(("margin",), "squared", loss_at_zero=_quarter),
+    "sr_ipo": Kind(**REFINED, family="squared", loss_at_zero=_quarter),
+    "ipo_mean": Kind(LENGTHS, "squared, per token", loss_at_zero=_quarter),
+}
+"""Every objective by its name, which is that of its function in `losses.py` too."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """One objective with its numbers."""
+
+    name: str
+    numbers: Mapping[str, float]
+    """The keyword numbers of its function in `losses.py`: all keys of the section `objective` but the name."""
+
+    @classmethod
+    def of(cls, section: Any) -> "Objective":
+        """Takes the name and the numbers from the configuration's section `objective`."""
+        numbers = section.model_dump()
+        return cls(numbers.pop("name"), numbers)
+
+    @property
+    def kind(self) -> Kind:
+        return OBJECTIVES[self.name]

@@ -1,0 +1,180 @@
+"""The train step of a run and the state that goes through it, as shapes; the plan of its steps and what they cost.
+
+Reads no data and computes nothing, so that the same functions serve to compile for devices that are not there.
+"""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from sr_dpo_jax.data.dataset import TokenizedPairs
+from sr_dpo_jax.data.pipeline import Feed, Packing, pair_sizes
+from sr_dpo_jax.data.plan import Plan, training_plan
+from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.model.architecture import Architecture
+from sr_dpo_jax.model.decoder import Params
+from sr_dpo_jax.model.kernels.splash import LONGEST_ROW, padded_length
+from sr_dpo_jax.parallel.chips import peak_flops
+from sr_dpo_jax.train.flops import pair_flops
+from sr_dpo_jax.train.objective import Objective
+from sr_dpo_jax.train.optim import OPTIMIZERS, make_schedule
+from sr_dpo_jax.train.state import TrainState, abstract_state, first_state, state_shapes, state_shardings
+from sr_dpo_jax.train.train_step import make_train_step
+from sr_dpo_jax.weights.placement import PlacedModel
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The jitted train step, its optimizer, and the state that goes through it."""
+
+    step: Any
+    optimizer: Any
+    model: PlacedModel
+    state: TrainState
+    """Shapes and types, with shardings."""
+
+    def compiled(self, state: TrainState, reference_params: Params | None, feed: Feed) -> Any:
+        """Compiles the train step for the batches that come; a batch of another shape raises from then on."""
+        started = time.monotonic()
+        step = self.step.lower(state, reference_params, next(feed.batches(0))[1]).compile()
+        log.info("compiled in %.1f s", time.monotonic() - started)
+        return step
+
+    def first_state(self, params: Params) -> TrainState:
+        """Builds the state before any update."""
+        return first_state(self.state, params, self.optimizer, self.model.mesh)
+
+
+def make_program(
+    model: PlacedModel, objective: Objective, optimizer: Mapping[str, Any], *, pairs: int, total_steps: int
+) -> Program:
+    """Makes the train step; computes nothing.
+
+    Args:
+      model: the model on its mesh.
+      objective: the loss and its numbers.
+      optimizer: name, schedule and numbers, all keys of the configuration's section `optimizer`.
+      pairs: pairs a step.
+      total_steps: the end of the schedule.
+    """
+    numbers = dict(optimizer)
+    schedule = make_schedule(
+        name=numbers.pop("schedule"),
+        learning_rate=numbers.pop("learning_rate"),
+        warmup_steps=numbers.pop("warmup_steps"),
+        total_steps=total_steps,
+    )
+    transformation = OPTIMIZERS[numbers.pop("name")](schedule, **numbers)
+    shapes = state_shapes(model.shapes, transformation)
+    shardings = state_shardings(shapes, model.shardings, transformation, model.mesh)
+    step = make_train_step(
+        model.graph,
+        transformation,
+        schedule,
+        objective,
+        pairs=pairs,
+        mesh=model.mesh,
+        state_shardings=shardings,
+    )
+    return Program(step, transformation, model, abstract_state(shapes, shardings))
+
+
+def plan_training(
+    packing: Packing,
+    objective: Objective,
+    pairs: TokenizedPairs,
+    held_out: Sequence[TokenizedPairs],
+    *,
+    seed: int,
+    epochs: int,
+    attention: str,
+) -> Plan:
+    """Plans all steps of training, in rows that have room for every held-out pair too.
+
+    Raises:
+      UsageError: a pair is longer than a row, an epoch holds less than one step, or the rows are longer than the
+        attention path takes.
+    """
+    sizes_of = partial(pair_sizes, with_rejected=objective.kind.needs_rejected)
+    tokens, scored = sizes_of(pairs)
+    longest = [tuple(int(size.max()) for size in sizes_of(held)) for held in held_out]
+    plan = training_plan(
+        tokens,
+        scored,
+        source=pairs.source,
+        source_weights=pairs.source_weights,
+        seed=seed,
+        epochs=epochs,
+        pairs_per_step=packing.pairs_per_step,
+        row_length=packing.row_length,
+        row_multiple=packing.row_multiple,
+        rows_multiple=packing.rows_multiple,
+        room_for=tuple(map(max, zip((0, 0), *longest, strict=True))),
+    )
+    shape = plan.shape
+    p_tokens = len(pairs.augmentation) if objective.kind.refined or held_out else 0
+    if attention == "splash":
+        require_short_rows(packing, shape.row_length, p_tokens)
+    log.info(
+        "%d steps an epoch, each %d pairs in %d rows of %d tokens, %d of them scored; %.1f %% padding",
+        plan.steps_per_epoch,
+        shape.pairs,
+        shape.rows,
+        shape.row_length,
+        shape.scored,
+        100 * (1 - tokens[plan.pair].sum() / (len(plan) * shape.rows * shape.row_length)),
+    )
+    return plan
+
+
+def require_short_rows(packing: Packing, row_length: int, p_tokens: int) -> None:
+    """Refuses rows that splash attention cannot take, before anything is loaded or compiled."""
+    multiple = packing.row_multiple
+    tokens = -(-(row_length + p_tokens) // multiple) * multiple
+    if padded_length(tokens) > LONGEST_ROW:
+        most = (LONGEST_ROW - p_tokens) // multiple * multiple
+        raise UsageError(
+            f"batch.row_length={packing.row_length}: rows would have {tokens} tokens with p, and splash attention "
+            f"takes at most {LONGEST_ROW}; set batch.row_length to {most} or less, and where a pair is longer than "
+            "that, lower data.max_length"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """The cost of the pairs, for throughput, padding and MFU."""
+
+    tokens: np.ndarray
+    """`[N]`, tokens of each pair in a row."""
+    flops: np.ndarray
+    """`[N]`, model flops that each pair costs a step."""
+    devices: int
+    peak_flops: float | None
+    """The bfloat16 flops a second of all devices; None where the chip is not known."""
+
+
+def work_of(
+    architecture: Architecture, packing: Packing, objective: Objective, pairs: TokenizedPairs, *, online: bool
+) -> Work:
+    """Counts the flops of each pair: forward and backward, p's forward, and those of an online reference."""
+    kind = objective.kind
+    forward = partial(
+        pair_flops,
+        architecture,
+        prompt_tokens=pairs.prompt_tokens,
+        chosen_tokens=pairs.chosen_tokens,
+        rejected_tokens=pairs.rejected_tokens if kind.needs_rejected else 0 * pairs.rejected_tokens,
+    )
+    flops = (4 if online else 3) * forward(prefix_tokens=0)
+    if kind.refined:
+        flops += (2 if online else 1) * forward(prefix_tokens=len(pairs.augmentation))
+    devices = packing.mesh.devices.flatten().tolist()
+    tokens, _ = pair_sizes(pairs, with_rejected=kind.needs_rejected)
+    return Work(tokens, flops, len(devices), peak_flops(devices))

@@ -1,0 +1,167 @@
+"""A data set that is scored: its pairs, the steps that hold them, the scoring step and the reference's scores.
+
+The pairs that the reference scores before step 0 are one; every held-out set is, and the pairs of `sr-dpo score`.
+Every pair counts the same, whatever the batch size, the number of hosts or how full the last step is.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sr_dpo_jax.batch import CHOSEN, REJECTED, Batch
+from sr_dpo_jax.data.dataset import TokenizedPairs
+from sr_dpo_jax.data.pipeline import Feed, Packing, pair_sizes
+from sr_dpo_jax.data.plan import Plan, Shape, scoring_plan
+from sr_dpo_jax.model.decoder import Params
+from sr_dpo_jax.train.metrics import Progress
+from sr_dpo_jax.train.objective import Objective
+from sr_dpo_jax.train.reference import ReferenceScores, cache_files
+from sr_dpo_jax.train.train_step import Scores, averages, make_score_step, pair_metrics
+from sr_dpo_jax.weights.placement import PlacedModel
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoredSet:
+    """A data set, ready to be scored with any parameters."""
+
+    name: str
+    """`training`, or what its metrics' names begin with: `eval` or `eval/NAME`."""
+    pairs: TokenizedPairs
+    plan: Plan
+    """Holds every pair once."""
+    feed: Feed
+    score_step: Callable[[Params, Batch], Scores]
+    reference: ReferenceScores | None
+    """The reference's scores, as far as the cache has them; None where the objective needs no reference."""
+
+    def scores(self, params: Params, progress: Callable[[int], None] = lambda done: None) -> Scores:
+        """Scores all pairs with these parameters; `progress` is called with the number of steps done.
+
+        Returns:
+          Scores with `[N, 2]` NumPy arrays, in the order of the data; `augmented` is None without rows with p.
+        """
+        count = len(self.pairs)
+        plain, tokens = np.full((count, 2), np.nan, np.float32), np.zeros((count, 2), np.int32)
+        augmented = np.full((count, 2), np.nan, np.float32) if self.feed.source.augmented else None
+
+        def collect(pair: np.ndarray, scores: Scores) -> None:
+            present, host = pair >= 0, jax.device_get(scores)
+            plain[pair[present]] = host.plain[present]
+            tokens[pair[present]] = host.tokens[present]
+            if augmented is not None:
+                augmented[pair[present]] = host.augmented[present]
+
+        pending: tuple[np.ndarray, Scores] | None = None
+        for done, (step, batch) in enumerate(self.feed.batches(0), 1):
+            scores = self.score_step(params, batch)
+            if pending is not None:  # step n is on its way to the device before step n − 1 is waited for
+                collect(*pending)
+            pending = (step.pair, scores)
+            progress(done)
+        if pending is not None:
+            collect(*pending)
+        return Scores(plain, augmented, tokens)
+
+    def metrics(self, objective: Objective, policy: Scores) -> dict[str, float]:
+        """Averages loss and metrics over all pairs, under their names in metrics.jsonl, with the set's name in front.
+
+        Args:
+          objective: the loss that is reported.
+          policy: from `scores`.
+        """
+        reference = self.reference_scores(policy)
+        per_pair = pair_metrics(objective, jax.tree.map(jnp.asarray, policy), jax.tree.map(jnp.asarray, reference))
+        means = averages({key: np.asarray(value, np.float64) for key, value in per_pair.items()}, policy.tokens)
+        named = {f"{self.name}/{key}": float(value) for key, value in means.items()}
+        return named | {f"{self.name}/pairs": len(policy.plain)}
+
+    def reference_scores(self, policy: Scores) -> Scores | None:
+        """Gives the reference's scores in the form of the policy's; None where the objective needs no reference."""
+        if self.reference is None:
+            return None
+        known = self.reference.scores
+        return Scores(known[..., 0], None if policy.augmented is None else known[..., 1], policy.tokens)
+
+    def margins(self, policy: Scores) -> dict[str, np.ndarray]:
+        """Computes m and, where p is used, m̂ of each pair, `[N]`, nats."""
+        reference = self.reference_scores(policy)
+        ratios = {"margin": policy.plain - reference.plain}
+        if policy.augmented is not None:
+            ratios["augmented_margin"] = policy.augmented - reference.augmented
+        return {name: ratio[:, CHOSEN] - ratio[:, REJECTED] for name, ratio in ratios.items()}
+
+    def fill_reference(self, params: Params, between: Callable[[], None] = lambda: None) -> None:
+        """Scores the pairs that the cache lacks with the reference's parameters; calls `between` after each step."""
+        title, leader = f"reference on {self.name} pairs", jax.process_index() == 0
+        with Progress(title, total=len(self.plan), active=leader) as progress:
+
+            def done(steps: int) -> None:
+                progress.update(steps)
+                between()
+
+            self.reference.fill(self.score_step, params, done)
+
+    def compiled(self, params: Params, programs: dict[Any, Any]) -> "ScoredSet":
+        """Gives this set with its scoring step compiled for its batches; another shape raises from then on.
+
+        Args:
+          params: the policy's; only shapes and shardings count.
+          programs: the steps that are compiled already, by the shapes of their batches; gets this one's.
+        """
+        batch = next(self.feed.batches(0))[1]
+        leaves, tree = jax.tree.flatten(batch)
+        shapes = (tree, *(leaf.shape for leaf in leaves))  # sets differ in it where the template head does
+        if shapes not in programs:
+            programs[shapes] = self.score_step.lower(params, batch).compile()
+        return dataclasses.replace(self, score_step=programs[shapes])
+
+
+def make_scored_set(
+    name: str,
+    pairs: TokenizedPairs,
+    model: PlacedModel,
+    packing: Packing,
+    objective: Objective | None,
+    *,
+    cache_dir: Path,
+    shape: Shape | None = None,
+    plan: Plan | None = None,
+    augmented: bool | None = None,
+) -> ScoredSet:
+    """Plans a set and looks up what the cache has of its reference scores.
+
+    Args:
+      name: see `ScoredSet`.
+      pairs: the data.
+      model: the model on its mesh.
+      packing: how rows are packed.
+      objective: decides which sides are scored and whether a reference is needed; None: both sides, no reference.
+      cache_dir: holds the reference's scores.
+      shape: the compiled shape to plan in; None chooses one for these pairs.
+      plan: a plan that holds every pair once; None makes one.
+      augmented: whether the rows with p are scored too; None: where the pairs were tokenised with p.
+    """
+    with_rejected = objective is None or objective.kind.needs_rejected
+    sizes = pair_sizes(pairs, with_rejected=with_rejected)
+    if plan is None:
+        plan = scoring_plan(*sizes, packing.scoring_shape(*sizes) if shape is None else shape)
+    if augmented is None:
+        augmented = with_rejected and len(pairs.augmentation) > 0
+    feed = packing.feed(pairs, plan, augmented=augmented, with_rejected=with_rejected)
+    reference = None
+    if objective is not None and objective.kind.needs_reference:
+        files = cache_files(
+            cache_dir,
+            pairs,
+            weights_digest=model.digest,
+            dtype=f"{model.dtype.name} {model.param_dtype.name}",
+            augmented=augmented,
+        )
+        reference = ReferenceScores(files, plan, feed, len(pairs))
+    score_step = make_score_step(model.graph, pairs=plan.shape.pairs, mesh=model.mesh)
+    return ScoredSet(name, pairs, plan, feed, score_step, reference)
