@@ -20,7 +20,7 @@ from pathlib import Path
 
 from sr_dpo_jax import cli
 from sr_dpo_jax.durable import integrity
-from sr_dpo_jax.train import loop, reference
+from sr_dpo_jax.train import metrics, reference
 
 
 def main() -> int:
@@ -30,10 +30,10 @@ def main() -> int:
         if fault.get("mark"):
             Path(fault["mark"]).write_text(place)
 
-    add, take, check_shards = loop._StepLines.add, reference.ReferenceScores._take, integrity.check_shards
+    add, take, check_shards = metrics.StepLog.add, reference.ReferenceScores._take, integrity.check_shards
 
-    def slow_add(self, step, host_step, metrics):
-        add(self, step, host_step, metrics)
+    def slow_add(self, step, host_step, of_step):
+        add(self, step, host_step, of_step)
         if "pairs" in fault:
             with Path(fault["pairs"]).open("a") as file:
                 file.write(json.dumps([step, [int(pair) for pair in host_step.pair]]) + "\n")
@@ -58,7 +58,7 @@ def main() -> int:
             time.sleep(fault["verify_s"])
         check_shards(step_directory, shards)
 
-    loop._StepLines.add = slow_add
+    metrics.StepLog.add = slow_add
     reference.ReferenceScores._take = slow_take
     integrity.check_shards = slow_check
     if "scoring_s" in fault:

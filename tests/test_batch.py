@@ -17,8 +17,10 @@ from sr_dpo_jax.batch import Batch, Placed, Rows, build_row
 from sr_dpo_jax.model import logprobs
 from sr_dpo_jax.model.attention import DENSE
 from sr_dpo_jax.model.kernels import tiled
-from sr_dpo_jax.model.kernels.tiled import tiled_path
-from sr_dpo_jax.train.train_step import Objective, make_train_step, score
+from sr_dpo_jax.model.kernels.tiled import TILED
+from sr_dpo_jax.parallel.mesh import jit_on
+from sr_dpo_jax.train.objective import Objective
+from sr_dpo_jax.train.train_step import make_train_step, score
 
 BETA, LAM = 0.1, 0.3
 
@@ -158,7 +160,7 @@ class Model:
 
     def __init__(self, architecture: Any, *, in_tiles: bool):
         mesh = tiny.make_mesh()
-        attention = tiled_path(mesh, row_axes=(), head_axes=()) if in_tiles else DENSE
+        attention = TILED if in_tiles else DENSE
         self.mesh, model = mesh, tiny.build(architecture, mesh, dtype=jnp.float64, attention=attention)
         self.logit_cap = architecture.logit_cap
         # The first one's state is the gradient itself; the step asks the second how many updates there were.
@@ -168,12 +170,12 @@ class Model:
             model.graph,
             optimizer,
             lambda step: jnp.zeros(()),
-            Objective("sr_dpo", BETA, LAM, 0.0),
+            Objective("sr_dpo", {"beta": BETA, "lam": LAM}),
             pairs=PAIRS,
             mesh=mesh,
             state_shardings=model.state_shardings(optimizer),
         )
-        self.packed_prefix, self.alone = jax.jit(self._packed_prefix), jax.jit(self._alone)
+        self.packed_prefix, self.alone = jit_on(mesh, self._packed_prefix), jit_on(mesh, self._alone)
 
     def packed(self, example: Example, **changed: Any) -> tuple[Any, Any]:
         """Metrics of a real train step and its gradient."""
@@ -187,7 +189,7 @@ class Model:
 
         def weighted(params: Any) -> tuple[jax.Array, jax.Array]:
             flat = jax.tree.map(lambda array: array.reshape(-1, array.shape[-1]), rows)
-            sums = score(self.graph, params, Batch(flat, None), PAIRS, self.mesh).plain
+            sums = score(self.graph, params, Batch(flat, None), PAIRS).plain
             return (weight * sums).sum(), sums
 
         gradient, sums = jax.grad(weighted, has_aux=True)(params)
@@ -323,7 +325,7 @@ def test_a_pair_against_rows_of_exact_length():
         sizes = {"micro_batches": 1, "rows": 1, "row_length": 9 + len(prefix), "scored": 5}
         packed = jax.tree.map(lambda array: array[0], tiny.pack([pair], [0], prefix=prefix, **sizes))
         params = model.params(3)
-        sums = jax.jit(lambda rows: score(model.graph, params, Batch(rows, None), 1, model.mesh).plain)(packed)
+        sums = jit_on(model.mesh, lambda rows: score(model.graph, params, Batch(rows, None), 1).plain)(packed)
         decoder = nnx.merge(model.graph, params)
         for side in range(2):
             sequence = np.concatenate([prefix, pair[0], pair[1 + side]])

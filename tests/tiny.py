@@ -15,7 +15,8 @@ from sr_dpo_jax.model.architecture import Architecture, LayerKind, Rope
 from sr_dpo_jax.model.attention import DENSE, AttentionPath
 from sr_dpo_jax.model.decoder import Decoder
 from sr_dpo_jax.parallel import mesh as meshes
-from sr_dpo_jax.train.train_step import TrainState, initialise, state_shapes, state_shardings
+from sr_dpo_jax.train.objective import OBJECTIVES, Objective
+from sr_dpo_jax.train.state import TrainState, abstract_state, first_state, state_shapes, state_shardings
 from sr_dpo_jax.weights.directory import ModelDirectory
 from sr_dpo_jax.weights.families import tensors_of
 from sr_dpo_jax.weights.layout import flatten
@@ -102,7 +103,7 @@ def make_mesh(replica: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """What `assembly.assemble` makes of a model directory, without the directory."""
+    """A tiny `weights.placement.PlacedModel`, without a directory of files."""
 
     mesh: Mesh
     graph: nnx.GraphDef
@@ -122,9 +123,8 @@ class Model:
 
     def state(self, optimizer: Any, seed: int = 0) -> TrainState:
         """The state before the first update."""
-        params = self.params(seed)
-        moments = initialise(lambda: optimizer.init(params), self.state_shardings(optimizer).optimizer_state)
-        return TrainState(jax.device_put(np.int32(0), meshes.replicated(self.mesh)), params, moments)
+        abstract = abstract_state(state_shapes(self.shapes, optimizer), self.state_shardings(optimizer))
+        return first_state(abstract, self.params(seed), optimizer, self.mesh)
 
     @property
     def shapes(self) -> Any:
@@ -151,7 +151,6 @@ def build(
             param_dtype=jnp.dtype(dtype),
             remat=remat,
             attention=attention,
-            constrain=meshes.constrain(mesh),
             rngs=nnx.Rngs(0),
         )
 
@@ -173,6 +172,12 @@ def save_weights(
     tensors = tensors_of(directory.architecture, directory.model_type)
     groups = ({param: flat[param] for param in tensor.params} for tensor in tensors)
     save_params(groups, directory, abstract, out, dtype=np.dtype(dtype), shard_bytes=shard_bytes)
+
+
+def objective_of(name: str, beta: float = 0.1, lam: float = 0.5) -> Objective:
+    """An objective with these numbers, as far as it has them."""
+    numbers = {} if name == "sft" else {"beta": beta}
+    return Objective(name, numbers | ({"lam": lam} if OBJECTIVES[name].refined else {}))
 
 
 Pair = tuple[np.ndarray, np.ndarray, np.ndarray]

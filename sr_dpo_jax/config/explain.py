@@ -34,19 +34,20 @@ def explain(item: Any, root: type[BaseModel]) -> str:
         case "union_tag_invalid":
             return f"  {key_path}.name={item['ctx']['tag']!r}: not known; choose one of {_names(parent)}"
         case "extra_forbidden":
-            return f"  {key_path}: {_unknown(location, sections)}"
+            return _unknown(key_path, location[-1], item["input"], sections)
     return f"  {key_path}={item['input']!r}: {item['msg']}"
 
 
-def _unknown(location: Sequence[str], sections: Sequence[list[type[BaseModel]]]) -> str:
+def _unknown(key_path: str, key: str, value: Any, sections: Sequence[list[type[BaseModel]]]) -> str:
     """Says what to do about a key that its section does not have."""
     (section,), alternatives = sections[-1], sections[-2] if len(sections) > 1 else []
-    others = [kind for kind in alternatives if location[-1] in kind.model_fields]
-    if others:  # the section has other keys under another name
-        return f"only {_names(others)} has it; remove it, or choose {_names(others)}"
+    others = [kind for kind in alternatives if key in kind.model_fields]
+    if others:  # the section's name decides which keys it has
+        return f"  {key_path}={value!r}: only {_names(others)} takes it; remove it, or choose {_names(others, ' or ')}"
     known = list(section.model_fields)
-    close = difflib.get_close_matches(location[-1], known, n=1)
-    return f"no such key; did you mean {close[0]}?" if close else f"no such key; known here: {', '.join(known)}"
+    close = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
+    return f"  {key_path}: no such key; {hint}"
 
 
 def _walk(location: Sequence[str], root: type[BaseModel]) -> tuple[list[str], list[list[type[BaseModel]]]]:
@@ -76,8 +77,8 @@ def _names_of(kind: type[BaseModel]) -> tuple[str, ...]:
     return get_args(kind.model_fields["name"].annotation) if "name" in kind.model_fields else ()
 
 
-def _names(kinds: Sequence[type[BaseModel]]) -> str:
-    return ", ".join(name for kind in kinds for name in _names_of(kind))
+def _names(kinds: Sequence[type[BaseModel]], separator: str = ", ") -> str:
+    return separator.join(name for kind in kinds for name in _names_of(kind))
 
 
 def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -52,12 +52,11 @@ from sr_dpo_jax.commands.compile import hlo as aot_hlo  # noqa: E402
 from sr_dpo_jax.commands.compile.machine import devices_of, only_one  # noqa: E402
 from sr_dpo_jax.commands.compile.programs import first_step  # noqa: E402
 from sr_dpo_jax.model.attention import Visible, visible_mask  # noqa: E402
-from sr_dpo_jax.model.kernels.splash import LARGEST_BLOCK, splash_path  # noqa: E402
+from sr_dpo_jax.model.kernels.splash import LARGEST_BLOCK, splash_path, tables_of  # noqa: E402
 from sr_dpo_jax.parallel import mesh as meshes  # noqa: E402
 from sr_dpo_jax.parallel.chips import chip_of  # noqa: E402
-from sr_dpo_jax.train.setup import plan_of  # noqa: E402
+from sr_dpo_jax.train.setup import set_up_on  # noqa: E402
 from sr_dpo_jax.weights.directory import open_directory  # noqa: E402
-from sr_dpo_jax.weights.placement import assemble_on, pair_sizes  # noqa: E402
 
 CHIPS_OF_THE_STEP, HEADS, KEY_HEADS, HEAD_DIM = 8, 32, 8, 64
 SCALE = HEAD_DIM**-0.5
@@ -118,11 +117,12 @@ def by_segments(length: int, window: int | None, *, interpret: bool):
 
 
 def by_ranges(mesh, prefix_tokens: int, window: int | None, *, interpret: bool):
-    path = splash_path(mesh, row_axes=("replica", "fsdp"), head_axes=("tensor",), interpret=interpret)
+    path = splash_path(interpret=interpret)
 
     def attend(query, key, value, start, end, positions):
-        tables = path.prepare(Visible(start, end, positions, prefix_tokens, window))
-        return path.attend(query, key, value, tables, scale=SCALE, cap=None)
+        visible = Visible(start, end, positions, prefix_tokens, window)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return path.on_rows(visible, scale=SCALE, cap=None).attend(query, key, value)
 
     return attend
 
@@ -135,9 +135,8 @@ def with_gradients(attend):
     return run
 
 
-def share_of_blocks(visible: Visible, mesh) -> float:
-    path = splash_path(mesh, row_axes=(), head_axes=(), interpret=False)
-    return float(path.prepare(visible).runs.mean())
+def share_of_blocks(visible: Visible) -> float:
+    return float(tables_of(visible).runs.mean())
 
 
 def share_of_causal_blocks(length: int, window: int | None) -> float:
@@ -200,9 +199,9 @@ def main() -> int:
         config = config_of(directory, options.data, root, step="sr_dpo", attention="splash")
         pairs = pairs_of(config, directory, root)
         mesh = meshes.make_mesh(replica=1, fsdp=-1, tensor=1, devices=devices)
-        assembly = assemble_on(mesh, config, directory)
-        plan = plan_of(assembly, pairs, pair_sizes(pairs, with_rejected=True), ())
-        step = first_step(assembly, pairs, plan, augmented=True, with_rejected=True)
+        setup = set_up_on(mesh, config, directory)
+        plan = setup.plan(pairs, ())
+        step = first_step(setup, pairs, plan, augmented=True)
     here = meshes.make_mesh(replica=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
     there = meshes.make_mesh(replica=1, fsdp=1, tensor=1, devices=devices[:1])
     print(f"{PAIRS} pairs in {plan.shape.rows} rows over {CHIPS_OF_THE_STEP} chips; millions of cycles of one chip")
@@ -217,7 +216,7 @@ def main() -> int:
         for window in (None, options.window):
             label = f"{name}, window {window}" if window else name
             visible = Visible(*map(jnp.asarray, masks_of_chip), prefix_tokens, window)
-            blocks = share_of_blocks(visible, here)
+            blocks = share_of_blocks(visible)
             attend = by_ranges(there, prefix_tokens, window, interpret=False)
             figures = compiled(
                 devices[0],

@@ -38,9 +38,9 @@ from sr_dpo_jax.config.load import config_from_dict  # noqa: E402
 from sr_dpo_jax.data.rows import Pair, read_rows  # noqa: E402
 from sr_dpo_jax.data.tokens import load_tokenizer  # noqa: E402
 from sr_dpo_jax.generation.decode import Sampling  # noqa: E402
-from sr_dpo_jax.generation.generator import TOKENS_A_CALL, Generator, Prompt  # noqa: E402
-from sr_dpo_jax.train.train_step import Params  # noqa: E402
-from sr_dpo_jax.weights.placement import assemble, read_model  # noqa: E402
+from sr_dpo_jax.generation.generator import TOKENS_A_CALL, Generator, Prompt, Settings  # noqa: E402
+from sr_dpo_jax.model.decoder import Params  # noqa: E402
+from sr_dpo_jax.train.setup import read_model, set_up  # noqa: E402
 
 MAX_NEW_TOKENS = 256
 
@@ -66,18 +66,10 @@ def make_generator(root: Path, options: argparse.Namespace, longest: int) -> tup
         "objective": {"name": "sft"},
     }
     directory, tokenizer = read_model(config_from_dict(raw, where="benchmark"))
-    assembly = assemble(config_from_dict(raw, where="benchmark"), directory)
+    model = set_up(config_from_dict(raw, where="benchmark"), directory).model
     ends = range(round(directory.architecture.vocabulary_tokens / options.mean_tokens))
-    generator = Generator(
-        assembly,
-        tokenizer,
-        Sampling(1.0, None, None, tuple(ends)),
-        slots=options.slots,
-        longest_prompt_tokens=longest,
-        max_new_tokens=MAX_NEW_TOKENS,
-        stop=(),
-    )
-    return generator, assembly.base_params()
+    settings = Settings(Sampling(1.0, None, None, tuple(ends)), options.slots, MAX_NEW_TOKENS, stop=())
+    return Generator(model, tokenizer, settings, longest_prompt_tokens=longest), model.base_params()
 
 
 def prompts_of_hh(model: Path, count: int) -> list[list[int]]:

@@ -61,7 +61,7 @@ from jax.experimental import topologies  # noqa: E402
 from runs import HH_FILE  # noqa: E402
 from tpu_compiler import PAIRS, config_of, pairs_of  # noqa: E402
 
-from sr_dpo_jax.commands.compile.programs import GIB, first_step, train_step_of  # noqa: E402
+from sr_dpo_jax.commands.compile.programs import first_step, train_step_of  # noqa: E402
 from sr_dpo_jax.data.dataset import TokenizedPairs  # noqa: E402
 from sr_dpo_jax.data.plan import Shape  # noqa: E402
 from sr_dpo_jax.model.architecture import Architecture  # noqa: E402
@@ -69,10 +69,10 @@ from sr_dpo_jax.model.attention import AttentionPath, Visible  # noqa: E402
 from sr_dpo_jax.model.decoder import REMAT_POLICIES  # noqa: E402
 from sr_dpo_jax.model.paths import attention_path  # noqa: E402
 from sr_dpo_jax.parallel import mesh as meshes  # noqa: E402
-from sr_dpo_jax.train.setup import plan_of  # noqa: E402
+from sr_dpo_jax.parallel.chips import GIB  # noqa: E402
+from sr_dpo_jax.train.setup import Setup, set_up_on  # noqa: E402
 from sr_dpo_jax.train.train_step import make_score_step  # noqa: E402
 from sr_dpo_jax.weights.directory import ModelDirectory, open_directory  # noqa: E402
-from sr_dpo_jax.weights.placement import Assembly, assemble_on, pair_sizes  # noqa: E402
 
 MODEL = "llama-3.2-1b"
 ROWS, ROW_LENGTH, PREFIX_TOKENS = 2, 4096, 50
@@ -216,30 +216,30 @@ def compiled(device: jax.Device, program: Any, *arguments: Any) -> Compiled:
     return Compiled(made.as_text().count(KERNEL), memory.temp_size_in_bytes, peak, compile_s)
 
 
-def layers_gradient(path: AttentionPath, architecture: Architecture, remat: str) -> Any:
+def layers_gradient(mesh: jax.sharding.Mesh, path: AttentionPath, architecture: Architecture, remat: str) -> Any:
     """Attention with its projections and nothing else, in a scan over layers as in the decoder, differentiated."""
 
     def loss(weights: list[jax.Array], x: jax.Array, start: jax.Array, end: jax.Array, positions: jax.Array):
-        prepared = path.prepare(Visible(start, end, positions, PREFIX_TOKENS, None))
+        visible = Visible(start, end, positions, PREFIX_TOKENS, None)
+        attention = path.on_rows(visible, scale=architecture.query_scale, cap=None)
 
         def layer(x: jax.Array, of_layer: list[jax.Array]) -> tuple[jax.Array, None]:
             *inward, outward = of_layer
             query, key, value = (jnp.einsum("rtd,dhk->rthk", x, matrix) for matrix in inward)
-            mixed = path.attend(query, key, value, prepared, scale=architecture.query_scale, cap=None)
+            mixed = attention.attend(query, key, value)
             return x + jnp.einsum("rthk,hkd->rtd", mixed, outward), None
 
         if remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
         return jnp.square(jax.lax.scan(layer, x, weights)[0].astype(jnp.float32)).sum()
 
-    return jax.jit(jax.grad(loss))
+    return meshes.jit_on(mesh, jax.grad(loss))
 
 
 def compile_layers(device: jax.Device, architecture: Architecture, attention: str, remat: str) -> Compiled:
     a, dtype = architecture, jnp.dtype("bfloat16")
     mesh = meshes.make_mesh(replica=1, fsdp=1, tensor=1, devices=[device])
-    axes = {"row_axes": meshes.TABLE["rows"], "head_axes": meshes.TABLE["heads"]}
-    path = attention_path(attention, mesh, a, dtype, **axes)
+    path = attention_path(attention, mesh, a, dtype)
 
     def of(*shape: int, dtype: jnp.dtype = dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=meshes.replicated(mesh))
@@ -247,17 +247,17 @@ def compile_layers(device: jax.Device, architecture: Architecture, attention: st
     inward = [of(a.layers, a.hidden, heads, a.head_dim) for heads in (a.heads, a.kv_heads, a.kv_heads)]
     weights = [*inward, of(a.layers, a.heads, a.head_dim, a.hidden)]
     masks = [of(ROWS, ROW_LENGTH, dtype=jnp.dtype("int32"))] * 3
-    return compiled(device, layers_gradient(path, a, remat), weights, of(ROWS, ROW_LENGTH, a.hidden), *masks)
+    return compiled(device, layers_gradient(mesh, path, a, remat), weights, of(ROWS, ROW_LENGTH, a.hidden), *masks)
 
 
-def compile_steps(assembly: Assembly, pairs: TokenizedPairs) -> tuple[dict[str, Compiled], Shape]:
+def compile_steps(setup: Setup, pairs: TokenizedPairs) -> tuple[dict[str, Compiled], Shape]:
     """The train step, and the scoring step on the same rows, with p."""
-    plan = plan_of(assembly, pairs, pair_sizes(pairs, with_rejected=True), ())
-    step = first_step(assembly, pairs, plan, augmented=True, with_rejected=True)
-    device = assembly.mesh.devices.flat[0]
-    train_step, (state, reference, batch) = train_step_of(assembly, plan, step)
+    plan, model = setup.plan(pairs, ()), setup.model
+    step = first_step(setup, pairs, plan, augmented=True)
+    device = model.mesh.devices.flat[0]
+    train_step, (state, reference, batch) = train_step_of(setup, plan, step)
     unscored = dataclasses.replace(batch, reference=None, reference_augmented=None)
-    score_step = make_score_step(assembly.graph, pairs=plan.shape.pairs, mesh=assembly.mesh)
+    score_step = make_score_step(model.graph, pairs=plan.shape.pairs, mesh=model.mesh)
     return {
         "train": compiled(device, train_step, state, reference, batch),
         "score": compiled(device, score_step, state.params, unscored),
@@ -294,12 +294,12 @@ def steps_table(
         for remat in remats:
             for asked in ("auto", "dense"):
                 config = config_of(directory, data, root, step="sr_dpo", attention=asked, remat=remat)
-                assembly = assemble_on(mesh, config, directory)
-                if asked == "auto" and assembly.attention != "triton":
-                    raise SystemExit(f"{card}: model.attention=auto is {assembly.attention}, not triton")
-                steps, shape = compile_steps(assembly, pairs)
+                setup = set_up_on(mesh, config, directory)
+                if asked == "auto" and setup.model.attention != "triton":
+                    raise SystemExit(f"{card}: model.attention=auto is {setup.model.attention}, not triton")
+                steps, shape = compile_steps(setup, pairs)
                 for step, made in steps.items():
-                    name = f"{card}, {remat}, {assembly.attention}, {step}"
+                    name = f"{card}, {remat}, {setup.model.attention}, {step}"
                     found[name] = made
                     print(
                         f"{name:34} {shape.rows:4} × {shape.row_length:<6} {made.kernels:7} "

@@ -54,7 +54,7 @@ from hh_run import make_tokenizer  # noqa: E402
 from runs import HH_FILE  # noqa: E402
 
 from sr_dpo_jax.commands.compile.machine import devices_of, only_one  # noqa: E402
-from sr_dpo_jax.commands.compile.programs import GIB, Program, blocks_visited, first_step, train_program  # noqa: E402
+from sr_dpo_jax.commands.compile.programs import Program, blocks_visited, first_step, train_program  # noqa: E402
 from sr_dpo_jax.commands.compile.typical import typical_pairs  # noqa: E402
 from sr_dpo_jax.config.load import config_from_dict  # noqa: E402
 from sr_dpo_jax.config.schema import Config  # noqa: E402
@@ -63,9 +63,9 @@ from sr_dpo_jax.data.pipeline import HostStep  # noqa: E402
 from sr_dpo_jax.data.plan import Plan, Shape  # noqa: E402
 from sr_dpo_jax.data.tokens import load_tokenizer  # noqa: E402
 from sr_dpo_jax.parallel import mesh as meshes  # noqa: E402
-from sr_dpo_jax.train.setup import plan_of  # noqa: E402
+from sr_dpo_jax.parallel.chips import GIB  # noqa: E402
+from sr_dpo_jax.train.setup import read_pairs_of, set_up_on  # noqa: E402
 from sr_dpo_jax.weights.directory import ModelDirectory, open_directory  # noqa: E402
-from sr_dpo_jax.weights.placement import assemble_on, pair_sizes, read_data  # noqa: E402
 
 MAX_LENGTH, PAIRS = 512, 64
 STEPS = ("padded", "dpo", "sr_dpo")
@@ -99,7 +99,7 @@ def pairs_of(config: Config, directory: ModelDirectory, root: Path) -> Tokenized
         )
     tokenizer = load_tokenizer(str(make_tokenizer(root / "tokenizer", data)))
     prompt = config.refinement.prompt
-    return read_data(config, config.data.path, "train", tokenizer, directory.architecture, augmentation_prompt=prompt)
+    return read_pairs_of(config, config.data.path, "train", tokenizer, directory.architecture, instruction=prompt)
 
 
 def padded_step() -> tuple[Plan, HostStep]:
@@ -117,13 +117,13 @@ def padded_step() -> tuple[Plan, HostStep]:
 def compile_step(
     devices: list[jax.Device], config: Config, directory: ModelDirectory, pairs: TokenizedPairs, step: str
 ) -> tuple[Program, Shape]:
-    assembly = assemble_on(meshes.make_mesh(replica=1, fsdp=-1, tensor=1, devices=devices), config, directory)
+    setup = set_up_on(meshes.make_mesh(replica=1, fsdp=-1, tensor=1, devices=devices), config, directory)
     if step == "padded":
         plan, host_step = padded_step()
     else:
-        plan = plan_of(assembly, pairs, pair_sizes(pairs, with_rejected=True), [])
-        host_step = first_step(assembly, pairs, plan, augmented=step == "sr_dpo", with_rejected=True)
-    return train_program(assembly, plan, host_step, blocks_visited(assembly, host_step)), plan.shape
+        plan = setup.plan(pairs, [])
+        host_step = first_step(setup, pairs, plan, augmented=step == "sr_dpo")
+    return train_program(setup, plan, host_step, blocks_visited(setup.model, host_step)), plan.shape
 
 
 def cycles_of(program: Program) -> float | None:

@@ -318,22 +318,14 @@ def order_by_length(pairs, tokenizer, options: argparse.Namespace) -> list[int]:
 def run_jax(row: str, options: argparse.Namespace) -> dict:
     import jax
 
-    from sr_dpo_jax.config.schema import from_dict
+    from sr_dpo_jax.config.load import config_from_dict
     from sr_dpo_jax.durable.preemption import StopSignal
     from sr_dpo_jax.train import reference
-    from sr_dpo_jax.train import setup as prepare
-    from sr_dpo_jax.weights import placement as assembly
+    from sr_dpo_jax.train.setup import prepare, read_model, read_training, set_up
 
-    config = from_dict(jax_settings(row, options), where=row)
-    directory, tokenizer = assembly.read_model(config)
-    pairs = assembly.read_data(
-        config,
-        config.data.path,
-        config.data.split,
-        tokenizer,
-        directory.architecture,
-        augmentation_prompt=config.refinement.prompt,
-    )
+    config = config_from_dict(jax_settings(row, options), where=row)
+    directory, tokenizer = read_model(config)
+    pairs = read_training(config, tokenizer, directory.architecture)
     scoring, compiling = [0.0], [0.0]
     fill = reference.ReferenceScores.fill
 
@@ -348,9 +340,8 @@ def run_jax(row: str, options: argparse.Namespace) -> dict:
     jax.monitoring.register_event_duration_secs_listener(on_duration)
     reference.ReferenceScores.fill = timed_fill
     with StopSignal() as stop:
-        job, state = prepare.prepare(
-            assembly.assemble(config, directory), pairs, {}, tokenizer=tokenizer, stop=stop, allowed_changes=()
-        )
+        setup = set_up(config, directory)
+        job, state = prepare(setup, pairs, {}, tokenizer=tokenizer, stop=stop, allowed_changes=())
     clock, first_loss, real = Stopwatch(options.warm_up), None, []
     for host_step, batch in job.feed.batches(0):
         state, metrics = job.train_step(state, job.reference_params, batch)

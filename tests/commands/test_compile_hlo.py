@@ -12,7 +12,8 @@ from sr_dpo_jax.commands.compile.hlo import read
 from sr_dpo_jax.commands.compile.programs import bytes_wanted, share_visited
 from sr_dpo_jax.commands.compile.traced_flops import splash_flops, traced_flops
 from sr_dpo_jax.model.kernels.splash import splash_path
-from sr_dpo_jax.train.train_step import Objective, make_train_step, state_shapes
+from sr_dpo_jax.train.state import state_shapes
+from sr_dpo_jax.train.train_step import make_train_step
 
 LOOPS = """HloModule jit_step, is_scheduled=true
 
@@ -154,14 +155,14 @@ def traced_step(attention, objective, remat="none", *, online=False):
     mesh = tiny.make_mesh(fsdp=2)
     path = tiny.DENSE
     if attention == "splash":
-        path = splash_path(mesh, row_axes=("replica", "fsdp"), head_axes=("tensor",), interpret=True)
+        path = splash_path(interpret=True)
     model = tiny.build(tiny.NEOX, mesh, attention=path, remat=remat)
     optimizer = optax.sgd(lambda _: 1.0)
     step = make_train_step(
         model.graph,
         optimizer,
         lambda step: jnp.float32(1.0),
-        Objective(objective, 0.1, 0.5, 0.0),
+        tiny.objective_of(objective),
         pairs=8,
         mesh=mesh,
         state_shardings=model.state_shardings(optimizer),

@@ -24,9 +24,9 @@ from sr_dpo_jax.commands.compile.typical import typical_pairs
 from sr_dpo_jax.config.load import config_from_dict
 from sr_dpo_jax.data.plan import Shape
 from sr_dpo_jax.errors import RunError, UsageError
-from sr_dpo_jax.train.setup import _require_short_rows, plan_of
+from sr_dpo_jax.train.program import require_short_rows
+from sr_dpo_jax.train.setup import set_up_on
 from sr_dpo_jax.weights.directory import open_directory
-from sr_dpo_jax.weights.placement import assemble_on, pair_sizes
 
 MODEL = {"path": "unread"}
 RAW = {"output_dir": "run", "model": MODEL, "data": {"path": "unread"}, "objective": {"name": "sr_dpo", "lam": 0.5}}
@@ -258,15 +258,15 @@ def test_other_refusals_of_the_compiler():
 def test_rows_too_long_for_the_kernel_are_refused_by_name(tmp_path):
     lengths = {"max_length": 20_000, "max_prompt_length": 10_000}
     config = config_of(data={"path": "unread", **lengths}, batch={"row_length": 65_536})
-    assembly = assemble_on(tiny.make_mesh(), config, open_directory(str(runs.model_directory(tmp_path / "model"))))
-    assembly = dataclasses.replace(assembly, attention="splash")
+    setup = set_up_on(tiny.make_mesh(), config, open_directory(str(runs.model_directory(tmp_path / "model"))))
+    setup = dataclasses.replace(setup, model=dataclasses.replace(setup.model, attention="splash"))
     pairs = typical_pairs("ultrafeedback", least_pairs=0, head_tokens=0, augmentation_tokens=50, **lengths)
     with pytest.raises(UsageError, match=r"batch.row_length=65536: rows .* at most 32768; set .* to 32640 or less"):
-        plan_of(assembly, pairs, pair_sizes(pairs, with_rejected=True), ())
+        setup.plan(pairs, ())
     for row_length, p_tokens in ((32_768, 0), (32_640, 50)):
-        _require_short_rows(assembly, Shape(64, 8, row_length, 512), p_tokens)
+        require_short_rows(setup.packing, row_length, p_tokens)
     with pytest.raises(UsageError, match="rows would have 32896 tokens"):
-        _require_short_rows(assembly, Shape(64, 8, 32_768, 512), 50)
+        require_short_rows(setup.packing, 32_768, 50)
 
 
 IN_USE = "ABORTED: The TPU is already in use by another process. Run lsof"

@@ -19,7 +19,7 @@ from sr_dpo_jax.commands.inspect.show import _flat, print_inspection
 from sr_dpo_jax.config.schema import PAPER_INSTRUCTION
 from sr_dpo_jax.data.tokens import load_tokenizer
 from sr_dpo_jax.errors import UsageError
-from sr_dpo_jax.train.optim import make_optimizer
+from sr_dpo_jax.train.optim import OPTIMIZERS
 from sr_dpo_jax.weights import directory as weights
 from sr_dpo_jax.weights.placement import reference_copy
 
@@ -91,15 +91,8 @@ def test_memory_is_what_lies_on_a_device(llama, shape, dtype):
     memory = inspect(llama, ",".join(f"{name}={size}" for name, size in sizes.items())).memory[dtype]
     model = tiny.build(weights.open_directory(str(llama)).architecture, tiny.make_mesh(**sizes), dtype=dtype)
     for name in ("rmsprop", "adamw"):
-        optimizer = make_optimizer(
-            name=name,
-            schedule=lambda step: 1e-3,
-            max_grad_norm=1.0,
-            weight_decay=0.0,
-            b1=0.9,
-            b2=0.99,
-            first_moment_dtype=None,
-        )
+        numbers = {} if name == "rmsprop" else {"weight_decay": 0.0, "b1": 0.9, "b2": 0.99, "first_moment_dtype": None}
+        optimizer = OPTIMIZERS[name](lambda step: 1e-3, max_grad_norm=1.0, **numbers)
         state = model.state(optimizer)
         assert memory.parameters_bytes == on_first_device(state.params)
         assert memory.moments_bytes[name] == on_first_device(state.optimizer_state)

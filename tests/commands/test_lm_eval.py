@@ -115,13 +115,12 @@ def hf_model(directory):
 def our_model(directory, *overrides):
     from sr_dpo_jax.commands.lm_eval.command import read_config
     from sr_dpo_jax.commands.lm_eval.mesh_lm import MeshLM
-    from sr_dpo_jax.train.evaluate import latest_params
-    from sr_dpo_jax.weights.placement import assemble, read_model
+    from sr_dpo_jax.train.setup import read_model, set_up
 
     config = read_config(str(directory), [*FLOAT32, *overrides])
     model_files, tokenizer = read_model(config)
-    assembly = assemble(config, model_files)
-    return MeshLM(assembly, latest_params(assembly, None)[0], tokenizer)
+    setup = set_up(config, model_files)
+    return MeshLM(setup, setup.latest_params()[0], tokenizer)
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "llama", "gemma2"])
@@ -278,7 +277,7 @@ def test_a_generation_beyond_a_rope_that_changes_with_length_is_refused(tmp_path
 
 def test_the_best_checkpoint_can_be_asked_for(tmp_path, tasks, capsys, monkeypatch):
     """The same parameters as those of `eval --best`, which `latest_params` gives; of a model that is no run, none."""
-    from sr_dpo_jax.commands.lm_eval import command as leaderboard
+    from sr_dpo_jax.train.setup import Setup
 
     directory = model_directory(tmp_path / "model", max_position_embeddings=CONTEXT_TOKENS)
     config = make_config(tmp_path, directory, tmp_path / "pairs.jsonl", model={"init": "random"})
@@ -291,7 +290,7 @@ def test_the_best_checkpoint_can_be_asked_for(tmp_path, tasks, capsys, monkeypat
         asked.append(best)
         raise UsageError("stopped here")
 
-    monkeypatch.setattr(leaderboard, "latest_params", params)
+    monkeypatch.setattr(Setup, "latest_params", params)
     for options in ([], ["--best"]):
         assert main(["lm-eval", config.output_dir, *arguments, *options]) == 2
     assert asked == [False, True]

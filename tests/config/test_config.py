@@ -218,7 +218,10 @@ def test_frozen():
         ({"model": "pythia"}, ["model='pythia'"]),
         ({"model": {"path": 3}}, ["model.path=3", "valid string"]),
         ({"model": {"dtype": "float16"}}, ["model.dtype='float16'", "'bfloat16' or 'float32'"]),
-        ({"objective": {"name": "srdpo"}}, ["objective.name='srdpo'", "'sr_dpo'"]),
+        (
+            {"objective": {"name": "srdpo"}},
+            ["objective.name='srdpo'", "choose one of sft, dpo, ipo, ipo_mean, sr_dpo, sr_ipo"],
+        ),
         ({"objective": {"beta": 0}}, ["objective.beta=0", "greater than 0"]),
         ({"objective": {"beta": math.nan}}, ["objective.beta=nan", "finite"]),
         ({"optimizer": {"learning_rate": math.inf}}, ["optimizer.learning_rate=inf", "finite"]),
@@ -226,12 +229,25 @@ def test_frozen():
         ({"objective": {"lam": -1}}, ["objective.lam=-1", "greater than or equal to 0"]),
         # between keys
         ({"output_dir": "gs://bucket/run"}, ["output_dir=gs://bucket/run", "mount the bucket"]),
-        ({"objective": {"lam": ...}}, ["objective.lam=null", "sr_dpo needs it", "0.1, 0.3, 0.5 and 1"]),
-        ({"objective": {"name": "dpo"}}, ["objective.lam=0.3", "dpo does not use it", "remove it"]),
+        ({"objective": {"name": ...}}, ["objective.name: missing", "set it to one of sft, dpo"]),
+        ({"objective": {"lam": ...}}, ["objective.lam: missing", "objective.lam=..."]),
+        (
+            {"objective": {"name": "dpo"}},
+            ["objective.lam=0.3: only sr_dpo, sr_ipo takes it; remove it, or choose sr_dpo or sr_ipo"],
+        ),
         ({"refinement": {"prompt": None}}, ["refinement.prompt is empty", "sr_dpo needs"]),
         ({"refinement": {"prompt": ""}}, ["refinement.prompt is empty"]),
-        ({"objective": {"label_smoothing": 0.1}}, ["objective.label_smoothing=0.1", "only dpo uses it"]),
-        ({"optimizer": {"weight_decay": 0.1}}, ["optimizer.weight_decay=0.1", "only adamw uses it"]),
+        (
+            {"objective": {"name": "sft", "lam": ..., "beta": 0.1}},
+            ["objective.beta=0.1: only dpo, ipo, ipo_mean, sr_dpo"],
+        ),
+        ({"objective": {"label_smoothing": 0.1}}, ["objective.label_smoothing=0.1: only dpo takes it"]),
+        (
+            {"optimizer": {"weight_decay": 0.1}},
+            ["optimizer.weight_decay=0.1: only adamw takes it; remove"],
+        ),
+        ({"optimizer": {"name": "adam"}}, ["optimizer.name='adam': not known; choose one of rmsprop, adamw"]),
+        ({"optimizer": {"learning_rte": 1.0}}, ["optimizer.learning_rte: no such key; did you mean learning_rate?"]),
         (
             {"data": {"max_prompt_length": 512}},
             ["data.max_prompt_length=512", "data.max_length=512", "lower the first or raise the second"],

@@ -19,8 +19,8 @@ from sr_dpo_jax.durable.checkpoint import Checkpoints
 from sr_dpo_jax.errors import RunError, UsageError
 from sr_dpo_jax.train import identity as manifest
 from sr_dpo_jax.train.loop import train
-from sr_dpo_jax.train.setup import make_program
-from sr_dpo_jax.weights.placement import assemble, read_model
+from sr_dpo_jax.train.program import make_program
+from sr_dpo_jax.train.setup import read_model, set_up
 
 pytestmark = pytest.mark.faults
 
@@ -266,19 +266,19 @@ def test_p4_any_mesh_restores_every_value_bitwise(finished, world, sizes):
     mesh = {"replica": 1, "fsdp": 1, "tensor": 1} | sizes
     config = make_config(finished, *world, mesh=mesh)
     directory, _ = read_model(config)
-    assembly = assemble(config, directory)
-    wanted = make_program(assembly, pairs=8, total_steps=6).state
+    setup = set_up(config, directory)
+    optimizer = config.optimizer.model_dump()
+    wanted = make_program(setup.model, setup.objective, optimizer, pairs=8, total_steps=6).state
     checkpoints = Checkpoints(finished / "run", read_only=True)
     step = checkpoints.newest_good()
-    state, position = checkpoints.restore(wanted, step=step)
+    state, position = checkpoints.restore(wanted.tree(), step=step)
     checkpoints.close()
-    assert (step, position["next_step"], int(state.step)) == (6, 6, 6)
+    assert (step, position["next_step"], int(state["step"])) == (6, 6, 6)
     saved = state_of(finished / "run")
-    held = {"['step']": state.step}
+    held = {"['step']": state["step"]}
     for name in ("params", "optimizer_state"):
         held |= {
-            f"['{name}']{jax.tree_util.keystr(path)}": leaf
-            for path, leaf in jax.tree.leaves_with_path(getattr(state, name))
+            f"['{name}']{jax.tree_util.keystr(path)}": leaf for path, leaf in jax.tree.leaves_with_path(state[name])
         }
     params = {name: leaf for name, leaf in held.items() if "optimizer_state" not in name}
     assert len(params) > 10

@@ -25,12 +25,13 @@ from sr_dpo_jax.config.schema import PAPER_INSTRUCTION
 from sr_dpo_jax.data.pipeline import HostStep
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.model import paths
-from sr_dpo_jax.model.attention import Visible, dense_attend, visible_mask
+from sr_dpo_jax.model.attention import DENSE, Visible, visible_mask
 from sr_dpo_jax.model.decoder import REMAT_POLICIES
-from sr_dpo_jax.model.kernels import splash, tiled, triton
+from sr_dpo_jax.model.kernels import splash, triton
+from sr_dpo_jax.model.kernels.tiled import TILED
+from sr_dpo_jax.parallel.mesh import jit_on, replicated
 from sr_dpo_jax.train.loop import train
-from sr_dpo_jax.train.setup import plan_of
-from sr_dpo_jax.weights.placement import assemble_on, pair_sizes, read_data, read_model
+from sr_dpo_jax.train.setup import read_model, read_training, set_up_on
 
 HEADS, KEY_HEADS, HEAD_DIM = 4, 2, 16
 
@@ -52,19 +53,19 @@ def inputs(length: int, dtype=jnp.float32) -> tuple[jax.Array, ...]:
     return tuple(jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
 
 
-def both(path, visible, *, scale: float, cap: float | None, length: int = 300):
+def both(path, visible, *, scale: float, cap: float | None, length: int = 300, shape=(1, 1, 1)):
     """Output and gradients of a weighted sum, by the kernel and densely."""
     query, key, value, weight = inputs(length)
 
-    def run(attend, prepared):
-        @jax.jit
-        def values(*given):
-            mixed, pull_back = jax.vjp(lambda *qkv: attend(*qkv, prepared, scale=scale, cap=cap), *given)
+    def run(path):
+        def values(visible, *given):
+            mixed, pull_back = jax.vjp(path.on_rows(visible, scale=scale, cap=cap).attend, *given)
             return mixed, *pull_back(weight)
 
-        return values(query, key, value)
+        mesh = tiny.make_mesh(*shape)
+        return jit_on(mesh, values)(*jax.device_put((visible, query, key, value), replicated(mesh)))
 
-    return run(path.attend, jax.jit(path.prepare)(visible)), run(dense_attend, visible)
+    return run(path), run(DENSE)
 
 
 def assert_same(ours, dense) -> None:
@@ -97,15 +98,11 @@ def on_a_cpu(monkeypatch, request):
 
 PATHS = {
     "splash": partial(splash.splash_path, interpret=True),
-    "tiled": tiled.tiled_path,
+    "tiled": lambda: TILED,
     "triton": triton.triton_path,
 }
 CASES = [(0, None, None), (20, None, 3.0), (20, 7, None), (0, 64, 3.0)]
 MORE_CASES = [case for case in itertools.product((0, 20), (None, 1, 7, 64), (None, 3.0)) if case not in CASES]
-
-
-def make_path(name: str, shape: tuple[int, int, int]):
-    return PATHS[name](tiny.make_mesh(*shape), row_axes=("replica", "fsdp"), head_axes=("tensor",))
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 2)], ids=["one device", "rows and heads sharded"])
@@ -116,13 +113,13 @@ def make_path(name: str, shape: tuple[int, int, int]):
 @pytest.mark.parametrize("name", PATHS)
 def test_kernels_are_the_dense_path(monkeypatch, on_a_cpu, name, shape, prefix_tokens, window, cap):
     monkeypatch.setattr(splash, "LARGEST_BLOCK", 128)  # three blocks of a row, so that some are skipped
-    path = make_path(name, shape)
+    path = PATHS[name]()
     visible = dataclasses.replace(packed_rows(prefix_tokens), window=window)
     if name == "triton" and cap is not None:
         with pytest.raises(UsageError, match=r"model.attention=triton: .* capped at 3"):
-            both(path, visible, scale=0.7, cap=cap)
+            both(path, visible, scale=0.7, cap=cap, shape=shape)
         return
-    ours, dense = both(path, visible, scale=0.7, cap=cap)
+    ours, dense = both(path, visible, scale=0.7, cap=cap, shape=shape)
     assert_same(ours, dense)
     assert np.abs(dense[1]).max() > 0.1 or window == 1
 
@@ -144,12 +141,9 @@ def hh_step(tmp_path_factory) -> HostStep:
         batch={"pairs_per_step": 32, "row_length": 1024},
     )
     directory, tokenizer = read_model(config)
-    pairs = read_data(
-        config, config.data.path, "train", tokenizer, directory.architecture, augmentation_prompt=PAPER_INSTRUCTION
-    )
-    assembly = assemble_on(tiny.make_mesh(), config, directory)
-    plan = plan_of(assembly, pairs, pair_sizes(pairs, with_rejected=True), ())
-    return first_step(assembly, pairs, plan, augmented=True, with_rejected=True)
+    pairs = read_training(config, tokenizer, directory.architecture)
+    setup = set_up_on(tiny.make_mesh(), config, directory)
+    return first_step(setup, pairs, setup.plan(pairs, ()), augmented=True)
 
 
 @pytest.mark.slow
@@ -165,7 +159,7 @@ def test_kernels_are_the_dense_path_on_rows_of_hh(hh_step, on_a_cpu, name, augme
     )
     assert start.shape[0] == 4 and start.shape[1] > 2 * splash.LARGEST_BLOCK - 64
     visible = Visible(start, end, positions, hh_step.prefix_tokens if augmented else 0, window)
-    path = make_path(name, (1, 1, 1))
+    path = PATHS[name]()
     if name == "triton" and cap is not None:
         pytest.skip("refused: paths.py takes no such model there")
     assert_same(*both(path, visible, scale=0.7, cap=cap, length=start.shape[1]))
@@ -174,14 +168,14 @@ def test_kernels_are_the_dense_path_on_rows_of_hh(hh_step, on_a_cpu, name, augme
 def test_blocks_in_which_nothing_is_seen_are_skipped(monkeypatch):
     monkeypatch.setattr(splash, "LARGEST_BLOCK", 128)
     visible = packed_rows(20)
-    tables = splash._tables(visible)
+    tables = splash.tables_of(visible)
     seen = np.zeros((4, 384, 384), bool)
     seen[:, :300, :300] = visible_mask(visible)
     seen[:, range(300, 384), range(300, 384)] = True
     needed = seen.reshape(4, 3, 128, 3, 128).any(axis=(2, 4))
     np.testing.assert_array_equal(tables.runs[:, 0], needed)
     assert not needed.all()
-    windowed = splash._tables(dataclasses.replace(visible, window=1))
+    windowed = splash.tables_of(dataclasses.replace(visible, window=1))
     assert windowed.runs.sum() < tables.runs.sum()
 
 
@@ -196,14 +190,13 @@ LOWERS_WITHOUT_DEVICE = pytest.mark.skipif(
 def test_the_kernels_of_gpus_lower_without_one(dtype):
     """Forward and backward, each one Triton kernel; whether it runs as fast as it should only a GPU tells."""
     visible = dataclasses.replace(packed_rows(20), window=64)
-    path = make_path("triton", (1, 1, 1))
+    path = triton.triton_path()
 
     def weighted(query, key, value, weight):
-        mixed = path.attend(query, key, value, path.prepare(visible), scale=0.7, cap=None)
-        return (mixed * weight).sum()
+        return (path.on_rows(visible, scale=0.7, cap=None).attend(query, key, value) * weight).sum()
 
     with tokamax.config.cross_compile(True):
-        traced = jax.jit(jax.grad(weighted, argnums=(0, 1, 2))).trace(*inputs(300, dtype))
+        traced = jit_on(tiny.make_mesh(), jax.grad(weighted, argnums=(0, 1, 2))).trace(*inputs(300, dtype))
         lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert lowered.count("@__gpu$xla.gpu.triton") == 2
     # None of the scores is anywhere but in the kernels.
@@ -263,22 +256,25 @@ def test_auto_says_what_the_fused_kernels_need(monkeypatch, caplog):
 )
 def test_a_kernel_that_cannot_be_is_refused(name, mesh, architecture, why):
     with pytest.raises(UsageError, match=f"model.attention={name}: .*{re.escape(why)}; set it to auto"):
-        paths.attention_path(name, mesh, architecture, FLOAT32, row_axes=(), head_axes=())
+        paths.attention_path(name, mesh, architecture, FLOAT32)
 
 
 def test_kernels_that_are_not_installed_are_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokamax", None)
     monkeypatch.delitem(sys.modules, "sr_dpo_jax.model.kernels.triton")
     with pytest.raises(UsageError, match=r"tokamax is not installed; pip install 'sr_dpo_jax\[cuda\]'"):
-        paths.attention_path("triton", device("gpu", "9.0"), model(), BFLOAT16, row_axes=(), head_axes=())
+        paths.attention_path("triton", device("gpu", "9.0"), model(), BFLOAT16)
 
 
 def test_masks_that_the_kernels_cannot_reach_are_refused():
-    path, shape = make_path("triton", (1, 1, 1)), (33, 8192, 1, 16)
-    query = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    query = jax.ShapeDtypeStruct((33, 8192, 1, 16), jnp.bfloat16)
     mask = jax.ShapeDtypeStruct((33, 8192, 8192), bool)
+
+    def attend(mask, *qkv):
+        return triton.TritonAttention(mask, 1.0).attend(*qkv)
+
     with pytest.raises(UsageError, match=r"33 rows of 8192 tokens .* lower batch.row_length or raise"):
-        jax.eval_shape(partial(path.attend, scale=1.0, cap=None), query, query, query, mask)
+        jit_on(tiny.make_mesh(), attend).trace(mask, query, query, query)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -291,9 +287,10 @@ def test_how_the_kernels_are_asked(monkeypatch, dtype):
         return query
 
     monkeypatch.setattr(tokamax, "dot_product_attention", attention)
-    path = make_path("triton", (1, 1, 1))
+    path = triton.triton_path()
     query, key, value, _ = inputs(300, dtype)
-    path.attend(query, key, value, path.prepare(packed_rows(0)), scale=0.7, cap=None)
+    attention = path.on_rows(packed_rows(0), scale=0.7, cap=None)
+    jit_on(tiny.make_mesh(), attention.attend)(query, key, value)
     assert asked["implementation"] == "triton" and asked["scale"] == 1.0
     assert asked["precision"] == (jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None)
 
@@ -304,16 +301,19 @@ def test_bfloat16_gradients_are_as_good_as_of_other_kernels(on_a_cpu, head_dim):
     rng = np.random.default_rng(3)
     visible, shape = packed_rows(0), (4, 300, 2, head_dim)
     given = [jnp.asarray(3 * rng.normal(size=shape), jnp.bfloat16) for _ in range(4)]
-    path = make_path("triton", (1, 1, 1))
+    path = triton.triton_path()
 
-    def gradients(attend, prepared, arrays):
+    def gradients(path, arrays):
+        def values(*qkv):
+            mixed, pull_back = jax.vjp(path.on_rows(visible, scale=head_dim**-0.5, cap=None).attend, *qkv)
+            return mixed, *pull_back(weight)
+
         *qkv, weight = arrays
-        mixed, pull_back = jax.vjp(lambda *qkv: attend(*qkv, prepared, scale=head_dim**-0.5, cap=None), *qkv)
-        return mixed, *pull_back(weight)
+        return jit_on(tiny.make_mesh(), values)(*qkv)
 
-    ours = gradients(path.attend, path.prepare(visible), given)
+    ours = gradients(path, given)
     with jax.enable_x64(True):
-        exact = gradients(dense_attend, visible, [array.astype(jnp.float64) for array in given])
+        exact = gradients(DENSE, [array.astype(jnp.float64) for array in given])
     for name, mine, true in zip(("output", "query", "key", "value"), ours, exact, strict=True):
         difference = np.asarray(mine, np.float64) - np.asarray(true)
         assert np.linalg.norm(difference) < 0.015 * np.linalg.norm(true), name
@@ -323,15 +323,15 @@ def test_bfloat16_gradients_are_as_good_as_of_other_kernels(on_a_cpu, head_dim):
 @pytest.mark.parametrize(("remat", "kernels", "masks"), [("none", 2, 0), ("dots", 2, 0), ("full", 3, 0)])
 def test_what_a_scan_over_layers_keeps(caplog, remat, kernels, masks):
     """Masks are never stacked over layers, and only full recomputation runs the forward kernel again."""
-    visible, path = packed_rows(0), make_path("triton", (1, 1, 1))
+    visible, path = packed_rows(0), triton.triton_path()
     policy = REMAT_POLICIES.get(remat)
 
     def weighted(weights, x):
-        prepared = path.prepare(visible)
+        attention = path.on_rows(visible, scale=0.25, cap=None)
 
         def layer(x, weight):
             query = jnp.einsum("rtd,dhk->rthk", x, weight)
-            mixed = path.attend(query, query, query, prepared, scale=0.25, cap=None)
+            mixed = attention.attend(query, query, query)
             return x + jnp.einsum("rthk,dhk->rtd", mixed, weight), None
 
         if remat != "none":
@@ -340,7 +340,9 @@ def test_what_a_scan_over_layers_keeps(caplog, remat, kernels, masks):
 
     weights, x = jnp.ones((5, 64, 4, 16), jnp.bfloat16), jnp.ones((4, 300, 64), jnp.bfloat16)
     with tokamax.config.cross_compile(True):
-        lowered = jax.jit(jax.grad(weighted)).trace(weights, x).lower(lowering_platforms=("cuda",)).as_text()
+        lowered = (
+            jit_on(tiny.make_mesh(), jax.grad(weighted)).trace(weights, x).lower(lowering_platforms=("cuda",)).as_text()
+        )
     assert lowered.count("@__gpu$xla.gpu.triton") == kernels
     assert len(re.findall(r"tensor<5x4x(1x)?384x384xi1>", lowered)) == masks
     assert "tensor<4x384x384xi1>" in lowered and "Autotuning" not in caplog.text
@@ -352,7 +354,7 @@ def test_the_flags_of_a_command_are_not_taken_for_those_of_the_kernels():
         import sys
         import tokamax
         from sr_dpo_jax.model.kernels.triton import triton_path
-        triton_path(None, row_axes=(), head_axes=())
+        triton_path()
         assert tokamax.config.cross_compile.value is False
     """
     command = [sys.executable, "-c", code, "train", "--allow-change", "model.attention"]

@@ -16,10 +16,6 @@ from sr_dpo_jax.model.logprobs import continuation_logprobs, response_logprobs, 
 BLOCK = 8
 
 
-def free(array: jax.Array, axes: tuple) -> jax.Array:
-    return array
-
-
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(logprobs, "VOCABULARY_BLOCK", BLOCK)
@@ -49,7 +45,7 @@ def random_case(vocabulary: int, dtype, *, seed: int = 0, scale: float = 1.0):
 
 @partial(jax.jit, static_argnums=3)
 def summed(hidden: jax.Array, matrix: jax.Array, rows: Rows, pairs: int) -> tuple[jax.Array, jax.Array]:
-    return response_logprobs(hidden, matrix, rows, pairs=pairs, cap=None, constrain=free)
+    return response_logprobs(hidden, matrix, rows, pairs=pairs, cap=None)
 
 
 SIZES = [BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK - 1, 3 * BLOCK, 3 * BLOCK + 1]
@@ -63,7 +59,7 @@ def test_values_and_gradients_against_dense(float64, vocabulary, cap):
 
     @jax.jit
     def both(*given):
-        value, pull_back = jax.vjp(lambda h, w: token_logprobs(h, w, target, cap, free), *given)
+        value, pull_back = jax.vjp(lambda h, w: token_logprobs(h, w, target, cap), *given)
         dense_gradients = jax.vjp(lambda h, w: dense_logprobs(h, w, target, cap), *given)[1](weight)
         return value, pull_back(weight), dense_gradients
 
@@ -80,7 +76,7 @@ def test_vocabularies_of_real_size(float64, monkeypatch, vocabulary):
     monkeypatch.undo()
     assert logprobs.VOCABULARY_BLOCK == 4096
     hidden, matrix, target = random_case(vocabulary, jnp.float64, seed=vocabulary)
-    value, pull_back = jax.vjp(lambda h, w: token_logprobs(h, w, target, None, free), hidden, matrix)
+    value, pull_back = jax.vjp(lambda h, w: token_logprobs(h, w, target, None), hidden, matrix)
     np.testing.assert_allclose(value, numpy_logprobs(hidden, matrix, target), rtol=1e-12, atol=1e-12)
     exact = jax.vjp(lambda h, w: dense_logprobs(h, w, target), hidden, matrix)[1](jnp.ones_like(value))
     for gradient, expected in zip(pull_back(jnp.ones_like(value)), exact, strict=True):
@@ -97,7 +93,7 @@ def test_more_than_one_block_is_used():
 @pytest.mark.parametrize("vocabulary", [BLOCK, 3 * BLOCK + 1])
 def test_float32(vocabulary):
     hidden, matrix, target = random_case(vocabulary, jnp.float32)
-    value = token_logprobs(hidden, matrix, target, None, free)
+    value = token_logprobs(hidden, matrix, target, None)
     assert value.dtype == jnp.float32
     np.testing.assert_allclose(value, numpy_logprobs(hidden, matrix, target), rtol=2e-6, atol=2e-6)
 
@@ -110,7 +106,7 @@ def test_bfloat16_inputs_are_summed_in_float32(matrix_dtype):
 
     @jax.jit
     def both(*given):
-        value, pull_back = jax.vjp(lambda h, w: token_logprobs(h, w, target, None, free), *given)
+        value, pull_back = jax.vjp(lambda h, w: token_logprobs(h, w, target, None), *given)
         wide = [array.astype(jnp.float32) for array in given]
         exact, pull_back_exact = jax.vjp(lambda h, w: dense_logprobs(h, w, target), *wide)
         return value, pull_back(jnp.ones_like(value)), pull_back_exact(jnp.ones_like(exact))
@@ -141,7 +137,7 @@ def test_bfloat16_response_sums_do_not_drift():
 def test_columns_that_only_fill_up_never_count(logit):
     """V = 9 in blocks of 5: one column is filled up with a zero row, whose logit 0 would drown nine of −50."""
     hidden, matrix = jnp.ones((1, 1, 1)), jnp.full((BLOCK + 1, 1), logit)
-    of_token = jax.jit(jax.value_and_grad(lambda h, target: token_logprobs(h, matrix, target, None, free)[0, 0]))
+    of_token = jax.jit(jax.value_and_grad(lambda h, target: token_logprobs(h, matrix, target, None)[0, 0]))
     for token in (0, BLOCK):
         value, by_hidden = of_token(hidden, jnp.full((1, 1), token, jnp.int32))
         np.testing.assert_allclose(value, -np.log(BLOCK + 1), rtol=1e-6)
@@ -150,7 +146,7 @@ def test_columns_that_only_fill_up_never_count(logit):
 
 def test_finite_for_huge_logits():
     hidden, matrix, target = random_case(3 * BLOCK + 1, jnp.float32, scale=1e4)
-    total = lambda h, w: token_logprobs(h, w, target, None, free).sum()  # noqa: E731
+    total = lambda h, w: token_logprobs(h, w, target, None).sum()  # noqa: E731
     value, gradients = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(hidden, matrix)
     assert np.isfinite(value)
     assert all(np.isfinite(gradient).all() for gradient in gradients)
@@ -198,7 +194,7 @@ def test_unused_positions_get_no_gradient_and_add_nothing(float64):
     @jax.jit
     @partial(jax.value_and_grad, argnums=(0, 1))
     def total(h, w, r):
-        return response_logprobs(h, w, r, pairs=1, cap=None, constrain=free)[0].sum()
+        return response_logprobs(h, w, r, pairs=1, cap=None)[0].sum()
 
     value, (by_hidden, by_matrix) = total(hidden, matrix, rows)
     touched = np.flatnonzero(np.abs(by_hidden[0]).max(axis=-1))
@@ -216,7 +212,7 @@ def test_memory_does_not_hold_the_logits(monkeypatch):
 
     def temporary_bytes(vocabulary: int) -> int:
         def total(hidden, matrix, target):
-            return token_logprobs(hidden, matrix, target, None, free).sum()
+            return token_logprobs(hidden, matrix, target, None).sum()
 
         shapes = (
             jax.ShapeDtypeStruct((2, positions // 2, width), jnp.float32),
@@ -245,8 +241,8 @@ def test_continuations_and_whether_they_are_greedy(float64, vocabulary, cap):
     second = np.argsort(logits, axis=-1)[..., -2]
     rows.target[:] = np.where(rows.slot == 2 * 1, second, np.where(rows.slot == 2 * 3, rows.target, likeliest))
     arguments = jnp.asarray(hidden), jnp.asarray(matrix), jax.tree.map(jnp.asarray, rows)
-    sums, misses = jax.jit(lambda *given: continuation_logprobs(*given, pairs=4, cap=cap, constrain=free))(*arguments)
-    expected, _ = response_logprobs(*arguments, pairs=4, cap=cap, constrain=free)
+    sums, misses = jax.jit(lambda *given: continuation_logprobs(*given, pairs=4, cap=cap))(*arguments)
+    expected, _ = response_logprobs(*arguments, pairs=4, cap=cap)
     np.testing.assert_allclose(sums, expected[:, CHOSEN], rtol=1e-12)
     of_last = (rows.slot == 6) & (rows.target != likeliest)
     assert misses.tolist() == [0, 1, 0, of_last.sum()]

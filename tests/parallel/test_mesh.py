@@ -16,11 +16,12 @@ from jax.sharding import PartitionSpec
 from sr_dpo_jax.batch import Batch
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.parallel import mesh as meshes
-from sr_dpo_jax.train.optim import make_optimizer
-from sr_dpo_jax.train.train_step import Objective, initialise, make_score_step, make_train_step
+from sr_dpo_jax.train.objective import Objective
+from sr_dpo_jax.train.optim import OPTIMIZERS
+from sr_dpo_jax.train.train_step import make_score_step, make_train_step
 
 PAIRS, ROWS = 10, 8
-OBJECTIVE = Objective("sr_dpo", 0.1, 0.3, 0.0)
+OBJECTIVE = Objective("sr_dpo", {"beta": 0.1, "lam": 0.3})
 MESHES = {"fsdp 8": (1, 8, 1), "fsdp 4 x tensor 2": (1, 4, 2), "2 x 2 x 2": (2, 2, 2)}
 OPTIMIZER = optax.sgd(lambda _: 0.05, momentum=0.9)
 """Its updates are proportional to gradients; RMSprop's would blow up the rounding of gradients that are zero."""
@@ -104,18 +105,13 @@ def test_every_parameter_has_a_sharding(family, shape):
     assert query == PartitionSpec(None, ("fsdp",), ("tensor",), None)
 
 
-@pytest.mark.parametrize(("name", "extra"), [("rmsprop", {}), ("adamw", {"weight_decay": 0.1})])
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [("rmsprop", {}), ("adamw", {"weight_decay": 0.1, "b1": 0.9, "b2": 0.999, "first_moment_dtype": None})],
+)
 def test_moments_lie_where_their_parameters_lie(name, extra):
     model = tiny.build(tiny.NEOX, tiny.make_mesh(1, 4, 2))
-    given = {
-        "weight_decay": 0.0,
-        "b1": 0.9,
-        "b2": 0.999,
-        "first_moment_dtype": None,
-        "max_grad_norm": 1.0,
-        "schedule": lambda step: 0.1,
-    } | extra
-    optimizer = make_optimizer(name=name, **given)
+    optimizer = OPTIMIZERS[name](lambda step: 0.1, max_grad_norm=1.0, **extra)
     state = model.state(optimizer)
     moments = [leaf for leaf in jax.tree.leaves(state.optimizer_state) if leaf.ndim]
     params = jax.tree.leaves(state.params)
@@ -127,8 +123,11 @@ def test_moments_lie_where_their_parameters_lie(name, extra):
 def test_initialisation_does_not_depend_on_the_mesh():
     drawn = []
     for shape in ((1, 1, 1), (2, 2, 2)):
-        model = tiny.build(tiny.LLAMA, tiny.make_mesh(*shape))
-        drawn.append(initialise(lambda model=model: nnx.to_pure_dict(nnx.state(model.make())), model.shardings))
+        mesh = tiny.make_mesh(*shape)
+        model = tiny.build(tiny.LLAMA, mesh)
+        drawn.append(
+            meshes.initialise(mesh, lambda model=model: nnx.to_pure_dict(nnx.state(model.make())), model.shardings)
+        )
     assert drawn[1]["embedding"].sharding.num_devices == 8
     for one, eight in zip(*map(jax.tree.leaves, drawn), strict=True):
         np.testing.assert_array_equal(one, eight)

@@ -19,6 +19,7 @@ from sr_dpo_jax.cli import main
 from sr_dpo_jax.config.schema import PAPER_INSTRUCTION
 from sr_dpo_jax.data.tokens import load_tokenizer
 from sr_dpo_jax.generation.decode import Sampling, make_programs, make_state
+from sr_dpo_jax.parallel.mesh import jit_on
 from sr_dpo_jax.train.loop import train
 from sr_dpo_jax.train.train_step import score
 from sr_dpo_jax.weights import directory as weights
@@ -109,7 +110,7 @@ def test_every_case_of_every_family(torch, tmp_path, family, case):
     pairs = [tuple(rng.integers(0, expected.shape[-1], size).astype(np.int32) for size in three) for three in lengths]
     sizes = {"micro_batches": 1, "rows": 1, "row_length": 56, "scored": 36}
     packed = jax.tree.map(lambda array: array[0], tiny.pack(pairs, [0, 0, 0], prefix=p, **sizes))
-    sums = jax.jit(lambda rows: score(model.graph, params, Batch(rows, None), 3, model.mesh).plain)(packed)
+    sums = jit_on(model.mesh, lambda rows: score(model.graph, params, Batch(rows, None), 3).plain)(packed)
     for (prompt, *responses), ours in zip(pairs, sums, strict=True):
         for response, logprob in zip(responses, ours, strict=True):
             alone = response_logprob(torch, theirs, [*p.tolist(), *prompt.tolist()], response.tolist())

@@ -26,12 +26,13 @@ import known_models
 import numpy as np
 import optax
 import pytest
-from tiny import NEOX, Batch, LayerKind, build, make_mesh, rope
+from tiny import NEOX, Batch, LayerKind, build, make_mesh, objective_of, rope
 
 from sr_dpo_jax.batch import Rows
 from sr_dpo_jax.commands.compile.traced_flops import traced_flops
 from sr_dpo_jax.train.flops import body_weights
-from sr_dpo_jax.train.train_step import Objective, make_train_step, state_shapes
+from sr_dpo_jax.train.state import state_shapes
+from sr_dpo_jax.train.train_step import make_train_step
 from sr_dpo_jax.weights.directory import open_directory
 
 ROWS, LENGTH, SCORED, PAIRS, P_TOKENS = 2, 256, 96, 8, 64
@@ -86,7 +87,7 @@ def step_of(architecture, name, remat, plain, augmented):
         model.graph,
         optimizer,
         lambda step: jnp.float32(1.0),
-        Objective(name, 0.1, 0.5, 0.0),
+        objective_of(name),
         pairs=PAIRS,
         mesh=model.mesh,
         state_shardings=model.state_shardings(optimizer),

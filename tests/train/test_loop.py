@@ -301,7 +301,7 @@ def test_an_evaluation_cut_short_is_done_again(world, tmp_path, monkeypatch):
     config = make_config(tmp_path, model, data, data={"eval_path": str(held_out)}, checkpoint={"every_steps": 4})
     with monkeypatch.context() as patched:
         patched.setattr(
-            "sr_dpo_jax.train.evaluate.HeldOut.metrics", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+            "sr_dpo_jax.train.scored_set.ScoredSet.metrics", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
         )
         with pytest.raises(KeyboardInterrupt):
             train(config)

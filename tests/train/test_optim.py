@@ -7,7 +7,7 @@ import optax
 import pytest
 import tiny
 
-from sr_dpo_jax.train.optim import make_optimizer, make_schedule
+from sr_dpo_jax.train.optim import OPTIMIZERS, make_schedule
 
 PEAK, UPDATES = 5e-2, 5
 NAMES = ("embedding", "scale", "query_bias")
@@ -25,15 +25,8 @@ def rates() -> list[float]:
 def optimizer(
     name: str, *, max_grad_norm: float = 1e9, weight_decay: float = 0.0, first_moment_dtype: str | None = None
 ) -> optax.GradientTransformation:
-    return make_optimizer(
-        name=name,
-        schedule=constant_schedule(),
-        max_grad_norm=max_grad_norm,
-        weight_decay=weight_decay,
-        b1=0.8,
-        b2=0.95,
-        first_moment_dtype=first_moment_dtype,
-    )
+    numbers = {"weight_decay": weight_decay, "b1": 0.8, "b2": 0.95, "first_moment_dtype": first_moment_dtype}
+    return OPTIMIZERS[name](constant_schedule(), max_grad_norm=max_grad_norm, **(numbers if name == "adamw" else {}))
 
 
 def start_and_gradients() -> tuple[dict[str, np.ndarray], list[dict[str, np.ndarray]]]:

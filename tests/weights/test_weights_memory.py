@@ -135,7 +135,6 @@ SAVE = """
 import sys
 import jax.numpy as jnp, numpy as np, tiny
 from sr_dpo_jax.durable.checkpoint import Checkpoints
-from sr_dpo_jax.train.train_step import TrainState
 from sr_dpo_jax.weights.directory import open_directory
 from sr_dpo_jax.weights.read import load_params
 
@@ -144,7 +143,8 @@ for root in sys.argv[1:3]:
     model = tiny.build(directory.architecture, tiny.make_mesh(fsdp=8))
     params = load_params(directory, model.abstract, model.shardings, dtype=np.dtype("float32"))
     checkpoints = Checkpoints(root)
-    checkpoints.save(3, TrainState(jnp.int32(3), params, {"moments": params}), position={}, config={})
+    state = {"step": jnp.int32(3), "params": params, "optimizer_state": {"moments": params}}
+    checkpoints.save(3, state, position={}, config={})
     checkpoints.finish(3)
 print("result null")
 """
