@@ -13,6 +13,7 @@ from types import TracebackType
 from sr_dpo_jax.commands.tune import METRIC
 from sr_dpo_jax.config.load import load_config
 from sr_dpo_jax.config.schema import PAPER_INSTRUCTION
+from sr_dpo_jax.durable.files import require_output
 from sr_dpo_jax.errors import RunError, UsageError
 from sr_dpo_jax.redaction import Formatter, redact
 
@@ -266,6 +267,8 @@ def _inspect(options: argparse.Namespace) -> int:
     from sr_dpo_jax.commands.inspect.inspect import inspect_model, parse_mesh
     from sr_dpo_jax.commands.inspect.show import print_inspection, write_json
 
+    if options.json is not None:
+        require_output(options.json, option="--json")
     found = inspect_model(
         options.model,
         revision=options.revision,
@@ -288,10 +291,10 @@ def _compile(options: argparse.Namespace) -> int:
     # Or libtpu complains that this machine is no TPU worker; the values play no part in what it compiles.
     os.environ |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-16"}
     from sr_dpo_jax.commands.compile.search import compile_command
-    from sr_dpo_jax.commands.compile.show import print_report, require_writable, write_json
+    from sr_dpo_jax.commands.compile.show import print_report, write_json
 
     if options.json is not None:
-        require_writable(options.json)
+        require_output(options.json, option="--json")
     report = compile_command(
         config, topology=options.topology, slices=options.slices, read=options.read_data, quick=options.quick
     )

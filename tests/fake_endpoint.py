@@ -17,7 +17,7 @@ Answer = str | bytes | tuple[int, dict[str, str]] | None
 
 
 class Endpoint:
-    """What the server was asked. `answer` gets the whole request and the number of times that it came before."""
+    """The requests that the server got. `answer` takes a whole request and the number of times that it came before."""
 
     def __init__(self, answer: Callable[[dict[str, Any], int], Answer]):
         self.answer, self.requests, self.headers = answer, [], []

@@ -1,4 +1,4 @@
-"""How well margins agree with ratings that people or a judge gave: the paper's table 4, with intervals.
+"""Measures how well margins agree with ratings that people or a judge gave: the paper's table 4, with intervals.
 
     rating difference   rating of the chosen response − rating of the rejected one, in the data's own units
     gap bucket          pairs of like rating difference, a quarter of the pairs each where differences allow it
@@ -29,27 +29,27 @@ STATISTICS = {
 
 
 def rating_metrics(margins: dict[str, np.ndarray], difference: np.ndarray, *, seed: int, name: str) -> dict[str, float]:
-    """Correlation of margins with rating differences, and accuracy by rating gap.
+    """Correlates margins with rating differences, and counts accuracy by rating gap.
 
     Args:
       margins: `margin` and, where p is used, `augmented_margin`, each `[N]`, nats.
       difference: `[N]` rating differences, NaN where a pair is not rated.
-      seed: of the bootstrap.
-      name: of the set, `eval` or `eval/NAME`; the keys below are those of `eval`.
+      seed: the seed of the bootstrap.
+      name: the held-out set, `eval` or `eval/NAME`; the keys below are those of `eval`.
 
     Returns:
       `eval/rated_pairs`; for each margin and each of pearson, spearman and kendall `eval/MARGIN/NAME`, with the ends of
       its 95 % interval as `.../low` and `.../high` (percentiles of 1000 bootstrap resamples of pairs); for each gap
       bucket k `eval/rating_gap/k/low`, `high` (the differences that it holds), `pairs` and `accuracy` (share of pairs
-      with a margin above 0), and `augmented_accuracy`. What is not defined is left out and the log says why. Empty
-      where no pair is rated.
+      with a margin above 0), and `augmented_accuracy`. A number that is not defined is left out, and the log says why.
+      Empty where no pair is rated.
     """
     rated = ~np.isnan(difference)
     if not rated.any():
         return {}
     difference = difference[rated].astype(np.float64)
     margins = {name: values[rated].astype(np.float64) for name, values in margins.items()}
-    metrics: dict[str, float] = {f"{name}/rated_pairs": int(rated.sum())}
+    metrics: dict[str, float] = {f"{name}/rated_pairs": len(difference)}
     for kind, values in margins.items():
         metrics |= _correlations(f"{name}/{kind}", values, difference, seed)
     return metrics | _accuracy_by_gap(name, margins, difference)
@@ -81,11 +81,11 @@ def _correlations(name: str, margin: np.ndarray, difference: np.ndarray, seed: i
 def _interval(
     function: Callable[..., Any], margin: np.ndarray, difference: np.ndarray, seed: int
 ) -> tuple[float, float]:
-    """Percentile interval over resampled pairs; the same seed resamples the same pairs for every statistic."""
+    """Gives the percentile interval over resampled pairs; a seed resamples the same pairs for every statistic."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", scipy.stats.ConstantInputWarning)
         warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)
-        found = scipy.stats.bootstrap(
+        low, high = scipy.stats.bootstrap(
             (margin, difference),
             lambda x, y: function(x, y).statistic,
             paired=True,
@@ -95,12 +95,12 @@ def _interval(
             confidence_level=CONFIDENCE,
             method="percentile",
             rng=np.random.default_rng(seed),
-        )
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+        ).confidence_interval
+    return float(low), float(high)
 
 
 def _accuracy_by_gap(name: str, margins: dict[str, np.ndarray], difference: np.ndarray) -> dict[str, float]:
-    """Buckets end where quarters of the sorted differences end; equal differences are never parted."""
+    """Counts accuracy in buckets that end where quarters of the sorted differences end; equal ones are never parted."""
     edges = np.unique(np.quantile(difference, np.linspace(0, 1, GAP_BUCKETS + 1)[1:-1], method="inverted_cdf"))
     bucket = np.searchsorted(edges, difference, side="left")  # a difference equal to an edge belongs below it
     metrics: dict[str, float] = {}

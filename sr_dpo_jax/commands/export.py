@@ -1,21 +1,22 @@
-"""A checkpoint -> a Hugging Face directory that AutoModelForCausalLM.from_pretrained loads."""
+"""Writes a checkpoint as a Hugging Face directory that AutoModelForCausalLM.from_pretrained loads."""
 
 import contextlib
 import dataclasses
+import glob
 import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import transformers
-import yaml
+from huggingface_hub import ModelCardData
 
 from sr_dpo_jax import __version__
 from sr_dpo_jax.config.load import load_config
 from sr_dpo_jax.config.schema import Config, DpoObjective, PairObjective, RefinedObjective
 from sr_dpo_jax.durable.checkpoint import Checkpoints
+from sr_dpo_jax.durable.files import whole
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.weights.directory import ModelDirectory, iterate_shapes, open_directory
 from sr_dpo_jax.weights.families import tensors_of
@@ -24,20 +25,18 @@ from sr_dpo_jax.weights.placement import abstract_params
 from sr_dpo_jax.weights.write import save_params
 
 SHARD_BYTES = 5_000_000_000
-PARTIAL = ".sr_dpo_export_partial"
-"""Ends the name under which an export is written until it is whole."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """What a run was made from, as its manifest says."""
+    """The origin of a run, as its manifest states it."""
 
     revision: str | None
     """The commit that the hub name of the base model was resolved to; None for a local directory."""
     weights_digest: str
     data_digest: str
     version: str
-    """Of this package."""
+    """The version of this package."""
 
 
 def export(
@@ -58,10 +57,10 @@ def export(
     Args:
       run_dir: the output_dir of a run.
       out_dir: a directory that does not exist.
-      step: default, the latest checkpoint.
-      best: the best checkpoint, in place of a step.
-      dtype: of the weights; default, the run's model.param_dtype.
-      shard_bytes: most bytes of tensors in one file.
+      step: the step of the checkpoint; None takes the latest.
+      best: whether to take the best checkpoint, in place of a step.
+      dtype: the type of the weights; None takes the run's model.param_dtype.
+      shard_bytes: the most bytes of tensors in one file.
 
     Raises:
       UsageError: run_dir is no run or has no checkpoint, the step or a best one is not there, out_dir exists, or a
@@ -80,31 +79,33 @@ def export(
     with contextlib.closing(Checkpoints(run_dir, read_only=True)) as checkpoints:
         step = checkpoints.best() if best else checkpoints.existing(step)
         checkpoints.check_params(dict(iterate_shapes(abstract)), step=step)
-        with _whole_or_not_there(out_dir) as partial:
-            _write_configs(directory, partial, dtype)
+        with _new_directory(out_dir) as out:
+            _write_configs(directory, out, dtype)
             card = model_card(config, origin, name=out_dir.name, step=step, dtype=dtype)
-            (partial / "README.md").write_text(card, encoding="utf-8")
+            (out / "README.md").write_text(card, encoding="utf-8")
             tensors = tensors_of(directory.architecture, directory.model_type)
             groups = (checkpoints.read_params(tensor.params, step=step) for tensor in tensors)
-            save_params(groups, directory, abstract, partial, dtype=np.dtype(dtype), shard_bytes=shard_bytes)
+            save_params(groups, directory, abstract, out, dtype=np.dtype(dtype), shard_bytes=shard_bytes)
 
 
 def model_card(config: Config, origin: Origin, *, name: str, step: int, dtype: str) -> str:
-    """README.md of an exported model: what it was made from and with which numbers; a local path shows its last name.
+    """Writes the README.md of an exported model: its origin and its numbers; of a local path only the last name shows.
 
     Args:
-      config: of the run.
-      origin: of the run.
-      name: title of the card.
-      step: optimizer updates done.
-      dtype: of the weights.
+      config: the run's configuration.
+      origin: the run's origin.
+      name: the title of the card.
+      step: the number of optimizer updates done.
+      dtype: the type of the weights.
     """
     objective, path = config.objective, Path(config.model.path)
     base = path.name if path.is_absolute() else config.model.path
-    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if origin.revision is not None:
-        front["base_model"] = base
-    front["tags"] = ["sr_dpo_jax", objective.name]
+    header = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model=None if origin.revision is None else base,
+        tags=["sr_dpo_jax", objective.name],
+    )
     rows = {"objective": objective.name}
     if isinstance(objective, PairObjective):
         rows["beta (β)"] = f"{objective.beta:g}"
@@ -123,12 +124,11 @@ def model_card(config: Config, origin: Origin, *, name: str, step: int, dtype: s
         "made with": f"sr_dpo_jax {origin.version}, exported with {__version__}",
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    header = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
-    return f"---\n{header}---\n\n# {name}\n\n| | |\n|---|---|\n{table}\n"
+    return f"---\n{header.to_yaml()}\n---\n\n# {name}\n\n| | |\n|---|---|\n{table}\n"
 
 
 def _write_configs(directory: ModelDirectory, out: Path, dtype: str) -> None:
-    """Config, generation config, tokenizer and chat templates of the base model; of all files those and no other."""
+    """Writes the base model's config, generation config, tokenizer and chat templates, and none of its other files."""
     fields = json.loads((directory.path / CONFIG).read_text(encoding="utf-8"))
     for outdated in ("torch_dtype", "_name_or_path"):
         fields.pop(outdated, None)
@@ -160,17 +160,19 @@ def _read_manifest(path: Path) -> Origin:
 
 
 @contextlib.contextmanager
-def _whole_or_not_there(out_dir: Path) -> Iterator[Path]:
-    """A directory that gets its name when all went well, and is removed otherwise."""
-    partial = out_dir.with_name(out_dir.name + PARTIAL)
-    try:
-        if partial.exists():
-            shutil.rmtree(partial)  # an export that was killed; no one else has this name
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise UsageError(f"{partial}: cannot be made ({error}); name another directory") from error
-    try:
-        yield partial
-        partial.rename(out_dir)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+def _new_directory(path: Path) -> Iterator[Path]:
+    """Gives a directory to write to that gets the name `path` when all went well, and is removed otherwise.
+
+    An export that was killed leaves its directory behind, as large as a model; the next one of this name removes it.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Of this name alone: `out.v2` may be under way beside `out`.
+            for leftover in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 16}.partial"):
+                shutil.rmtree(leftover)
+            temporary = stack.enter_context(whole(path))
+            temporary.mkdir()
+        except OSError as error:
+            raise UsageError(f"{path}: cannot be made ({error}); name another directory") from error
+        yield temporary

@@ -1,7 +1,8 @@
-"""A file of prompts -> checked prompts, for generation."""
+"""Reads a file of prompts for generation, and any other file of JSON lines of which every line must be usable."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from sr_dpo_jax.data.rows import (
     BadRow,
@@ -16,7 +17,10 @@ from sr_dpo_jax.errors import UsageError
 
 LISTED = 20
 KEYS = ("prompt", "messages", "turns")
-"""Where a line's prompt stands; the first one that a line has counts."""
+"""The keys that may hold a line's prompt; the first one that a line has counts."""
+IDS = ("id", "question_id")
+
+Line = TypeVar("Line")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +31,7 @@ class PromptLine:
     """The line's own `id`, else its 0-based number."""
     prompt: str | tuple[Message, ...]
     later_turns: tuple[str, ...]
-    """What the user says next, after each response; empty unless the line has `turns`."""
+    """The user's next texts, one after each response; empty unless the line has `turns`."""
     row: dict[str, Any]
     """The whole line as it was, to be written out again beside its response."""
 
@@ -42,43 +46,55 @@ def read_prompts(path: str) -> list[PromptLine]:
     Raises:
       UsageError: the file cannot be read, holds no line, or lines cannot be used, with each line and reason.
     """
+    return usable_lines(path, "prompt", _line)
+
+
+def usable_lines(path: str, what: str, parse: Callable[[dict[str, Any], int], Line]) -> list[Line]:
+    """Parses every line of a .jsonl or .jsonl.gz file; all that is wrong with them is told at once.
+
+    Args:
+      path: the file.
+      what: the word for what a line holds, for messages.
+      parse: takes a line's object and 1-based number; raises UnusableError where the line cannot be used.
+
+    Raises:
+      UsageError: the file cannot be read, holds no line, or lines cannot be used, with each line and reason.
+    """
     lines, bad = [], []
     for number, row in json_records(path):
         try:
-            lines.append(_line(row, number))
+            if not isinstance(row, dict):
+                raise UnusableError(row.reason if isinstance(row, BadRow) else "not an object")
+            lines.append(parse(row, number))
         except UnusableError as error:
             bad.append(f"line {number}: {error}")
     if bad:
         more = [f"and {len(bad) - LISTED} more"] if len(bad) > LISTED else []
-        raise UsageError("\n  ".join([f"{path}: {len(bad)} prompts cannot be used:", *bad[:LISTED], *more]))
+        raise UsageError("\n  ".join([f"{path}: {len(bad)} {what}s cannot be used:", *bad[:LISTED], *more]))
     if not lines:
-        raise UsageError(f"{path}: holds no prompt; write one JSON object a line, with a `prompt`")
+        raise UsageError(f"{path}: holds no {what}; write one JSON object a line")
     return lines
 
 
-def _line(row: Any, number: int) -> PromptLine:
-    if isinstance(row, BadRow):
-        raise UnusableError(row.reason)
-    if not isinstance(row, dict):
-        raise UnusableError("not an object")
+def _line(row: dict[str, Any], number: int) -> PromptLine:
     key = next((key for key in KEYS if key in row), None)
     if key is None:
         raise UnusableError("missing key 'prompt' (text or messages)")
-    prompt, later_turns = row[key], ()
+    value, later_turns = row[key], ()
     if key == "turns":
-        prompt, *later_turns = _turns(prompt)
-        prompt = [{"role": "user", "content": prompt}]
-    if isinstance(prompt, str) and key == "prompt":
-        prompt = checked_text(prompt, key)
+        first, *later_turns = _turns(value)
+        prompt = (Message("user", first),)
+    elif key == "prompt" and isinstance(value, str):
+        prompt = checked_text(value, key)
         if not prompt:
             raise UnusableError("prompt: empty text")
     else:
-        prompt = checked_messages(prompt, key)
+        prompt = checked_messages(value, key)
         if not prompt or prompt[-1].role not in ("user", "tool"):
             raise UnusableError(f"{key}: must end with a user or tool message")
         if all(message.role != "user" for message in prompt):
             raise UnusableError(f"{key}: holds no user message")
-    return PromptLine(checked_id(row, ("id", "question_id"), number), prompt, tuple(later_turns), row)
+    return PromptLine(checked_id(row, IDS, number), prompt, tuple(later_turns), row)
 
 
 def _turns(value: Any) -> list[str]:

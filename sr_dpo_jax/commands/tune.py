@@ -1,14 +1,13 @@
-"""`sr-dpo tune`: one run for each value of a grid, and the choice between them on held-out pairs: the paper's λ.
+"""Runs training once for each value of a grid and chooses between the runs on held-out pairs: the paper's λ.
 
     sr-dpo tune CONFIG objective.lam=0.1,0.3,0.5,1 --eval-pairs 50
 
-Each value is a run of its own in output_dir/tune/KEY=VALUE, trained by `sr-dpo train` in a process of its own, so that
-no value inherits memory or compiled programs from another; all share one cache, so the reference is scored once. On
-several hosts each starts the same command, as for `sr-dpo train`.
-tune.json beside them holds what is finished: the same command goes on with the rest. Imports no jax.
+Each point of the grid is a run of its own in output_dir/tune/KEY=VALUE, trained by `sr-dpo train` in a process of its
+own, so that none inherits memory or compiled programs from another. All share one cache, so the reference is scored
+once. On several hosts each starts the same command, as for `sr-dpo train`.
+tune.json beside the runs holds what is finished: the same command goes on with the rest. Imports no jax.
 
-What decides is each run's last evaluation; with `checkpoint.best_metric` it is that of its best step, which `--best`
-takes.
+The last evaluation of each run decides; with `checkpoint.best_metric` that of its best step, which `--best` takes.
 """
 
 import dataclasses
@@ -17,7 +16,6 @@ import itertools
 import json
 import logging
 import math
-import os
 import re
 import signal
 import subprocess
@@ -27,12 +25,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import rich.console
-import rich.table
-
+from sr_dpo_jax.commands import console
 from sr_dpo_jax.config.load import load_config
-from sr_dpo_jax.config.schema import Config
-from sr_dpo_jax.durable.files import read_lines
+from sr_dpo_jax.config.schema import Config, PairObjective
+from sr_dpo_jax.durable.files import read_lines, write_json
 from sr_dpo_jax.durable.selection import Selection
 from sr_dpo_jax.errors import UsageError
 
@@ -41,7 +37,7 @@ log = logging.getLogger(__name__)
 EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED = 0, 1, 75
 METRIC = "eval/rewards/accuracies"
 MEASURES = ("rewards/accuracies", "augmented/accuracies", "margin", "augmented/margin", "loss")
-"""What may decide: of `loss` the lowest is best, of the others the highest."""
+"""The measures that may decide: the lowest `loss` is best, the highest of the others."""
 PLAIN_VALUE = re.compile(r"[\w.+-]+")
 
 
@@ -50,41 +46,58 @@ class Candidate:
     """One point of the grid."""
 
     values: dict[str, str]
-    """Key -> value as written."""
+    """The values of the point by key, as written."""
     arguments: list[str]
-    """Of `sr-dpo train`."""
+    """The arguments of `sr-dpo train` for this point."""
     config: Config
 
     @property
     def name(self) -> str:
-        return ",".join(f"{key}={value}" for key, value in self.values.items())
+        return _name_of(self.values)
 
     @property
     def digest(self) -> str:
-        """Of the configuration, which host reads it aside: a finished run counts only for the one it was made with."""
+        """The sha256 of the configuration, the same on every host: a finished run counts for that one alone."""
         decisive = self.config.model_dump(mode="json", exclude={"distributed"})
         return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
 
 def candidates(path: str, overrides: Sequence[str], *, metric: str, eval_pairs: int | None) -> list[Candidate]:
-    """Every combination of the values that overrides of the form `key=a,b,c` name; other overrides hold for all.
+    """Combines the values that overrides of the form `key=a,b,c` name; other overrides hold for every combination.
 
     Raises:
       UsageError: no override names several values, or one names a value twice or a key that tune decides, a combination
         is no valid configuration, or its runs would not have the metric.
     """
+    grid, fixed = _grid(overrides)
     if eval_pairs is not None:
         _, _, name = set_of(metric).partition("/")
-        overrides = [*overrides, f"data.{f'eval_sets.{name}.pairs' if name else 'eval_pairs'}={eval_pairs}"]
+        fixed.append(f"data.{f'eval_sets.{name}.pairs' if name else 'eval_pairs'}={eval_pairs}")
+    base = load_config(path, [*fixed, *(f"{key}={values[0]}" for key, values in grid.items())])
+    _require_metric(base, metric)
+    points = []
+    for combination in itertools.product(*grid.values()):
+        values = dict(zip(grid, combination, strict=True))
+        places = {
+            "output_dir": json.dumps(str(Path(base.output_dir) / "tune" / _name_of(values))),
+            "cache_dir": json.dumps(str(base.cache_path)),
+        }
+        arguments = [*fixed, *(f"{key}={value}" for key, value in {**values, **places}.items())]
+        points.append(Candidate(values, [path, *arguments], load_config(path, arguments)))
+    return points
+
+
+def _grid(overrides: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """Parts overrides into the values of each key that has several, and the overrides that have one."""
     grid: dict[str, list[str]] = {}
     fixed = []
     for override in overrides:
         key, equals, value = override.partition("=")
         values = value.split(",")
-        if not equals or len(values) == 1 or value[:1] in tuple("[{\"'"):
+        if not equals or len(values) == 1 or value.startswith(("[", "{", '"', "'")):
             fixed.append(override)
             continue
-        bad = [item for item in values if not PLAIN_VALUE.fullmatch(item)] or [v for v in values if values.count(v) > 1]
+        bad = [item for item in values if not PLAIN_VALUE.fullmatch(item) or values.count(item) > 1]
         if bad:
             raise UsageError(f"{override}: {bad[0]!r} stands twice or is no plain number or name; correct the values")
         if key in ("output_dir", "cache_dir") or key in grid:
@@ -92,29 +105,16 @@ def candidates(path: str, overrides: Sequence[str], *, metric: str, eval_pairs: 
         grid[key] = values
     if not grid:
         raise UsageError("no key has several values; name some, as in objective.lam=0.1,0.3,0.5,1")
-    base = load_config(path, [*fixed, *(f"{key}={values[0]}" for key, values in grid.items())])
-    _require_metric(base, metric)
-    found = []
-    for combination in itertools.product(*grid.values()):
-        values = dict(zip(grid, combination, strict=True))
-        name = ",".join(f"{key}={value}" for key, value in values.items())
-        places = [
-            f"output_dir={json.dumps(str(root_of(base) / name))}",
-            f"cache_dir={json.dumps(str(base.cache_path))}",
-        ]
-        chosen = [f"{key}={value}" for key, value in values.items()]
-        arguments = [*fixed, *chosen, *places]
-        found.append(Candidate(values, [path, *arguments], load_config(path, arguments)))
-    return found
+    return grid, fixed
 
 
-def root_of(config: Config) -> Path:
-    return Path(config.output_dir) / "tune"
+def _name_of(values: dict[str, str]) -> str:
+    return ",".join(f"{key}={value}" for key, value in values.items())
 
 
 def set_of(metric: str) -> str:
-    """The held-out set that a metric is of: `eval` or `eval/NAME`; raises UsageError where it cannot decide."""
-    for measure in sorted(MEASURES, key=len, reverse=True):
+    """Names the held-out set of a metric, `eval` or `eval/NAME`; raises UsageError where the metric cannot decide."""
+    for measure in reversed(MEASURES):  # `augmented/margin` before `margin`, which is its end
         if metric.endswith(f"/{measure}"):
             return metric.removesuffix(f"/{measure}")
     raise UsageError(
@@ -128,18 +128,27 @@ def _require_metric(config: Config, metric: str) -> None:
         raise UsageError("data.eval_path is not set, nor data.eval_sets: they name the held-out pairs that decide")
     if held_out not in known:
         raise UsageError(f"--metric {metric}: no held-out set has it; those of the configuration: {', '.join(known)}")
-    if not metric.endswith("/loss") and config.objective.name == "sft":
+    if not metric.endswith("/loss") and not isinstance(config.objective, PairObjective):
         raise UsageError(f"--metric {metric}: objective.name=sft has only {held_out}/loss")
     if "augmented" in metric and not config.refinement.prompt:
         raise UsageError(f"--metric {metric}: refinement.prompt is empty, so no run has it; remove that key")
 
 
 def tune(path: str, overrides: Sequence[str], *, metric: str, eval_pairs: int | None) -> int:
-    """Runs what is not finished, prints a table, writes tune.json; returns the exit code."""
+    """Trains every point that is not finished, prints a table, writes tune.json; returns the exit code.
+
+    Args:
+      path: the YAML file of the configuration.
+      overrides: `section.key=value`, with several values for the keys of the grid.
+      metric: the metric that decides, as in metrics.jsonl.
+      eval_pairs: the number of first pairs of its held-out set to decide on; None takes all.
+
+    Raises:
+      UsageError: see `candidates`; or tune.json or a run's metrics are damaged, or no run has a finite metric.
+    """
     grid = candidates(path, overrides, metric=metric, eval_pairs=eval_pairs)
-    root = Path(grid[0].config.output_dir).parent
-    root.mkdir(parents=True, exist_ok=True)
-    state = root / "tune.json"
+    state = Path(grid[0].config.output_dir).parent / "tune.json"
+    state.parent.mkdir(parents=True, exist_ok=True)
     finished = _read_finished(state)
     with _Child() as child:
         for number, candidate in enumerate(grid, 1):
@@ -151,28 +160,29 @@ def tune(path: str, overrides: Sequence[str], *, metric: str, eval_pairs: int | 
             if code != EXIT_DONE:
                 log.warning("%s: ended with exit code %d; the same command goes on from here", candidate.name, code)
                 return code
-            finished[candidate.digest] = {
-                "values": candidate.values,
-                "metrics": _evaluation(candidate.config, metric),
-            }
-            _write(state, metric, finished, chosen=None)
-    results = {candidate.name: finished[candidate.digest] for candidate in grid}
-    best, tied = choose({name: result["metrics"] for name, result in results.items()}, metric)
-    _write(state, metric, finished, chosen=results[best]["values"])
-    console = rich.console.Console(highlight=False, soft_wrap=True)
-    console.print(_table(results, metric, best))
+            metrics = _evaluation(candidate.config, metric)
+            finished[candidate.digest] = {"values": candidate.values, "metrics": metrics}
+            write_json(state, {"metric": metric, "chosen": None, "finished": finished})
+    results = {candidate.name: finished[candidate.digest]["metrics"] for candidate in grid}
+    best, tied = choose(results, metric)
+    chosen = next(candidate.values for candidate in grid if candidate.name == best)
+    write_json(state, {"metric": metric, "chosen": chosen, "finished": finished})
+    _print_table(results, metric, best)
     if tied:
         loss = f"{set_of(metric)}/loss"
-        console.print(f"Equal in {metric}: {', '.join(tied)}; the lowest {loss}, then the first named, decides.")
-    console.print(f"chosen: {best.replace(',', ' ')}    ({state})")
+        print(f"Equal in {metric}: {', '.join(tied)}; the lowest {loss}, then the first named, decides.")
+    print(f"chosen: {best.replace(',', ' ')}    ({state})")
     return EXIT_DONE
 
 
 def choose(metrics: dict[str, dict[str, float]], metric: str) -> tuple[str, list[str]]:
-    """The name with the best metric, and all names that tie for it where there are several.
+    """Gives the name with the best metric, and all names that tie for it where there are several.
 
-    Highest is best, of a loss lowest. Ties go to the lowest loss on the same pairs, then to the first. A value that is
-    not finite is worse than any other.
+    The lowest loss is best, the highest of another metric. Ties go to the lowest loss on the same pairs, then to the
+    first. A value that is not finite is worse than any other.
+
+    Raises:
+      UsageError: the metric is finite in no run.
     """
     loss_name = f"{set_of(metric)}/loss"
 
@@ -189,7 +199,7 @@ def choose(metrics: dict[str, dict[str, float]], metric: str) -> tuple[str, list
 
 
 class _Child:
-    """Runs `sr-dpo train` in a process of its own and hands SIGTERM on to it. A context manager.
+    """Runs `sr-dpo train` in a process of its own and hands SIGTERM on to it, within a `with` block.
 
     A signal between two runs ends tune with 75 before the next one starts.
     """
@@ -209,7 +219,7 @@ class _Child:
             self._process.wait()
 
     def train(self, candidate: Candidate) -> int:
-        """Trains, and returns the exit code."""
+        """Trains one point and returns the exit code."""
         if self._stopped:
             return EXIT_PREEMPTED
         self._process = subprocess.Popen([sys.executable, "-m", "sr_dpo_jax.cli", "train", *candidate.arguments])
@@ -227,24 +237,23 @@ class _Child:
 
 
 def _evaluation(config: Config, metric: str) -> dict[str, float]:
-    """The evaluation of a run's best step, else its last one, under its names in metrics.jsonl."""
-    metrics_file, section = Path(config.output_dir) / "metrics.jsonl", config.checkpoint
-    lines = read_lines(metrics_file)
-    found = [line for line in lines if f"{set_of(metric)}/loss" in line]
-    selection = Selection(section.best_metric, section.best_mode, min_delta=0.0, patience=None)
-    for line in found:
-        if section.best_metric in line:
-            selection = selection.after(line["step"], float(line[section.best_metric]))
-    chosen = [line for line in found if selection.step in (None, line["step"])]
-    if not chosen or metric not in chosen[-1]:
+    """Reads the evaluation of a run's best step, else its last one, under its names in metrics.jsonl."""
+    metrics_file, best_metric = Path(config.output_dir) / "metrics.jsonl", config.checkpoint.best_metric
+    evaluations = [line for line in read_lines(metrics_file) if f"{set_of(metric)}/loss" in line]
+    selection = Selection(best_metric, config.checkpoint.best_mode, min_delta=0.0, patience=None)
+    for line in evaluations:
+        if best_metric in line:
+            selection = selection.after(line["step"], float(line[best_metric]))
+    decisive = [line for line in evaluations if selection.step in (None, line["step"])]
+    if not decisive or metric not in decisive[-1]:
         raise UsageError(
             f"{metrics_file}: holds no evaluation with {metric}; delete the run's directory to run it again"
         )
-    return {name: float(value) for name, value in chosen[-1].items()}
+    return {name: float(value) for name, value in decisive[-1].items()}
 
 
 def _read_finished(state: Path) -> dict[str, Any]:
-    """Finished runs by the digest of their configuration."""
+    """Reads the finished runs of tune.json by the digest of their configuration."""
     if not state.exists():
         return {}
     try:
@@ -256,24 +265,12 @@ def _read_finished(state: Path) -> dict[str, Any]:
         ) from error
 
 
-def _write(state: Path, metric: str, finished: dict[str, Any], *, chosen: dict[str, str] | None) -> None:
-    """Every process of a run of several writes the same, each under a name of its own first."""
-    partial = state.with_name(f"{state.name}.{os.getpid()}.partial")
-    text = json.dumps({"metric": metric, "chosen": chosen, "finished": finished}, indent=2) + "\n"
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(state)
-
-
-def _table(results: dict[str, Any], metric: str, best: str) -> rich.table.Table:
+def _print_table(results: dict[str, dict[str, float]], metric: str, best: str) -> None:
     held_out = set_of(metric)
-    columns = list(dict.fromkeys([metric, *(f"{held_out}/{measure}" for measure in MEASURES)]))
-    columns = [name for name in columns if any(name in result["metrics"] for result in results.values())]
-    table = rich.table.Table(
-        title=f"Held-out pairs, {results[best]['metrics'].get(f'{held_out}/pairs', 0):.0f} of them"
-    )
-    for heading in ("value", *columns, ""):
-        table.add_column(heading.removeprefix(f"{held_out}/"), justify="left" if heading in ("value", "") else "right")
-    for name, result in results.items():
-        cells = [f"{result['metrics'][key]:.4g}" if key in result["metrics"] else "–" for key in columns]
-        table.add_row(name, *cells, "chosen" if name == best else "")
-    return table
+    columns = dict.fromkeys([metric, *(f"{held_out}/{measure}" for measure in MEASURES)])
+    columns = [name for name in columns if any(name in metrics for metrics in results.values())]
+    table = console.table("value", *(f">{name.removeprefix(f'{held_out}/')}" for name in columns), "")
+    for name, metrics in results.items():
+        cells = [f"{metrics[key]:.4g}" if key in metrics else "–" for key in columns]
+        console.row(table, name, *cells, "chosen" if name == best else "")
+    console.section(f"Held-out pairs, {results[best].get(f'{held_out}/pairs', 0):.0f} of them", table)

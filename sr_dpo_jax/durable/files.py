@@ -24,8 +24,13 @@ def whole(path: Path) -> Iterator[Path]:
     """Gives a temporary name beside `path` to write to, and renames it to `path` when the block ends without an error.
 
     Several processes may write the same path at once: each has a temporary name of its own, and the last rename stays.
-    Works for a directory too, where `path` does not exist.
+    Works for a directory too, where `path` does not exist. A link stays, and its target is written; a pipe or device
+    such as /dev/stdout is written as it comes.
     """
+    path = path.resolve()
+    if path.exists() and not path.is_file() and not path.is_dir():
+        yield path
+        return
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
         yield temporary
@@ -78,7 +83,7 @@ def require_output(path: Path, *, option: str = "--output") -> None:
         reason = "is a directory"
     elif not path.parent.is_dir():
         reason = f"{path.parent} is no directory"
-    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+    elif not os.access(path if path.exists() and not path.is_file() else path.resolve().parent, os.W_OK):
         reason = "no permission"
     if reason is not None:
         raise UsageError(f"{option} {path}: cannot be written ({reason}); name a file in an existing directory")

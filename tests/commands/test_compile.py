@@ -139,7 +139,7 @@ def test_every_configuration_fits_its_topology(compiled, name, number):
 
 @pytest.mark.parametrize("name", ["pythia_2.8b_hh", "zephyr_7b_ultrafeedback"])
 def test_the_refinement_costs_one_forward(compiled, name):
-    """Of the program as traced, before the compiler: DPO takes three forwards and the logits once more."""
+    """The program as traced, before the compiler: DPO takes three forwards and the logits once more."""
     dpo, sr_dpo = (compiled(f"{name}_{objective}", 0).report["compiled"] for objective in ("dpo", "sr_dpo"))
     extra = sr_dpo["programs"][0]["traced_flops"] / dpo["programs"][0]["traced_flops"]
     assert 1.25 < extra < 1.45
@@ -148,8 +148,8 @@ def test_the_refinement_costs_one_forward(compiled, name):
 
 @pytest.mark.parametrize("name", ["pythia_2.8b_hh", "zephyr_7b_ultrafeedback"])
 def test_the_refinement_gathers_no_weights_of_its_own(compiled, name):
-    """What all devices hand each other to have whole weights, in all-gathers and in the rings of permutes that the
-    compiler makes of them beside matmuls, passes DPO's by less than one vocabulary matrix; it may be less."""
+    """The bytes that devices hand each other to have whole weights, in all-gathers and in the rings of permutes that
+    the compiler makes of them beside matmuls, pass DPO's by less than one vocabulary matrix, or are fewer."""
 
     def gathered(objective: str) -> int:
         collectives = compiled(f"{name}_{objective}", 0).report["compiled"]["programs"][0]["collectives"]

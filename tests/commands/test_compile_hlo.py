@@ -1,4 +1,4 @@
-"""What is read from a TPU program's text, on small programs whose figures are known by hand; and its traced flops."""
+"""Counts from the text of TPU programs whose figures are known by hand, and flops of traced programs."""
 
 import jax
 import jax.numpy as jnp

@@ -192,7 +192,7 @@ def test_what_fits_is_said(capsys, tmp_path):
     assert "splash; blocks visited: 60% in plain rows, 50% in augmented rows" in output
     assert "Fits, with 5% of the memory left to the runtime." in output
     assert "a run needs distributed.processes=2, here it is 1" in output
-    assert max(map(len, output.splitlines())) <= aot_print.COLUMNS
+    assert max(map(len, output.splitlines())) <= aot_print.console.COLUMNS
     aot_print.write_json(tmp_path / "report.json", report)
     document = json.loads((tmp_path / "report.json").read_text())
     assert document["fits"] and document["remedy"] is None

@@ -115,7 +115,7 @@ def test_what_is_not_defined_is_left_out_and_said(margin, difference, reason, ca
 
 
 def test_a_named_set_is_named(caplog):
-    """In every key and in every warning."""
+    """Every key and every warning names the set."""
     difference = np.array([1.0, 2, 3, 4])
     found = rating_metrics({"margin": difference, "augmented_margin": np.ones(4)}, difference, seed=0, name="eval/b")
     assert "eval/b/margin/pearson" in found and "eval/b/rating_gap/1/accuracy" in found
@@ -126,7 +126,7 @@ def test_a_named_set_is_named(caplog):
 
 @pytest.mark.slow
 def test_eval_of_rated_pairs(tmp_path, capsys):
-    """What is printed and in eval.json is what the lines of eval_pairs.jsonl give; ratings rigged by their margins."""
+    """The print and eval.json agree with the lines of eval_pairs.jsonl; the ratings are made from the margins."""
     data, held_out = preference_file(tmp_path / "train.jsonl", 24), preference_file(tmp_path / "held_out.jsonl", 13)
     sections = {"data": {"eval_path": str(held_out)}, "objective": {"name": "dpo", "lam": None}}
     raw = raw_config(tmp_path, model_directory(tmp_path / "model"), data, **sections)

@@ -1,7 +1,10 @@
-"""`sr-dpo export`: what the directory holds, its numbers against the checkpoint's, that it is whole or not there."""
+"""`sr-dpo export`: the files of the directory, its numbers against the checkpoint's; it is whole or not there."""
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 import time
 import weakref
 
@@ -9,17 +12,25 @@ import ml_dtypes
 import numpy as np
 import pytest
 import yaml
-from runs import make_config, metrics_of, model_directory, preference_file, state_of
+from runs import REPOSITORY, make_config, metrics_of, model_directory, preference_file, state_of
 from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from sr_dpo_jax import __version__
 from sr_dpo_jax.cli import main
-from sr_dpo_jax.commands.export import PARTIAL, Origin, export, model_card
+from sr_dpo_jax.commands.export import Origin, export, model_card
 from sr_dpo_jax.durable.checkpoint import Checkpoints
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.train.loop import train
 
+KILLED = """
+import os, pathlib, signal, sys
+from sr_dpo_jax.commands.export import _new_directory
+with _new_directory(pathlib.Path(sys.argv[1])) as partial:
+    (partial / "leftover.safetensors").write_text("half of the weights")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+"""A process that is killed while it exports."""
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
@@ -78,7 +89,7 @@ def test_the_weights_are_those_of_the_step(run_dir, tmp_path):
 
 
 def test_an_export_starts_another_run(run_dir, tmp_path):
-    """Its first step is that of equal policy and reference: ln 2, from the exported weights."""
+    """The first loss from the exported weights is ln 2, as policy and reference are equal."""
     export(run_dir, tmp_path / "out")
     data = preference_file(tmp_path / "pairs.jsonl", 8)
     sections = {"model": {"init": "pretrained"}, "train": {"max_steps": 1}}
@@ -131,22 +142,29 @@ def test_a_generation_config_is_made_where_the_base_model_has_none(run_dir, tmp_
 
 
 def test_an_export_is_whole_or_not_there(run_dir, tmp_path, monkeypatch):
+    """The next export removes the leftover of a killed one of its name, and nothing else that stands beside it."""
     out = tmp_path / "out"
-    partial, neighbour = tmp_path / f"out{PARTIAL}", tmp_path / "out.partial"
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(out)], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    ((leftover,), neighbour) = tmp_path.iterdir(), tmp_path / "out.partial"
+    assert (leftover / "leftover.safetensors").is_file()
     neighbour.mkdir()
     (neighbour / "mine").write_text("keep")
-    partial.mkdir()
-    (partial / "leftover.safetensors").write_text("of a killed export")
+    under_way = tmp_path / f".out.v2.{'0' * 16}.partial"
+    under_way.mkdir()
 
     def fail(*_, **__):
-        assert not (partial / "leftover.safetensors").exists() and (partial / "config.json").exists()
+        (partial,) = set(tmp_path.iterdir()) - {neighbour, under_way}
+        assert partial != leftover and (partial / "config.json").exists()
         raise OSError("disk full")
 
     with monkeypatch.context() as patched:
         patched.setattr("sr_dpo_jax.weights.write.save_file", fail)
         with pytest.raises(OSError, match="disk full"):
             export(run_dir, out)
-    assert {entry.name for entry in tmp_path.iterdir()} == {"out.partial"}
+    assert set(tmp_path.iterdir()) == {neighbour, under_way}
     export(run_dir, out)
     assert (out / "model.safetensors").is_file() and (neighbour / "mine").read_text() == "keep"
     before = (out / "README.md").read_text()
@@ -202,7 +220,7 @@ def test_a_damaged_manifest_is_said(run_dir, tmp_path):
 
 
 def test_parameters_come_from_the_checkpoint_a_few_at_a_time(run_dir, tmp_path, monkeypatch):
-    """Each row's parameters once, alone, and never one that was there before still alive."""
+    """Each tensor's parameters are read once, alone, when those before are no longer alive."""
     read, alive = Checkpoints.read_params, []
 
     def watched(self, names, *, step):

@@ -251,7 +251,7 @@ def test_meshes_that_are_refused(text):
 
 @pytest.mark.slow
 def test_no_accelerator_is_touched(llama):
-    """With a platform that is not there: whatever started a backend of its own choice would fail."""
+    """The platform of the process is not there, so starting a backend of its own choice would fail."""
     process = run_process(["inspect", str(llama)], JAX_PLATFORMS="none")
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 0, printed

@@ -32,8 +32,8 @@ def write(path, lines):
     return path
 
 
-def world(tmp_path, questions=4, two_turns=2):
-    """MT-Bench questions, the last ones with one turn; A's answers say good, B's bad."""
+def write_files(tmp_path, questions=4, two_turns=2):
+    """Writes MT-Bench questions, the last ones with one turn; A's answers say good, B's bad."""
     asked = [
         {
             "question_id": 80 + n,
@@ -65,7 +65,7 @@ def by_content(request, before):
 
 
 def test_a_judge_that_prefers_content_gives_wins(tmp_path, capsys):
-    world(tmp_path)
+    write_files(tmp_path)
     with serve(by_content) as endpoint:
         assert judge(tmp_path, endpoint.url) == 0
         assert judge(tmp_path, endpoint.url, a=tmp_path / "b.jsonl", b=tmp_path / "a.jsonl") == 0
@@ -82,8 +82,8 @@ def test_a_judge_that_prefers_content_gives_wins(tmp_path, capsys):
 
 
 def test_what_is_asked(tmp_path):
-    """Each turn in both orders; the second turn shows the first; the reference stands where there is one."""
-    world(tmp_path, questions=2, two_turns=1)
+    """Each turn is asked in both orders; the second turn shows the first; a reference is shown where there is one."""
+    write_files(tmp_path, questions=2, two_turns=1)
     with serve(by_content) as endpoint:
         assert judge(tmp_path, endpoint.url) == 0
     texts = [request["messages"][-1]["content"] for request in endpoint.requests]
@@ -99,7 +99,7 @@ def test_what_is_asked(tmp_path):
 
 @pytest.mark.parametrize("place", ["A", "B"])
 def test_a_judge_that_prefers_a_position_gives_ties(tmp_path, place):
-    world(tmp_path)
+    write_files(tmp_path)
     with serve(lambda request, before: f"Verdict: {place}") as endpoint:
         assert judge(tmp_path, endpoint.url) == 0
     total = result(tmp_path)["total"]
@@ -110,7 +110,7 @@ def test_a_judge_that_prefers_a_position_gives_ties(tmp_path, place):
 
 def test_rate_limits_errors_drops_and_bad_bodies_are_retried(tmp_path):
     """Every request fails in its own way at first, and none is lost."""
-    world(tmp_path)
+    write_files(tmp_path)
     ways = [(429, {"Retry-After-Ms": "20"}), (503, {"Retry-After-Ms": "5"}), None]
     ways += [b"{ not json", b'{"choices": []}', b'"text"', "no verdict in here", "Verdict: A\nVerdict: B"]
     failed = {}
@@ -129,7 +129,7 @@ def test_rate_limits_errors_drops_and_bad_bodies_are_retried(tmp_path):
 def test_retry_after_is_waited_for(tmp_path):
     import time
 
-    world(tmp_path, questions=1, two_turns=0)
+    write_files(tmp_path, questions=1, two_turns=0)
     arrived = []
 
     def answer(request, before):
@@ -143,7 +143,7 @@ def test_retry_after_is_waited_for(tmp_path):
 
 
 def test_time_outs_are_retried(tmp_path):
-    world(tmp_path, questions=1, two_turns=0)
+    write_files(tmp_path, questions=1, two_turns=0)
     with serve(lambda request, n: slowly(0.0 if n else 2.5, by_content(request, n))) as endpoint:
         assert judge(tmp_path, endpoint.url, timeout_s=1.0) == 0
     assert result(tmp_path)["total"]["win"] == 1 and len(endpoint.requests) >= 4
@@ -151,7 +151,7 @@ def test_time_outs_are_retried(tmp_path):
 
 def test_malformed_verdicts_are_unusable_and_never_guessed(tmp_path, capsys):
     """Question 81 never gets a verdict in one order: it is counted, left out of the shares, and asked again later."""
-    world(tmp_path)
+    write_files(tmp_path)
 
     def answer(request, before):
         if "question 1" in request["messages"][-1]["content"] and shown(request) == ("bad", "good"):
@@ -171,7 +171,7 @@ def test_malformed_verdicts_are_unusable_and_never_guessed(tmp_path, capsys):
 
 
 def test_a_refused_request_is_unusable_but_a_run_without_any_verdict_fails(tmp_path, capsys):
-    world(tmp_path)
+    write_files(tmp_path)
     with serve(
         lambda r, n: (400, {}) if "question 3" in r["messages"][-1]["content"] else by_content(r, n)
     ) as endpoint:
@@ -185,7 +185,7 @@ def test_a_refused_request_is_unusable_but_a_run_without_any_verdict_fails(tmp_p
 
 @pytest.mark.parametrize(("status", "told"), [(401, "refuses the key in OPENAI_API_KEY"), (404, "no model 'judge'")])
 def test_a_refusal_stops_at_once(tmp_path, capsys, status, told):
-    world(tmp_path)
+    write_files(tmp_path)
     with serve(lambda request, before: (status, {})) as endpoint:
         assert judge(tmp_path, endpoint.url, concurrency=2) == 2
     assert told in capsys.readouterr().err and len(endpoint.requests) <= 2
@@ -194,7 +194,7 @@ def test_a_refusal_stops_at_once(tmp_path, capsys, status, told):
 
 def test_resume_asks_only_for_what_is_missing(tmp_path):
     """The endpoint dies after five replies; a cut-off line in the cache is dropped; another model asks anew."""
-    world(tmp_path)
+    write_files(tmp_path)
     answered = []
 
     def dies(request, before):
@@ -219,17 +219,17 @@ def test_resume_asks_only_for_what_is_missing(tmp_path):
 
 
 def test_no_more_requests_at_once_than_allowed(tmp_path):
-    world(tmp_path, questions=6, two_turns=6)
+    write_files(tmp_path, questions=6, two_turns=6)
     with serve(lambda request, n: slowly(0.05, by_content(request, n))) as endpoint:
         assert judge(tmp_path, endpoint.url, concurrency=3) == 0
     assert 1 < endpoint.most_at_once <= 3 and len(endpoint.requests) == 24
 
 
 def test_the_key_is_in_no_log_cache_or_output(tmp_path, capsys, caplog):
-    """Not even where the endpoint repeats it in what it says; it does reach the endpoint."""
+    """The key reaches the endpoint and stands nowhere else, even where the endpoint repeats it in its errors."""
     import logging
 
-    world(tmp_path)
+    write_files(tmp_path)
     caplog.set_level(logging.INFO)
     errors = []
     for status in (400, 401, 404, 500):
@@ -249,7 +249,7 @@ def test_the_key_is_in_no_log_cache_or_output(tmp_path, capsys, caplog):
 
 
 def test_a_missing_key_and_a_missing_model_are_named(tmp_path, capsys, monkeypatch):
-    world(tmp_path)
+    write_files(tmp_path)
     monkeypatch.delenv("OPENAI_API_KEY")
     assert judge(tmp_path, "http://127.0.0.1:9/v1") == 2
     assert "OPENAI_API_KEY: not set" in capsys.readouterr().err
@@ -279,8 +279,8 @@ def test_bad_settings_are_named(tmp_path, changed, told):
 
 
 def test_prompts_can_be_changed(tmp_path):
-    """Other prompts and another verdict, and answers that hold what looks like a field."""
-    world(tmp_path, questions=1, two_turns=0)
+    """A user sets other prompts and another verdict; answers may hold texts that look like fields."""
+    write_files(tmp_path, questions=1, two_turns=0)
     write(tmp_path / "a.jsonl", [{"id": "80", "response": "costs $5, $answer_b {question}"}])
     prompts = {"one_turn": "Q $question R $reference 1: $answer_a 2: $answer_b"}
 

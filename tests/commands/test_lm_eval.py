@@ -125,7 +125,7 @@ def our_model(directory, *overrides):
 
 @pytest.mark.parametrize("family", ["gpt_neox", "llama", "gemma2"])
 def test_every_request_is_answered_as_by_the_hf_model(tmp_path, tasks, family):
-    """With a BOS token and without, prompts cut to the context, windows; on a mesh of 4 × 2."""
+    """The models have a BOS token or none, and windows; prompts are cut to the context; the mesh is 4 × 2."""
     import torch
 
     fields = {"max_position_embeddings": CONTEXT_TOKENS, **FAMILIES[family]}
@@ -209,7 +209,7 @@ class NoTorch:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, NoTorch())
 """
-"""What a process sees on a machine where torch is not installed."""
+"""Hides torch from a process, as on a machine where it is not installed."""
 
 
 def test_no_torch_is_needed(tmp_path, tasks):
@@ -225,7 +225,7 @@ def test_no_torch_is_needed(tmp_path, tasks):
 
 
 def test_the_papers_tasks_exist_with_their_metrics():
-    """As far as the harness says without their data."""
+    """The harness lists the tasks and their metrics without fetching their data."""
     from lm_eval.tasks import TaskManager
 
     from sr_dpo_jax.commands.lm_eval.command import PAPER
@@ -276,7 +276,7 @@ def test_a_generation_beyond_a_rope_that_changes_with_length_is_refused(tmp_path
 
 
 def test_the_best_checkpoint_can_be_asked_for(tmp_path, tasks, capsys, monkeypatch):
-    """The same parameters as those of `eval --best`, which `latest_params` gives; of a model that is no run, none."""
+    """--best takes the parameters that `eval --best` takes, from `latest_params`; a model that is no run has none."""
     from sr_dpo_jax.train.setup import Setup
 
     directory = model_directory(tmp_path / "model", max_position_embeddings=CONTEXT_TOKENS)

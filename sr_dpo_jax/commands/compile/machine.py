@@ -1,4 +1,4 @@
-"""What compiling ahead of time takes of this machine: one process at a time, and libtpu's description of chips."""
+"""Gives libtpu's description of chips that are not there, to one process of this machine at a time."""
 
 import contextlib
 import fcntl
@@ -20,14 +20,14 @@ log = logging.getLogger(__name__)
 
 WAIT_S = 5.0
 LONGEST_WAIT_S = 3600.0
-"""For libtpu. What a process holds it for longer is a training run, not a compilation."""
+"""The longest wait for libtpu: a process that holds it for longer trains and does not compile."""
 LIBTPU_LOCK = Path("/tmp/libtpu_lockfile")
-"""Made by libtpu, for its owner alone, and left behind."""
+"""The lock that libtpu makes, which its owner alone may open, and which it leaves behind."""
 
 
 @contextlib.contextmanager
 def only_one() -> Iterator[None]:
-    """Waits until no other process of this machine compiles so: libtpu serves one process at a time."""
+    """Waits until no other process of this machine compiles for TPUs: libtpu serves one process at a time."""
     path = Path(tempfile.gettempdir()) / "sr_dpo_jax_compile.lock"
     descriptor = _lock_file(path)
     try:
@@ -42,7 +42,7 @@ def only_one() -> Iterator[None]:
 
 
 def _lock_file(path: Path) -> int:
-    """A descriptor of the file, which every user may read: a lock needs no right to write.
+    """Opens the file, or makes it so that every user may read it: a lock needs no right to write.
 
     A trap: in a directory such as /tmp, Linux refuses O_CREAT on another user's file (`fs.protected_regular`), also
     where the file is there and could be opened without.
@@ -60,7 +60,14 @@ def _lock_file(path: Path) -> int:
 
 
 def devices_of(topology: str, slices: int) -> Sequence[jax.Device]:
-    """The chips of a topology such as `v5p:4x4x4`, all slices together; waits for another process that uses libtpu.
+    """Describes the chips of a topology; waits while another process uses libtpu.
+
+    Args:
+      topology: one slice as jax names it, such as `v5p:4x4x4`.
+      slices: the number of such slices.
+
+    Returns:
+      The devices of all slices together.
 
     Raises:
       UsageError: there is no such topology, or no libtpu, or it stays in use.
@@ -103,22 +110,20 @@ def devices_of(topology: str, slices: int) -> Sequence[jax.Device]:
 
 
 def _may_open(path: Path) -> bool:
-    """Whether this user can open a file as libtpu does; where there is none, libtpu makes it."""
+    """Says whether this user can open a file as libtpu does; where there is none, libtpu makes it."""
     try:
         os.close(os.open(path, os.O_RDWR))
-    except FileNotFoundError:
-        return True
-    except OSError:
-        return False
+    except OSError as error:
+        return isinstance(error, FileNotFoundError)
     return True
 
 
 def hosts_of(devices: Sequence[jax.Device]) -> int:
-    """How many machines hold these chips on Cloud TPU, and so how many processes a run on them has.
+    """Counts the machines that hold these chips on Cloud TPU, and so the processes of a run on them.
 
-    libtpu describes every slice as hosts of four chips. But the TPU API gives a slice of eight chips of v5e or v6e
-    (v5litepod-8 and v6e-8, topology 2x4) as one machine of eight, where a run that waited for a second process would
-    wait for ever. GKE also has 2x4 of two machines with four chips each; there jobset.sh counts by --chips.
+    A trap: libtpu describes every slice as hosts of four chips, but the TPU API gives a slice of eight chips of v5e or
+    v6e (v5litepod-8 and v6e-8, topology 2x4) as one machine of eight, where a run that waited for a second process
+    would wait for ever. GKE also has 2x4 of two machines with four chips each; there jobset.sh counts by --chips.
     """
     hosts: dict[int, set[int]] = {}
     for device in devices:

@@ -1,32 +1,42 @@
-"""Matmul flops of a program as it was traced, before the compiler splits or changes it, loops multiplied out.
+"""Counts the matmul flops of a program as it was traced, before the compiler changes it, loops multiplied out.
 
-XLA's own count takes a loop's body once, and has none for a device that is not there.
+A trap: XLA's own count takes a loop's body once, and there is none for a device that is not there.
 """
 
 import dataclasses
 import math
-from collections.abc import Iterator
+import re
 from typing import Any
 
 import jax.numpy as jnp
 from jax.extend import core
 
 SPLASH_MATMULS = {"fwd": 2, "dkv": 4, "dq": 3}
-"""Matmuls over queries × keys in each kernel of splash attention: scores and mix, and for the gradients the scores
-again."""
+"""The number of matmuls over queries × keys in each kernel of splash attention: two for scores and mix; for the
+gradients the scores once more."""
+SPLASH_NAME = re.compile(rf"splash_\w*?({'|'.join(SPLASH_MATMULS)})_")
 
 
-def splash_flops(kind: str, queries: tuple[int, ...]) -> float:
-    """Flops of one kernel for queries `[..., heads, T, D]` that see T keys, no block of them skipped."""
+def splash_kernel(name: str) -> str | None:
+    """Gives the key of `SPLASH_MATMULS` for a kernel's name or a text that holds it; None for another kernel."""
+    match = SPLASH_NAME.search(name)
+    return None if match is None else match[1]
+
+
+def splash_flops(kernel: str, queries: tuple[int, ...]) -> float:
+    """Counts the flops of one kernel for queries `[..., heads, T, D]` that see T keys, no block of them skipped."""
     *heads, length, head_dim = queries
-    return 2.0 * SPLASH_MATMULS[kind] * math.prod(heads) * length * length * head_dim
+    return 2.0 * SPLASH_MATMULS[kernel] * math.prod(heads) * length * length * head_dim
 
 
 @dataclasses.dataclass(frozen=True)
 class TracedFlops:
+    """The flops of a program."""
+
     matmuls: float
+    """The matmuls outside attention kernels."""
     kernels: float
-    """Matmuls inside attention kernels, as if they skipped no block."""
+    """The matmuls inside attention kernels, as if they skipped no block."""
 
     def __add__(self, other: "TracedFlops") -> "TracedFlops":
         return TracedFlops(self.matmuls + other.matmuls, self.kernels + other.kernels)
@@ -36,7 +46,11 @@ class TracedFlops:
 
 
 def traced_flops(jaxpr: core.Jaxpr) -> TracedFlops:
-    """Flops of all devices together; of branches, the costliest."""
+    """Counts the flops of all devices together; of the branches of a condition the costliest counts.
+
+    Raises:
+      ValueError: the program holds a kernel whose flops are not known.
+    """
     total = TracedFlops(0.0, 0.0)
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
@@ -49,31 +63,22 @@ def traced_flops(jaxpr: core.Jaxpr) -> TracedFlops:
             total += max(branches, key=lambda flops: flops.matmuls + flops.kernels)
         else:
             times = params["length"] if name == "scan" else params["mesh"].size if name == "shard_map" else 1
-            for inner in _jaxprs(params.values()):
+            for inner in core.jaxprs_in_params(params):
                 total += times * traced_flops(inner)
     return total
 
 
-def _jaxprs(values: Any) -> Iterator[core.Jaxpr]:
-    for value in values:
-        if isinstance(value, core.ClosedJaxpr):
-            yield value.jaxpr
-        elif isinstance(value, core.Jaxpr):
-            yield value
-
-
 def _dot_flops(equation: Any) -> float:
     left, right = (variable.aval.shape for variable in equation.invars)
-    (left_contracted, right_contracted), (_, right_batch) = equation.params["dimension_numbers"]
-    free = [size for axis, size in enumerate(right) if axis not in (*right_contracted, *right_batch)]
-    del left_contracted
+    (_, contracted), (_, batch) = equation.params["dimension_numbers"]
+    free = [size for axis, size in enumerate(right) if axis not in (*contracted, *batch)]
     return 2.0 * math.prod(left) * math.prod(free)
 
 
 def _kernel_flops(equation: Any) -> float:
     name = str(equation.params["name"])
-    kinds = [kind for kind in SPLASH_MATMULS if f"_{kind}_" in name]
+    kernel = splash_kernel(name)
     floats = [variable.aval for variable in equation.invars if jnp.issubdtype(variable.aval.dtype, jnp.floating)]
-    if len(kinds) != 1 or not floats:
+    if kernel is None or not floats:
         raise ValueError(f"kernel {name}: nothing is known of its flops")
-    return splash_flops(kinds[0], floats[0].shape)
+    return splash_flops(kernel, floats[0].shape)

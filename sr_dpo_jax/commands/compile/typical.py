@@ -1,7 +1,7 @@
-"""Pairs of typical lengths, without any text: what a plan needs where the data itself is not at hand.
+"""Makes pairs of typical lengths, without any text: enough for a plan where the data itself is not at hand.
 
 Lengths are log-normal, with means and tails as measured on the data sets that the formats are named after, in tokens of
-vocabularies of 30,000 to 130,000; they are drawn from a fixed seed and cut as `tokens.truncate` cuts.
+vocabularies of 30,000 to 130,000; they are drawn from a fixed seed and cut as `data/tokens.py` cuts.
 """
 
 import dataclasses
@@ -13,10 +13,10 @@ from sr_dpo_jax.data.dataset import Report, TokenizedPairs
 
 @dataclasses.dataclass(frozen=True)
 class Typical:
-    """Mean tokens, and the standard deviation of the logarithm."""
+    """The lengths of a data set: for each part the mean in tokens, and the standard deviation of the logarithm."""
 
     pairs: int
-    """In the training split."""
+    """The number of pairs of the training split."""
     prompt: tuple[float, float]
     chosen: tuple[float, float]
     rejected: tuple[float, float]
@@ -37,13 +37,13 @@ def typical_pairs(
     max_length: int,
     max_prompt_length: int,
 ) -> TokenizedPairs:
-    """Pairs of tokens 0 with typical lengths, always the same ones.
+    """Makes pairs of typical lengths, always the same ones; all their tokens are 0.
 
     Args:
       format: a key of `LENGTHS`.
-      least_pairs: N, where that is more than the data set has.
-      head_tokens, augmentation_tokens: of the template head and of p.
-      max_length, max_prompt_length: as for `tokens.truncate`.
+      least_pairs: the number of pairs, where that is more than the data set has.
+      head_tokens, augmentation_tokens: the tokens of the template head and of p.
+      max_length, max_prompt_length: the limits of `data.tokens.truncate`, in tokens.
     """
     rng, typical = np.random.default_rng(0), LENGTHS[format]
     pairs = max(typical.pairs, least_pairs)

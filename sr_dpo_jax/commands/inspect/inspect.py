@@ -1,9 +1,9 @@
-"""`sr-dpo inspect MODEL`: what a person wants to know of a model before a run.
+"""Looks at a model before a run: architecture, parameters, weight files, tokenizer, where p stands, memory a chip.
 
-Touches no device and reads no weights beyond the headers of their files, unless a digest is asked for. Memory is
-counted from the same optimizer state and the same sharding table as a run's.
+No device is touched, and of the weights only the headers of their files are read, unless a digest is asked for. Memory
+is counted from the optimizer state and the sharding table that a run uses.
 
-Next: `inspection_print.py`, which prints it.
+Next: `commands/inspect/show.py`, which prints the result.
 """
 
 import dataclasses
@@ -47,80 +47,74 @@ class Files:
     """The weight files, as their headers describe them."""
 
     files: int
+    """The number of files."""
     tensors: dict[str, int]
-    """How many there are of each type, named as safetensors does."""
+    """The number of tensors of each type, named as safetensors does."""
     tensor_bytes: dict[str, int]
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenizerFacts:
-    tokens: int
-    """Entries of the vocabulary, added tokens included."""
-    largest_id: int
-    special_tokens: dict[str, tuple[str, int] | None]
-    """eos, bos and pad: the token and its id; None where there is none."""
-    bos_before_text: bool
-    chat_template: bool
+    """The bytes of the tensors of each type."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Whether p stands verbatim before x in one form of prompt, with the example "Hello" → "Hi" as evidence."""
+    """Says whether p can stand verbatim before x in one form of prompt, and shows it for "Hello" → "Hi"."""
 
     reason: str | None
-    """Why not; None where it does."""
+    """The reason why it cannot; None where it can."""
     head_tokens: int = 0
+    """The number of tokens before p."""
     augmentation_tokens: int = 0
-    """Tokens of p."""
+    """The number of tokens of p."""
     head: str = ""
-    """What stands before p."""
+    """The text before p."""
     rest: str = ""
-    """What follows p up to the response."""
+    """The text from p to the response."""
     response: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes a chip for one type of the parameters. Neither activations nor the batch are counted."""
+    """The bytes of a run's state on each chip, for one type of the parameters; activations and batch not counted."""
 
     parameters_bytes: int
     gradients_bytes: int
-    """One copy, in the type that micro-batches are added up in."""
+    """One copy of the gradients, in the type that micro-batches are added up in."""
     moments_bytes: dict[str, int]
-    """State of each optimizer."""
+    """The state of each optimizer."""
     online_reference_bytes: int
-    """The frozen reference in bfloat16, norms as the parameters; none is kept with reference.mode=cached."""
+    """The frozen reference in bfloat16, its norms in the type of the parameters; none with reference.mode=cached."""
 
     def total_bytes(self, optimizer: str, *, online: bool) -> int:
+        """Sums up all of it, with one optimizer; the reference counts where it is `online`."""
         reference = self.online_reference_bytes if online else 0
         return self.parameters_bytes + self.gradients_bytes + self.moments_bytes[optimizer] + reference
 
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """Everything that is found; `dataclasses.asdict` is what --json writes."""
+    """Everything that is known of a model; --json writes these fields under their names."""
 
     path: str
     family: str
     architecture: dict[str, Any]
     parameters: dict[str, int]
-    """How many there are in each part; those of no known part stand under their own names."""
+    """The number of parameters of each part; one that belongs to no known part stands under its own name."""
     has_weights: bool | None
-    """Whether there are files of weights that a run would read; None where that is not known."""
+    """Whether there are weight files that a run would read; None where that is not known."""
     weights: Files | None
-    """None where there are none, where they do not fit, or where they were not looked at."""
+    """The weight files; None where there are none, where they do not fit, or where they were not looked at."""
     digest: str | None
-    """sha256 of config.json and weight files, if asked for."""
-    tokenizer: TokenizerFacts | None
+    """The sha256 of config.json and the weight files, where it was asked for."""
+    tokenizer: dict[str, Any] | None
+    """The numbers of tokens and of the largest id, the special tokens, BOS and chat template; None where none fits."""
     placements: dict[str, Placement]
-    """By form: text, chat, chat with a system message, chat of several turns."""
+    """The place of p by form of prompt: text, chat, chat with a system message, chat of several turns."""
     mesh: dict[str, int]
     memory: dict[str, Memory]
-    """By type of the parameters; empty where they do not divide over the mesh."""
+    """The memory by type of the parameters; empty where they do not divide over the mesh."""
     not_looked_at: tuple[str, ...]
-    """What a run would look at besides."""
+    """The parts that a run would look at and this command did not."""
     problems: tuple[str, ...]
-    """All that a run would refuse."""
+    """The reasons for which a run would refuse the model."""
 
 
 def inspect_model(path: str, *, revision: str | None, mesh: Mapping[str, int], prompt: str, digest: bool) -> Inspection:
@@ -128,14 +122,16 @@ def inspect_model(path: str, *, revision: str | None, mesh: Mapping[str, int], p
 
     Args:
       path: a Hugging Face directory or hub name.
-      revision: pin of a hub name.
-      mesh: sizes of replica, fsdp and tensor.
+      revision: the revision to which a hub name is pinned.
+      mesh: the sizes of replica, fsdp and tensor.
       prompt: the instruction p.
-      digest: whether the weights are read whole for their sha256, and fetched for that; else their headers are enough.
+      digest: whether to fetch and read the weights whole for their sha256; else only their headers are read.
+
+    Returns:
+      All that was found; whatever a run would refuse is in its `problems`.
 
     Raises:
-      UsageError: there is no such model, or its architecture is not supported. Whatever else is wrong is a problem of
-        the result.
+      UsageError: there is no such model, or its architecture is not supported.
     """
     directory = weights.open_directory(path, revision=revision, weights=digest)
     params = abstract_params(directory.architecture)
@@ -164,24 +160,24 @@ def inspect_model(path: str, *, revision: str | None, mesh: Mapping[str, int], p
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """`replica=1,fsdp=8,tensor=1` -> sizes; those not named are 1.
+    """Reads the sizes of a mesh from a text such as `replica=1,fsdp=8,tensor=1`; an axis that is not named has size 1.
 
     Raises:
       UsageError: an unknown name, a name twice, or a size that is not a positive integer.
     """
     sizes: dict[str, int] = {}
     for part in text.split(","):
-        name, _, size = part.partition("=")
-        if name not in ("replica", "fsdp", "tensor") or name in sizes or not re.fullmatch(r"[1-9][0-9]*", size):
+        match = re.fullmatch(r"(replica|fsdp|tensor)=([1-9][0-9]*)", part)
+        if match is None or match[1] in sizes:
             raise UsageError(
                 f"--mesh {text}: {part!r} does not fit; give sizes such as replica=1,fsdp=8,tensor=1, each once"
             )
-        sizes[name] = int(size)
+        sizes[match[1]] = int(match[2])
     return {"replica": 1, "fsdp": 1, "tensor": 1} | sizes
 
 
 def _collecting(problems: list[str], read: Any, *arguments: Any, **options: Any) -> Any:
-    """The result, or None where the user can fix something: then that is one more problem."""
+    """Calls `read` and gives its result; None where it raises a UsageError, whose text is added to the problems."""
     try:
         return read(*arguments, **options)
     except UsageError as error:
@@ -190,24 +186,27 @@ def _collecting(problems: list[str], read: Any, *arguments: Any, **options: Any)
 
 
 def _parts(params: Any) -> dict[str, int]:
-    """Parameters of each part; norms within attention count as norms."""
-    counts: Counter[str] = Counter(dict.fromkeys(PARTS, 0))
+    """Counts the parameters of each part; norms within attention count as norms."""
+    counts = Counter(dict.fromkeys(PARTS, 0))
     for path, shape in weights.iterate_shapes(params):
-        names = path.split(".")
-        is_norm = any("norm" in name for name in names)
-        part = "norms" if is_norm else next((part for part in PARTS if part in names), path)
-        counts[part] += math.prod(shape)
+        part = next((part for part in PARTS if part in path.split(".")), path)
+        counts["norms" if "norm" in path else part] += math.prod(shape)
     return dict(counts)
 
 
 def _look_at_weights(
     name: str, directory: weights.ModelDirectory, params: Any, problems: list[str]
 ) -> tuple[bool | None, Files | None, tuple[str, ...]]:
-    """Whether there are weights, what their headers say, and what was not looked at; of a hub name no more is fetched.
+    """Reads the headers of the weight files; of a hub name nothing more is fetched.
 
     Args:
       name: the model as the user named it.
-      problems: what a run would refuse is added.
+      directory: the model, opened.
+      params: its abstract parameters, which the files must hold.
+      problems: a list to which the reasons are added for which a run would refuse the files.
+
+    Returns:
+      `Inspection.has_weights`, `weights` and `not_looked_at`.
     """
     located = _collecting(problems, weight_files, directory.path)
     if located is None:
@@ -227,15 +226,15 @@ def _look_at_weights(
         headers = hub.headers(name, paths, commit=directory.revision)
     except UsageError as error:
         return None, None, (f"the weights: {error}",)
-    found = weights.faults(directory, params, headers, weight_map)
-    problems += [weights.listing(directory, found)] * bool(found)
-    return True, None if found else _files(headers.values()), (NOT_FETCHED,)
+    faults = weights.faults(directory, params, headers, weight_map)
+    if faults:
+        problems.append(weights.listing(directory, faults))
+    return True, None if faults else _files(headers.values()), (NOT_FETCHED,)
 
 
 def _files(headers: Collection[Header]) -> Files:
-    """What sound headers hold, one a file."""
-    tensors: Counter[str] = Counter()
-    sizes: Counter[str] = Counter()
+    """Sums up the sound headers of files."""
+    tensors, sizes = Counter[str](), Counter[str]()
     for header in headers:
         for shape, dtype in header.values():
             bits = re.search(r"\d+", dtype)  # F32, BF16, I64; BOOL takes a byte
@@ -244,30 +243,27 @@ def _files(headers: Collection[Header]) -> Files:
     return Files(len(headers), dict(tensors), dict(sizes))
 
 
-def _tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> TokenizerFacts:
-    special = {
-        name: None if token is None else (token, number)
-        for name, token, number in (
-            ("eos", tokenizer.eos_token, tokenizer.eos_token_id),
-            ("bos", tokenizer.bos_token, tokenizer.bos_token_id),
-            ("pad", tokenizer.pad_token, tokenizer.pad_token_id),
-        )
+def _tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    special = {}
+    for name in ("eos", "bos", "pad"):
+        token = getattr(tokenizer, f"{name}_token")
+        special[name] = None if token is None else (token, getattr(tokenizer, f"{name}_token_id"))
+    return {
+        "tokens": len(tokenizer),
+        "largest_id": max(tokenizer.get_vocab().values()),
+        "special_tokens": special,
+        "bos_before_text": uses_bos(tokenizer),
+        "chat_template": tokenizer.chat_template is not None,
     }
-    return TokenizerFacts(
-        tokens=len(tokenizer),
-        largest_id=max(tokenizer.get_vocab().values()),
-        special_tokens=special,
-        bos_before_text=uses_bos(tokenizer),
-        chat_template=tokenizer.chat_template is not None,
-    )
 
 
 def _placements(tokenizer: PreTrainedTokenizerBase, prompt: str) -> dict[str, Placement]:
-    user, turn = Message("user", "Hello"), (Message("user", "Hello"), Message("assistant", "Hi"))
+    user, answer, system = Message("user", "Hello"), Message("assistant", "Hi"), Message("system", "Be kind.")
     forms: dict[str, str | tuple[Message, ...]] = {"text": "Hello"}
     if tokenizer.chat_template is not None:
-        system = Message("system", "Be kind.")
-        forms |= {"chat": (user,), "chat with a system message": (system, user), "chat of several turns": (*turn, user)}
+        forms["chat"] = (user,)
+        forms["chat with a system message"] = (system, user)
+        forms["chat of several turns"] = (user, answer, user)
     encoder = PairEncoder(tokenizer, augmentation_prompt=prompt)
     return {name: _placement(tokenizer, encoder, form) for name, form in forms.items()}
 
@@ -287,12 +283,15 @@ def _placement(
 
 
 def _memory(params: Any, mesh: AbstractMesh, problems: list[str]) -> dict[str, Memory]:
-    """Empty where an axis does not divide over the mesh; every such parameter is a problem."""
-    found = len(problems)
+    """Counts the memory for each type of the parameters; none where an axis does not divide over the mesh.
+
+    Every parameter that does not divide is added to the problems.
+    """
+    before = len(problems)
     for path, param in jax.tree.leaves_with_path(params, is_leaf=lambda node: hasattr(node, "get_metadata")):
         axes, name = param.get_metadata()["axes"], jax.tree_util.keystr(path)
         _collecting(problems, meshes.sharding, mesh, axes, param.shape, name)
-    if len(problems) > found:
+    if len(problems) > before:
         return {}
     shardings = nnx.to_pure_dict(meshes.param_shardings(mesh, params))
     return {name: _memory_of(nnx.to_pure_dict(params), shardings, mesh, jnp.dtype(name)) for name in PARAM_DTYPES}
@@ -308,8 +307,8 @@ def _memory_of(shapes: Any, shardings: Any, mesh: AbstractMesh, dtype: jnp.dtype
         numbers = {} if name == "rmsprop" else {"weight_decay": 0.0, "b1": 0.9, "b2": 0.999, "first_moment_dtype": None}
         optimizer = OPTIMIZERS[name](lambda step: 0.0 * step, max_grad_norm=1.0, **numbers)
         state = state_shapes(params, optimizer)
-        laid_out = state_shardings(state, shardings, optimizer, mesh)
-        moments[name] = _bytes_a_chip(state.optimizer_state, laid_out.optimizer_state)
+        state_places = state_shardings(state, shardings, optimizer, mesh)
+        moments[name] = _bytes_a_chip(state.optimizer_state, state_places.optimizer_state)
     reference = jax.eval_shape(partial(reference_copy, dtype=jnp.dtype("bfloat16")), params)
     return Memory(
         parameters_bytes=_bytes_a_chip(params, shardings),

@@ -1,19 +1,16 @@
-"""`sr-dpo judge`: two files of answers, compared pairwise in both orders; a table for people, JSON for programs."""
+"""Compares two files of answers with a judge, each pair in both orders: a table for people, JSON for programs."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import rich.console
-import rich.table
-import rich.text
-
+from sr_dpo_jax.commands import console
 from sr_dpo_jax.commands.judge.endpoint import Judge, Replies
 from sr_dpo_jax.commands.judge.files import Question, read_answers, read_questions
-from sr_dpo_jax.commands.judge.outcomes import Comparison, summary
+from sr_dpo_jax.commands.judge.outcomes import OUTCOMES, Comparison, summary
 from sr_dpo_jax.commands.judge.settings import Settings, load, messages
+from sr_dpo_jax.durable.files import require_output, write_json
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.train.metrics import Progress
 
@@ -32,17 +29,24 @@ def judge_command(
 
     Replies are kept in OUTPUT.replies.jsonl: the same command again asks only for what is missing there.
 
+    Args:
+      first, second: files of answers.
+      questions_file: the questions that they answer.
+      output: the JSON file to write.
+      config: a YAML file whose keys replace those of judge.yaml.
+      model: the judge's name at the endpoint; None takes that of the settings.
+      base_url: the address of the endpoint; None takes that of the settings.
+
     Raises:
       UsageError: files or settings cannot be used, the endpoint refuses, or no comparison has a verdict.
       RuntimeError: the endpoint does not answer.
     """
-    if not output.parent.is_dir() or output.is_dir():
-        raise UsageError(f"--output {output}: names a directory, or stands in one that does not exist; name a file")
+    require_output(output)
     settings = load(config, model=model, base_url=base_url)
     questions = read_questions(questions_file)
     answers = [read_answers(path, questions) for path in (first, second)]
-    with Replies(output.with_name(output.name + ".replies.jsonl")) as replies:
-        comparisons = compare(questions, *answers, settings=settings, replies=replies)
+    replies = Replies(output.with_name(output.name + ".replies.jsonl"))
+    comparisons = compare(questions, *answers, settings=settings, replies=replies)
     result = {
         "a": first.name,
         "b": second.name,
@@ -54,9 +58,7 @@ def judge_command(
             {**dataclasses.asdict(comparison), "outcome": comparison.outcome} for comparison in comparisons
         ],
     }
-    partial = output.with_name(output.name + ".partial")
-    partial.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(output)
+    write_json(output, result)
     print_result(result)
     if result["total"]["unusable"] == len(comparisons):
         raise UsageError(
@@ -73,18 +75,15 @@ def compare(
     settings: Settings,
     replies: Replies,
 ) -> list[Comparison]:
-    """Every turn of every question, in both orders."""
+    """Asks for a verdict on every turn of every question, in both orders."""
     turns = [(question, turn) for question in questions for turn in range(1, 1 + len(question.turns))]
-    asked = [
-        messages(settings.prompts, question, turn, *order)
+    conversations = [
+        messages(settings.prompts, question, turn, shown_as_a[question.id], shown_as_b[question.id])
         for question, turn in turns
-        for order in (
-            (first[question.id], second[question.id]),
-            (second[question.id], first[question.id]),
-        )
+        for shown_as_a, shown_as_b in ((first, second), (second, first))
     ]
-    with Progress("judge", total=len(asked), active=True) as progress:
-        verdicts = Judge(settings, replies).verdicts(asked, progress.update)
+    with Progress("judge", total=len(conversations), active=True) as progress:
+        verdicts = Judge(settings, replies).verdicts(conversations, progress.update)
     return [
         Comparison(question.id, turn, question.category, *verdicts[2 * number : 2 * number + 2])
         for number, (question, turn) in enumerate(turns)
@@ -92,53 +91,48 @@ def compare(
 
 
 def summaries(comparisons: Sequence[Comparison], settings: Settings) -> dict[str, Any]:
-    """The summary of all comparisons, of each category, and of each turn where there are two."""
+    """Sums up all comparisons, those of each category, and those of each turn where there are two."""
 
-    def of(chosen: Sequence[Comparison]) -> dict[str, Any]:
-        return summary(chosen, settings.bootstrap)
+    def summaries_by(field: str) -> dict[str, Any]:
+        groups: dict[Any, list[Comparison]] = {}
+        for comparison in comparisons:
+            groups.setdefault(getattr(comparison, field), []).append(comparison)
+        return {str(key): summary(group, settings.bootstrap) for key, group in groups.items() if key is not None}
 
-    categories = list(dict.fromkeys(c.category for c in comparisons if c.category is not None))
-    turns = sorted({comparison.turn for comparison in comparisons})
+    turns = summaries_by("turn")
     return {
-        "total": of(comparisons),
-        "categories": {name: of([c for c in comparisons if c.category == name]) for name in categories},
-        "turns": {str(turn): of([c for c in comparisons if c.turn == turn]) for turn in turns if len(turns) > 1},
+        "total": summary(comparisons, settings.bootstrap),
+        "categories": summaries_by("category"),
+        "turns": turns if len(turns) > 1 else {},
     }
 
 
 def print_result(result: dict[str, Any]) -> None:
-    """The shares with their intervals, one row a category."""
-    title = f"{result['a']} against {result['b']}, judged by {result['judge']['model']}"
-    table = rich.table.Table(title=rich.text.Text(title))
-    for name in ("", "win", "tie", "lose", "score"):
-        table.add_column(name, justify="left" if not name else "right")
-    parts = [*result["categories"].items(), *((f"turn {turn}", part) for turn, part in result["turns"].items())]
-    for name, part in [*parts, ("total", result["total"])]:
-        if name == "total":
-            table.add_section()
-        shares = [_share(part["shares"][outcome]) for outcome in ("win", "tie", "lose", "score")]
-        table.add_row(rich.text.Text(name), *shares)
-    console = rich.console.Console(highlight=False, markup=False)
-    console.print(table)
+    """Prints the shares with their intervals, one row a category, and how often the judge went by position."""
+    outcomes = (*OUTCOMES, "score")
+    table = console.table("", *(f">{outcome}" for outcome in outcomes))
+    turns = [(f"turn {turn}", part) for turn, part in result["turns"].items()]
+    for name, part in (*result["categories"].items(), *turns, ("total", result["total"])):
+        console.row(table, name, *(_share(part["shares"][outcome]) for outcome in outcomes))
+    console.section(f"{result['a']} against {result['b']}, judged by {result['judge']['model']}", table)
     total, confidence = result["total"], result["bootstrap"]["confidence"]
-    console.print(
+    console.say(
         f"{total['comparisons']} comparisons of {total['questions']} questions, each in both orders. In brackets: "
         f"{confidence:.0%} intervals over questions. score = win + tie / 2."
     )
     if total["position_bias_rate"] is not None:
-        console.print(
+        console.say(
             f"Position bias: in {total['position_bias_rate']:.1%} the same place won both orders "
             f"(first {total['always_first']}, second {total['always_second']}); these count as ties."
         )
     for reason, count in total["unusable_reasons"].items():
-        console.print(f"{count} of {2 * total['comparisons']} requests gave no verdict: {reason}.")
+        console.say(f"{count} of {2 * total['comparisons']} requests gave no verdict: {reason}.")
     if total["unusable"]:
-        console.print(f"{total['unusable']} comparisons are unusable for that, and in no share.")
+        console.say(f"{total['unusable']} comparisons are unusable for that, and in no share.")
 
 
 def _share(share: dict[str, float | None]) -> str:
     if share["value"] is None:
         return ""
-    if share["low"] is None:
-        return f"{share['value']:.0%}"
-    return f"{share['value']:.0%} [{100 * share['low']:.0f}, {100 * share['high']:.0f}]"
+    interval = "" if share["low"] is None else f" [{100 * share['low']:.0f}, {100 * share['high']:.0f}]"
+    return f"{share['value']:.0%}{interval}"

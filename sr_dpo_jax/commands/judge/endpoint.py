@@ -1,7 +1,7 @@
-"""A judge model behind an OpenAI-compatible endpoint, and what it has said already, in a file.
+"""Asks a judge model behind an OpenAI-compatible endpoint, and keeps its replies in a file.
 
-Transport errors (408, 409, 429, 5xx, time-outs, dropped connections) are the client's to retry. A reply without a
-verdict is asked for again here. Where the endpoint stays away the run stops: what was said is kept.
+The client retries transport errors (408, 409, 429, 5xx, time-outs, dropped connections). A reply without a verdict is
+asked for again here. Where the endpoint does not come back the run stops; the replies so far are kept.
 """
 
 import concurrent.futures
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sr_dpo_jax.commands.judge.settings import Settings
-from sr_dpo_jax.durable.files import lines_of
+from sr_dpo_jax.durable.files import lines_of, write_text
 from sr_dpo_jax.errors import UsageError
 
 try:
@@ -33,56 +33,59 @@ KEY_REFUSED, NOT_FOUND, REQUEST_REFUSED = (401, 403), (404, 405), (400, 413, 422
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
+    """The judge's verdict on one conversation."""
+
     choice: str | None
     """`A`, `B` or `tie`; None where there is no verdict."""
     problem: str | None = None
-    """Why there is none: `malformed reply` or `HTTP 400`, say."""
+    """The reason why there is none, such as `malformed reply` or `HTTP 400`."""
 
 
 def request_key(settings: Settings, messages: Messages) -> str:
-    """sha256 of all that a reply depends on: model, parameters, messages; not of where the endpoint is."""
+    """Gives the sha256 of all that a reply depends on: model, parameters, messages; not the endpoint's address."""
     return hashlib.sha256(json.dumps([settings.model, settings.request, messages], sort_keys=True).encode()).hexdigest()
 
 
 def parse(pattern: str, reply: str) -> str | None:
-    """`A`, `B` or `tie`; None unless the pattern is found and all of its matches say the same."""
-    found = {match.casefold() for match in re.findall(pattern, reply)}
-    return {"a": "A", "b": "B", "tie": "tie"}.get(found.pop()) if len(found) == 1 else None
+    """Reads `A`, `B` or `tie` from a reply; None unless the pattern is there and all of its matches say the same."""
+    choices = {match.casefold() for match in re.findall(pattern, reply)}
+    return {"a": "A", "b": "B", "tie": "tie"}.get(choices.pop()) if len(choices) == 1 else None
 
 
 class Replies:
-    """Replies that hold a verdict, JSON lines of `key` and `reply`, written as they come; a kill loses none of them."""
+    """The replies that hold a verdict, in a file of JSON lines of `key` and `reply`.
+
+    Each is written as it comes, so that a kill loses none of them.
+
+    Args:
+      path: the file; the replies of an earlier run are read from it.
+
+    Raises:
+      UsageError: the file is damaged.
+    """
 
     def __init__(self, path: Path):
-        self._lock = threading.Lock()
-        lines = _whole_lines(path)
-        self._replies = {line["key"]: line["reply"] for line in lines}
-        self._file = path.open("a", encoding="utf-8")
-        if lines:
-            log.info("%s: holds %d replies", path, len(lines))
-
-    def __enter__(self) -> "Replies":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self._path, self._lock, self._replies = path, threading.Lock(), _read_replies(path)
+        if self._replies:
+            log.info("%s: holds %d replies", path, len(self._replies))
 
     def get(self, key: str) -> str | None:
+        """Gives the reply of a request, None where it is not known."""
         return self._replies.get(key)
 
     def put(self, key: str, reply: str) -> None:
-        with self._lock:
+        """Adds a reply to the file."""
+        with self._lock, self._path.open("a", encoding="utf-8") as file:
             self._replies[key] = reply
-            self._file.write(json.dumps({"key": key, "reply": reply}, ensure_ascii=False) + "\n")
-            self._file.flush()
+            file.write(json.dumps({"key": key, "reply": reply}, ensure_ascii=False) + "\n")
 
 
 class Judge:
     """Asks for verdicts.
 
     Args:
-      settings: whom and how to ask.
-      replies: what is known already, and where new replies go.
+      settings: the endpoint, the model and the parameters of requests.
+      replies: the replies of earlier runs, to which new ones are added.
 
     Raises:
       UsageError: the environment has no key.
@@ -100,114 +103,114 @@ class Judge:
             api_key=key, base_url=settings.base_url, timeout=settings.timeout_s, max_retries=settings.retries
         )
 
-    def verdicts(self, asked: Sequence[Messages], progress: Callable[[int], None]) -> list[Verdict]:
-        """The verdict on each conversation, those that are not known yet several at a time.
+    def verdicts(self, conversations: Sequence[Messages], progress: Callable[[int], None]) -> list[Verdict]:
+        """Gives the verdict on each conversation; several of those that are not known yet are asked for at a time.
+
+        Args:
+          conversations: the messages of each request.
+          progress: called with the number of verdicts so far.
 
         Raises:
           UsageError: the endpoint refuses the key, or knows no such model.
           RuntimeError: the endpoint does not answer.
         """
-        keys = [request_key(self._settings, messages) for messages in asked]
-        known = {key: self._known(key) for key in keys}
-        missing = {key: messages for key, messages in zip(keys, asked, strict=True) if known[key] is None}
-        progress(len(known) - len(missing))
+        asked = {request_key(self._settings, messages): messages for messages in conversations}
+        verdicts = {key: Verdict(choice) for key in asked if (choice := self._choice(self._replies.get(key)))}
+        progress(len(verdicts))
         pool = concurrent.futures.ThreadPoolExecutor(self._settings.concurrency)
         try:
-            futures = {pool.submit(self._ask_unless_stopped, key, messages): key for key, messages in missing.items()}
-            for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
-                known[futures[future]] = future.result()
-                progress(len(known) - len(missing) + done)
+            futures = {
+                pool.submit(self._ask, key, messages): key for key, messages in asked.items() if key not in verdicts
+            }
+            for future in concurrent.futures.as_completed(futures):
+                verdicts[futures[future]] = future.result()
+                progress(len(verdicts))
         finally:
             self._stopped.set()
             pool.shutdown(wait=True, cancel_futures=True)
-        return [known[key] for key in keys]
+        return [verdicts[request_key(self._settings, messages)] for messages in conversations]
 
-    def _known(self, key: str) -> Verdict | None:
-        reply = self._replies.get(key)
-        choice = None if reply is None else parse(self._settings.verdict_pattern, reply)
-        return None if choice is None else Verdict(choice)
-
-    def _ask_unless_stopped(self, key: str, messages: Messages) -> Verdict:
-        """The first failure stops all threads, before the one that collects their verdicts hears of it."""
-        if self._stopped.is_set():
-            return Verdict(None, "not asked")
-        try:
-            return self._ask(key, messages)
-        except BaseException:
-            self._stopped.set()
-            raise
+    def _choice(self, reply: str | None) -> str | None:
+        return None if reply is None else parse(self._settings.verdict_pattern, reply)
 
     def _ask(self, key: str, messages: Messages) -> Verdict:
-        wait_s = self._settings.malformed_wait_s
+        """Asks until there is a verdict; a failure stops all threads before the one that collects them hears of it."""
         for attempt in range(1 + self._settings.malformed_retries):
-            if attempt and self._stopped.wait(wait_s * 2 ** (attempt - 1)):
-                break
-            try:
-                reply = _text(self._request(messages))
-            except _RefusedError as error:
-                return Verdict(None, f"HTTP {error}")
-            choice = None if reply is None else parse(self._settings.verdict_pattern, reply)
+            if self._stopped.wait(self._settings.malformed_wait_s * 2 ** (attempt - 1) if attempt else 0):
+                return Verdict(None, "not asked")
+            reply, failure = self._request(messages)
+            if failure in REQUEST_REFUSED:
+                return Verdict(None, f"HTTP {failure}")
+            if failure is not None:
+                self._stopped.set()
+                raise self._error(failure)
+            choice = self._choice(reply)
             if choice is not None:
                 self._replies.put(key, reply)
                 return Verdict(choice)
         return Verdict(None, "malformed reply")
 
-    def _request(self, messages: Messages) -> Any:
-        """What the endpoint sends back, whatever it is. The endpoint's own words of error may hold the key or the
-        user's data, so they go nowhere, and neither does the exception that holds them."""
+    def _request(self, messages: Messages) -> tuple[str | None, int | str | None]:
+        """Sends a request.
+
+        A trap: the endpoint's own error text may hold the key or the user's data. So neither that text nor an exception
+        that holds it leaves this function.
+
+        Returns:
+          The text of the reply, None where there is none; and the reason of a failure, None where there was none.
+        """
         settings = self._settings
         try:
-            return self._client.chat.completions.create(model=settings.model, messages=messages, **settings.request)
+            completion = self._client.chat.completions.create(
+                model=settings.model, messages=messages, **settings.request
+            )
         except openai.APIStatusError as error:
-            status = error.status_code
+            return None, error.status_code
         except openai.APITimeoutError:
-            status = f"nothing within {settings.timeout_s:g} s"
+            return None, f"nothing within {settings.timeout_s:g} s"
         except openai.APIConnectionError:
-            status = "no connection"
+            return None, "no connection"
         except (openai.APIResponseValidationError, ValueError):
-            return None
+            return None, None
         except TypeError as error:
             raise UsageError(f"request: the openai client does not take it ({error})") from None
-        if status in REQUEST_REFUSED:
-            raise _RefusedError(status)
-        if status in KEY_REFUSED:
-            raise UsageError(f"the endpoint refuses the key in {settings.api_key_variable} (HTTP {status})")
-        if status in NOT_FOUND:
-            raise UsageError(
-                f"the endpoint has no model {settings.model!r}, or --base-url does not name an OpenAI-compatible "
-                f"endpoint (HTTP {status})"
+        return _text(completion), None
+
+    def _error(self, failure: int | str) -> Exception:
+        if failure in KEY_REFUSED:
+            return UsageError(f"the endpoint refuses the key in {self._settings.api_key_variable} (HTTP {failure})")
+        if failure in NOT_FOUND:
+            return UsageError(
+                f"the endpoint has no model {self._settings.model!r}, or --base-url does not name an OpenAI-compatible "
+                f"endpoint (HTTP {failure})"
             )
-        told = f"HTTP {status}" if isinstance(status, int) else status
-        raise RuntimeError(
-            f"the judge's endpoint gave no reply in {1 + settings.retries} attempts (last: {told}); the replies so far "
-            "are kept: the same command again goes on from them"
+        last = f"HTTP {failure}" if isinstance(failure, int) else failure
+        return RuntimeError(
+            f"the judge's endpoint gave no reply in {1 + self._settings.retries} attempts (last: {last}); the replies "
+            "so far are kept: the same command again goes on from them"
         )
 
 
-class _RefusedError(Exception):
-    """The endpoint takes no such request, a too long one say; never leaves this file."""
-
-
 def _text(completion: Any) -> str | None:
-    """The text of a reply, as far as it is one: an endpoint can send anything."""
+    """Gives the text of a reply; None where there is none: an endpoint can send anything."""
     choices = getattr(completion, "choices", None)
     message = getattr(choices[0], "message", None) if isinstance(choices, list) and choices else None
     content = getattr(message, "content", None)
     return content if isinstance(content, str) else None
 
 
-def _whole_lines(path: Path) -> list[dict[str, str]]:
-    """The lines of an earlier run; one that a kill cut short is taken off the file."""
+def _read_replies(path: Path) -> dict[str, str]:
+    """Reads the replies of an earlier run by key; a line that a kill cut short is taken off the file."""
     if not path.exists():
-        return []
+        return {}
     try:
         lines = lines_of(path.read_text(encoding="utf-8"))
         if lines and not lines[-1].endswith("\n"):
             lines.pop()
-            path.write_text("".join(lines), encoding="utf-8")
-        parsed = [json.loads(line) for line in lines]
-        if not all(isinstance(line["key"], str) and isinstance(line["reply"], str) for line in parsed):
+            write_text(path, "".join(lines))
+        replies = {line["key"]: line["reply"] for line in map(json.loads, lines)}
+        if not all(isinstance(text, str) for text in (*replies, *replies.values())):
             raise ValueError("a line is not of text")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path}: damaged ({type(error).__name__}); delete it, and all is asked again") from error
-    return parsed
+    return replies

@@ -1,4 +1,4 @@
-"""Files of questions and of answers -> checked questions, each with the answers of both models.
+"""Reads files of questions and of answers, and checks that both models answer every turn of every question.
 
 questions   JSON lines with `question_id` or `id`, and `turns` (one or two texts, as MT-Bench has them), `text` (as
             Vicuna-Bench has it) or `prompt`; besides, if you like, `category` and `reference` (text or a list)
@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sr_dpo_jax.data.rows import BadRow, UnusableError, checked_id, checked_text, json_records
+from sr_dpo_jax.commands.prompts import LISTED, usable_lines
+from sr_dpo_jax.data.rows import UnusableError, checked_id, checked_text
 from sr_dpo_jax.errors import UsageError
 
-LISTED = 20
 IDS = ("question_id", "id")
 MOST_TURNS = 2
 
@@ -23,64 +23,55 @@ Row = TypeVar("Row")
 
 @dataclasses.dataclass(frozen=True)
 class Question:
+    """One question, of one or two turns."""
+
     id: str
     category: str | None
     turns: tuple[str, ...]
-    """One or two texts of the user."""
+    """The user's texts, one or two."""
     reference: tuple[str, ...]
     """Known good answers to the turns; empty where there is none."""
 
 
 def read_questions(path: Path) -> list[Question]:
-    """The questions in the order of the file.
+    """Reads the questions in the order of the file.
 
     Raises:
       UsageError: the file cannot be read, is empty, or lines cannot be used, with each line and reason.
     """
-    return list(_rows(path, "question", _question).values())
+    return list(_by_id(path, "question", _question).values())
 
 
 def read_answers(path: Path, questions: list[Question]) -> dict[str, tuple[str, ...]]:
-    """The answers to each turn of each question, by id; those to other questions are left out.
+    """Reads the answers to each turn of each question, by id; those to other questions are left out.
 
     Raises:
       UsageError: as for questions; or a question has no answer, or fewer answers than turns.
     """
-    answers = _rows(path, "answer", _answer)
+    answers = _by_id(path, "answer", _answer)
     missing = [question.id for question in questions if question.id not in answers]
     short = [q.id for q in questions if q.id in answers and len(answers[q.id]) < len(q.turns)]
-    for ids, what in ((missing, "has no answer"), (short, "has fewer answers than turns")):
+    for ids, problem in ((missing, "has no answer"), (short, "has fewer answers than turns")):
         if ids:
             listed = ", ".join(ids[:LISTED]) + (", ..." if len(ids) > LISTED else "")
-            raise UsageError(f"{path}: {len(ids)} of {len(questions)} questions: {what}: id {listed}; generate them")
+            raise UsageError(f"{path}: {len(ids)} of {len(questions)} questions: {problem}: id {listed}; generate them")
     return {question.id: answers[question.id][: len(question.turns)] for question in questions}
 
 
-def _rows(path: Path, what: str, parse: Callable[[dict[str, Any]], Row]) -> dict[str, Row]:
-    """The lines of a file by id, all that is wrong with them told at once."""
+def _by_id(path: Path, what: str, parse: Callable[[str, dict[str, Any]], Row]) -> dict[str, Row]:
     rows: dict[str, Row] = {}
-    bad = []
-    for number, row in json_records(str(path)):
-        try:
-            if isinstance(row, BadRow):
-                raise UnusableError(row.reason)
-            if not isinstance(row, dict):
-                raise UnusableError("not an object")
-            id = checked_id(row, IDS, number)
-            if id in rows:
-                raise UnusableError(f"id {id} again")
-            rows[id] = parse({**row, "id": id})
-        except UnusableError as error:
-            bad.append(f"line {number}: {error}")
-    if bad:
-        more = [f"and {len(bad) - LISTED} more"] if len(bad) > LISTED else []
-        raise UsageError("\n  ".join([f"{path}: {len(bad)} {what}s cannot be used:", *bad[:LISTED], *more]))
-    if not rows:
-        raise UsageError(f"{path}: holds no {what}; write one JSON object a line")
+
+    def add(row: dict[str, Any], number: int) -> None:
+        id = checked_id(row, IDS, number)
+        if id in rows:
+            raise UnusableError(f"id {id} again")
+        rows[id] = parse(id, row)
+
+    usable_lines(str(path), what, add)
     return rows
 
 
-def _question(row: dict[str, Any]) -> Question:
+def _question(id: str, row: dict[str, Any]) -> Question:
     key = next((key for key in ("turns", "text", "prompt") if key in row), None)
     if key is None:
         raise UnusableError("missing key 'turns' (a list of texts), 'text' or 'prompt'")
@@ -89,14 +80,14 @@ def _question(row: dict[str, Any]) -> Question:
         raise UnusableError(f"{key}: expected one or two texts that are not empty, got {len(turns)}")
     category, reference = row.get("category"), row.get("reference")
     return Question(
-        row["id"],
+        id,
         None if category is None else checked_text(category, "category"),
         turns,
         () if reference is None else _texts(reference, "reference"),
     )
 
 
-def _answer(row: dict[str, Any]) -> tuple[str, ...]:
+def _answer(_id: str, row: dict[str, Any]) -> tuple[str, ...]:
     if "choices" in row:
         choices = row["choices"]
         if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):

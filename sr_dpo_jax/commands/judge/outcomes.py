@@ -1,4 +1,4 @@
-"""Verdicts of both orders -> win, tie or lose; shares with intervals; how often the judge went by position."""
+"""Turns the verdicts of both orders into win, tie or lose, and sums them up as shares with intervals."""
 
 import dataclasses
 from collections import Counter
@@ -22,13 +22,13 @@ class Comparison:
     turn: int
     category: str | None
     shown_first: Verdict
-    """Our model's answer stood as A."""
+    """The verdict where our model's answer was shown as A."""
     shown_second: Verdict
-    """Our model's answer stood as B."""
+    """The verdict where our model's answer was shown as B."""
 
     @property
     def outcome(self) -> str:
-        """Of our model: `win` and `lose` only where both orders say so, else `tie`; `unusable` without a verdict."""
+        """Our model's outcome: `win` or `lose` where both orders say so, else `tie`; `unusable` without a verdict."""
         first, second = self.shown_first.choice, self.shown_second.choice
         if first is None or second is None:
             return "unusable"
@@ -36,13 +36,13 @@ class Comparison:
 
     @property
     def position(self) -> str | None:
-        """`A` or `B` where the answer in that place won in both orders, whichever it was; else None."""
+        """The place, `A` or `B`, that won in both orders, whichever answer stood there; else None."""
         first, second = self.shown_first.choice, self.shown_second.choice
-        return first if first == second and first in ("A", "B") else None
+        return first if first == second != "tie" else None
 
 
 def summary(comparisons: Sequence[Comparison], bootstrap: Bootstrap) -> dict[str, Any]:
-    """Counts of outcomes, their shares of the usable comparisons with intervals, and the position-bias rate.
+    """Counts outcomes and positions, and gives each outcome's share of the usable comparisons with an interval.
 
     `score` is the share of wins plus half that of ties. A share is None where nothing is usable, an interval where
     fewer than two questions are.
@@ -51,9 +51,9 @@ def summary(comparisons: Sequence[Comparison], bootstrap: Bootstrap) -> dict[str
     by_question: dict[str, Counter[str]] = {}
     for comparison in usable:
         by_question.setdefault(comparison.question, Counter())[comparison.outcome] += 1
-    counts = np.array([[c[name] for name in OUTCOMES] for c in by_question.values()], float).reshape(-1, 3)
-    wins, ties, losses = counts.T
-    values = {"win": wins, "tie": ties, "lose": losses, "score": wins + ties / 2}
+    values = {name: np.array([counts[name] for counts in by_question.values()], float) for name in OUTCOMES}
+    comparisons_of = sum(values.values())
+    values["score"] = values["win"] + values["tie"] / 2
     positions = Counter(comparison.position for comparison in usable)
     problems = [v.problem for c in comparisons for v in (c.shown_first, c.shown_second) if v.problem is not None]
     return {
@@ -62,7 +62,7 @@ def summary(comparisons: Sequence[Comparison], bootstrap: Bootstrap) -> dict[str
         "unusable": len(comparisons) - len(usable),
         "unusable_reasons": dict(Counter(problems)),
         **{name: int(values[name].sum()) for name in OUTCOMES},
-        "shares": {name: share(value, counts.sum(axis=1), bootstrap) for name, value in values.items()},
+        "shares": {name: share(value, comparisons_of, bootstrap) for name, value in values.items()},
         "position_bias_rate": (positions["A"] + positions["B"]) / len(usable) if usable else None,
         "always_first": positions["A"],
         "always_second": positions["B"],
@@ -70,21 +70,19 @@ def summary(comparisons: Sequence[Comparison], bootstrap: Bootstrap) -> dict[str
 
 
 def share(values: np.ndarray, comparisons: np.ndarray, bootstrap: Bootstrap) -> dict[str, float | None]:
-    """Σ values / Σ comparisons, with the percentile interval of drawing the questions anew.
+    """Gives Σ values / Σ comparisons, with the percentile interval of drawing the questions anew.
 
     Questions are drawn, not comparisons: the two turns of one question are no independent evidence.
 
     Args:
-      values: `[Q]`, what each question adds.
-      comparisons: `[Q]`, how many usable comparisons each question has, at least one.
-      bootstrap: how often to draw, and the interval's confidence.
+      values: `[Q]`, each question's part of the sum.
+      comparisons: `[Q]`, the number of usable comparisons of each question, at least one.
+      bootstrap: the number of resamples, the interval's confidence and the seed.
     """
-    if not len(values):
-        return {"value": None, "low": None, "high": None}
-    value = float(values.sum() / comparisons.sum())
-    if len(values) == 1:
+    value = float(values.sum() / comparisons.sum()) if len(values) else None
+    if len(values) < 2:
         return {"value": value, "low": None, "high": None}
-    found = scipy.stats.bootstrap(
+    low, high = scipy.stats.bootstrap(
         (values, comparisons),
         lambda drawn, of, axis: drawn.sum(axis=axis) / of.sum(axis=axis),
         paired=True,
@@ -94,5 +92,5 @@ def share(values: np.ndarray, comparisons: np.ndarray, bootstrap: Bootstrap) -> 
         method="percentile",
         batch=1000,
         rng=np.random.default_rng(bootstrap.seed),
-    )
-    return {"value": value, "low": float(found.confidence_interval.low), "high": float(found.confidence_interval.high)}
+    ).confidence_interval
+    return {"value": value, "low": float(low), "high": float(high)}

@@ -1,4 +1,4 @@
-"""What the judge is asked, and how: `judge.yaml` of this package, with the keys of a user's file put in their place."""
+"""Reads the settings of the judge, a user's keys in place of those of judge.yaml, and makes its prompts."""
 
 import hashlib
 import importlib.resources
@@ -9,11 +9,11 @@ from string import Template
 from typing import Annotated, Any
 
 import pydantic
-import yaml
 from pydantic import Field
 
 from sr_dpo_jax.commands.judge.files import Question
 from sr_dpo_jax.config.schema import NonNegative, Positive, Rate, Section
+from sr_dpo_jax.config.yaml_text import parse
 from sr_dpo_jax.errors import UsageError
 
 FIELDS = {
@@ -21,18 +21,22 @@ FIELDS = {
     "two_turns": {"question_1", "question_2", "answer_a_1", "answer_a_2", "answer_b_1", "answer_b_2", "reference"},
     "reference": {"reference"},
 }
-"""What each prompt is filled with; all of them must stand in it, and nothing else."""
+"""The fields of each prompt; all of them must stand in it, and no other."""
 OURS = ("model", "messages", "stream", "n")
 """Parameters of a request that are not the user's to set."""
 
 
 class Bootstrap(Section):
+    """The resampling of questions that gives intervals."""
+
     resamples: Annotated[int, Field(ge=100)]
     confidence: Annotated[float, Field(gt=0, lt=1)]
     seed: NonNegative
 
 
 class Prompts(Section):
+    """The texts that the judge is sent, with fields for questions and answers."""
+
     system: str
     one_turn: str
     two_turns: str
@@ -40,7 +44,7 @@ class Prompts(Section):
 
 
 class Settings(Section):
-    """The keys of judge.yaml, which says what each means."""
+    """The keys of judge.yaml, which explains each of them."""
 
     model: str | None
     base_url: str | None
@@ -57,91 +61,87 @@ class Settings(Section):
 
     @property
     def prompts_digest(self) -> str:
-        """sha256 of the prompts, for the result: other prompts are another judge."""
+        """The sha256 of the prompts, for the result: other prompts make another judge."""
         return hashlib.sha256(json.dumps(self.prompts.model_dump(), sort_keys=True).encode()).hexdigest()
 
 
 def load(path: Path | None, *, model: str | None, base_url: str | None) -> Settings:
-    """Our judge.yaml, the keys of `path` in place of its own, then the command line's.
+    """Reads judge.yaml, then the keys of `path` in place of its own, then those of the command line.
 
     Raises:
       UsageError: the file cannot be read, a key is unknown or has a bad value, a prompt lacks a field, or no judge is
         named.
     """
     ours = importlib.resources.files("sr_dpo_jax.commands.judge").joinpath("judge.yaml").read_text(encoding="utf-8")
-    raw, where = yaml.safe_load(ours), str(path) if path is not None else "judge.yaml"
-    if path is not None:
-        for key, value in _read(path).items():
-            nested = isinstance(raw.get(key), dict) and isinstance(value, dict) and key != "request"
-            raw[key] = raw[key] | value if nested else value
+    raw = parse(ours, where="judge.yaml")
+    for key, value in ({} if path is None else _read(path)).items():
+        nested = isinstance(raw.get(key), dict) and isinstance(value, dict) and key != "request"
+        raw[key] = raw[key] | value if nested else value
     raw |= {key: value for key, value in (("model", model), ("base_url", base_url)) if value is not None}
     try:
         settings = Settings.model_validate(raw)
+        problems = _problems(settings)
     except pydantic.ValidationError as error:
-        problems = [f"  {'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
-        raise UsageError("\n".join([f"{where}: {len(problems)} problem(s)", *problems])) from None
-    problems = _problems(settings)
+        problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
     if problems:
-        raise UsageError("\n  ".join([f"{where}: {len(problems)} problem(s)", *problems]))
+        raise UsageError("\n  ".join([f"{path or 'judge.yaml'}: {len(problems)} problem(s)", *problems]))
     return settings
 
 
 def messages(
     prompts: Prompts, question: Question, turn: int, first: tuple[str, ...], second: tuple[str, ...]
 ) -> list[dict[str, str]]:
-    """The conversation that asks for a verdict on one turn.
+    """Makes the conversation that asks for a verdict on one turn.
 
     Args:
-      prompts: what to say.
-      question: what was asked.
+      prompts: the texts to fill.
+      question: the question.
       turn: 1 or 2.
       first, second: the answers to each turn of the model that is shown as A and of the one that is shown as B.
+
+    Returns:
+      The messages as the endpoint takes them.
     """
     reference = ""
     if question.reference:
         known = "\n\n".join(question.reference[:turn])
         reference = Template(prompts.reference).substitute(reference=known)
-    if turn == 1:
-        fields = {"question": question.turns[0], "answer_a": first[0], "answer_b": second[0]}
-        asked = Template(prompts.one_turn).substitute(fields, reference=reference)
-    else:
-        fields = {f"question_{n}": text for n, text in enumerate(question.turns, 1)}
-        fields |= {f"answer_a_{n}": text for n, text in enumerate(first, 1)}
-        fields |= {f"answer_b_{n}": text for n, text in enumerate(second, 1)}
-        asked = Template(prompts.two_turns).substitute(fields, reference=reference)
-    return [{"role": "system", "content": prompts.system}, {"role": "user", "content": asked}]
+    texts = {"question": question.turns, "answer_a": first, "answer_b": second}
+    fields = {name: values[0] for name, values in texts.items()}
+    fields |= {f"{name}_{number}": text for name, values in texts.items() for number, text in enumerate(values, 1)}
+    template = Template(prompts.one_turn if turn == 1 else prompts.two_turns)
+    content = template.substitute(fields, reference=reference)
+    return [{"role": "system", "content": prompts.system}, {"role": "user", "content": content}]
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = parse(path.read_text(encoding="utf-8"), where=f"--judge-config {path}")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--judge-config {path}: cannot be read ({error}); name an existing YAML file") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(f"--judge-config {path}: not valid YAML: {error}") from error
     if not isinstance(raw, dict) or not all(isinstance(key, str) for key in raw):
         raise UsageError(f"--judge-config {path}: holds no mapping of keys; see judge.yaml in the package")
     return raw
 
 
 def _problems(settings: Settings) -> list[str]:
-    found = []
+    problems = []
     if settings.model is None:
-        found.append("model=null: no judge is named; give --model NAME, or the key in the file")
+        problems.append("model=null: no judge is named; give --model NAME, or the key in the file")
     for name, fields in FIELDS.items():
         template = Template(getattr(settings.prompts, name))
         if not template.is_valid():
-            found.append(f"prompts.{name}: a $ that starts no field; write $$ for the character")
+            problems.append(f"prompts.{name}: a $ that starts no field; write $$ for the character")
         elif set(template.get_identifiers()) != fields:
-            found.append(
+            problems.append(
                 f"prompts.{name}: must hold ${', $'.join(sorted(fields))} and no other field, "
                 f"has {', '.join(sorted(template.get_identifiers())) or 'none'}"
             )
     try:
         groups = re.compile(settings.verdict_pattern).groups
         if groups != 1:
-            found.append(f"verdict_pattern: has {groups} groups; one must hold A, B or tie")
+            problems.append(f"verdict_pattern: has {groups} groups; one must hold A, B or tie")
     except re.error as error:
-        found.append(f"verdict_pattern: not a regular expression ({error})")
-    found += [f"request.{key}: is set by sr-dpo itself; remove it" for key in OURS if key in settings.request]
-    return found
+        problems.append(f"verdict_pattern: not a regular expression ({error})")
+    problems += [f"request.{key}: is set by sr-dpo itself; remove it" for key in OURS if key in settings.request]
+    return problems

@@ -1,6 +1,8 @@
-"""`sr-dpo lm-eval`: tasks of lm-evaluation-harness with the model on the mesh.
+"""Runs tasks of lm-evaluation-harness with the model on the mesh.
 
 The harness brings the tasks, fetches their data and computes the metrics; it runs on every host and needs no PyTorch.
+
+Next: `commands/lm_eval/mesh_lm.py`, the model as the harness sees it.
 """
 
 import dataclasses
@@ -14,12 +16,11 @@ from typing import Any
 
 import jax
 import numpy as np
-import rich.console
-import rich.table
-import rich.text
 
+from sr_dpo_jax.commands import console
 from sr_dpo_jax.config.load import config_for_model, load_config
 from sr_dpo_jax.config.schema import Config
+from sr_dpo_jax.durable.files import require_output, write_text
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.train.setup import read_model, set_up
 
@@ -36,7 +37,7 @@ except ImportError as missing:
     ) from missing
 
 BOOTSTRAP = 1000
-"""Resamples for the standard error of a metric that has no formula for it."""
+"""The number of resamples for the standard error of a metric that has no formula for it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Benchmark:
     task: str
     fewshot: int
     metric: str
-    """Metric and filter, as the harness calls them."""
+    """The metric and its filter, as the harness calls them."""
 
 
 PAPER = (
@@ -57,7 +58,7 @@ PAPER = (
     Benchmark("hellaswag", 10, "acc_norm,none"),
     Benchmark("mmlu", 5, "acc,none"),
 )
-"""The Open LLM Leaderboard as the paper reports it. TruthfulQA has six examples of its own in each prompt."""
+"""The Open LLM Leaderboard as the paper reports it; TruthfulQA has six examples of its own in each prompt."""
 
 
 def lm_eval_command(
@@ -76,35 +77,31 @@ def lm_eval_command(
     Args:
       model: the output_dir of a run, whose latest checkpoint is taken, or a Hugging Face directory or hub name.
       overrides: `section.key=value`, of the run's configuration or of the defaults.
-      tasks: of the harness or of `include_path`; None: those of the paper.
+      tasks: names of tasks of the harness or of `include_path`; None takes those of the paper.
       include_path: a directory of task files.
-      num_fewshot: examples before each question, except in tasks that fix them to none; None: as each task says.
-      limit: first examples of each task; None: all.
+      num_fewshot: examples before each question, except in tasks that fix the count to 0; None takes each task's own.
+      limit: the number of first examples of each task; None takes all.
       output: a JSON file, or None.
-      best: the run's best checkpoint, in place of its latest.
+      best: whether to take the run's best checkpoint, in place of its latest.
 
     Raises:
       UsageError: model, tasks or options cannot be used, or there is no best checkpoint.
     """
-    if best and not (Path(model) / "config.yaml").is_file():
+    is_run = (Path(model) / "config.yaml").is_file()
+    if best and not is_run:
         raise UsageError(f"{model}: is no run, and --best takes the best checkpoint of one; name a run's output_dir")
     _check(tasks, include_path, num_fewshot, limit, output)
     config = read_config(model, overrides)
     fewshot = {b.task: b.fewshot for b in PAPER} if tasks is None else dict.fromkeys(tasks, num_fewshot)
-    loaded = load_tasks(fewshot, include_path)
+    task_dict = load_tasks(fewshot, include_path)
     directory, tokenizer = read_model(config)
     setup = set_up(config, directory)
     params, step = setup.latest_params(best=best)
-    if step == 0 and (Path(model) / "config.yaml").is_file():
+    if step == 0 and is_run:
         raise UsageError(f"{model}: has no checkpoint; train first, or name a Hugging Face directory")
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # the harness would fork for its bootstrap, below jax's threads
-    found = evaluate(
-        lm=MeshLM(setup, params, tokenizer),
-        task_dict=loaded,
-        limit=limit,
-        bootstrap_iters=BOOTSTRAP,
-        log_samples=False,
-    )
+    lm = MeshLM(setup, params, tokenizer)
+    answers = evaluate(lm, task_dict, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False)
     result = {
         "model": model,
         "step": step,
@@ -112,34 +109,35 @@ def lm_eval_command(
         "revision": directory.revision,
         "limit": limit,
         "lm_eval": lm_eval.__version__,
-        **{name: found[name] for name in ("results", "n-shot", "n-samples", "versions", "higher_is_better")},
-        **({"paper": paper_table(found["results"])} if tasks is None else {}),
+        **{name: answers[name] for name in ("results", "n-shot", "n-samples", "versions", "higher_is_better")},
+        **({"paper": paper_table(answers["results"])} if tasks is None else {}),
     }
     if jax.process_index() == 0:
         if output is not None:
-            _write(output, result)
+            write_text(output, json.dumps(result, indent=2, ensure_ascii=False, default=str) + "\n")
         print_result(result)
 
 
-def _write(output: Path, result: dict[str, Any]) -> None:
-    partial = output.with_name(output.name + ".partial")
-    partial.write_text(json.dumps(result, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    partial.replace(output)
-
-
 def read_config(model: str, overrides: Sequence[str]) -> Config:
-    """The configuration of a run, or one of defaults for a model."""
-    run = Path(model)
-    if not (run / "config.yaml").is_file():
+    """Reads the configuration of a run; for a model makes one of defaults."""
+    file = Path(model) / "config.yaml"
+    if not file.is_file():
         return config_for_model(model, overrides)
-    # A run may have been moved since.
-    return load_config(run / "config.yaml", [*overrides, f"output_dir={json.dumps(str(run))}"])
+    # The run may have been moved since; without this its checkpoints would be looked for where it was.
+    return load_config(file, [*overrides, f"output_dir={json.dumps(str(file.parent))}"])
 
 
 def load_tasks(fewshot: dict[str, int | None], include_path: Path | None) -> dict[str, Any]:
-    """The harness's tasks, with so many examples each (None: as the task says); reads or fetches their data.
+    """Loads tasks of the harness, whose data is read or fetched.
 
     Seeds are those of the harness's own command, so examples and order are too.
+
+    Args:
+      fewshot: the number of examples before each question by task or group; None takes what the task says.
+      include_path: a directory of further task files.
+
+    Returns:
+      The tasks as the harness's `evaluate` takes them.
 
     Raises:
       UsageError: there is no such task, its data cannot be had, or it is of a kind that is not run here.
@@ -166,7 +164,7 @@ def load_tasks(fewshot: dict[str, int | None], include_path: Path | None) -> dic
                     f"task {task_name}: runs code that the model writes, or shows it pictures; neither is done here"
                 )
             own = task.get_config("num_fewshot")
-            if own != 0:  # a task that fixes it to none is made so
+            if own != 0:  # a task that fixes the count to 0 is made for that
                 task.set_config(key="num_fewshot", value=(own or 0) if wanted is None else wanted)
             task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
         for kind, of_kind in loaded.items():
@@ -175,29 +173,26 @@ def load_tasks(fewshot: dict[str, int | None], include_path: Path | None) -> dic
 
 
 def paper_table(results: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """The paper's columns, and their mean."""
+    """Picks the paper's columns from the results and adds their mean."""
     table = {benchmark.task: float(results[benchmark.task][benchmark.metric]) for benchmark in PAPER}
     return table | {"average": sum(table.values()) / len(table)}
 
 
 def print_result(result: dict[str, Any]) -> None:
-    """One row a metric; the paper's table below, where it was asked for."""
-    table = rich.table.Table(title=rich.text.Text(f"{result['model']}, step {result['step']}"))
-    for name in ("task", "few-shot", "metric", "value", "± s.e."):
-        table.add_column(name, justify="right" if name in ("few-shot", "value", "± s.e.") else "left")
+    """Prints one row a metric; below them the paper's table, where it was asked for."""
+    table = console.table("task", ">few-shot", "metric", ">value", ">± s.e.")
     for task, metrics in result["results"].items():
         for key, value in metrics.items():
             metric, _, filtered = key.partition(",")
             if not filtered or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
             error = metrics.get(f"{metric}_stderr,{filtered}")
-            shown = metric if filtered == "none" else f"{metric} ({filtered})"
-            cells = (task, str(result["n-shot"].get(task, "")), shown, f"{value:.4f}")
-            table.add_row(*map(rich.text.Text, cells), f"{error:.4f}" if isinstance(error, int | float) else "")
-    console = rich.console.Console(highlight=False, markup=False)
-    console.print(table)
+            name = metric if filtered == "none" else f"{metric} ({filtered})"
+            cells = (str(result["n-shot"].get(task, "")), name, f"{value:.4f}")
+            console.row(table, task, *cells, f"{error:.4f}" if isinstance(error, int | float) else "")
+    console.section(f"{result['model']}, step {result['step']}", table)
     for task, value in result.get("paper", {}).items():
-        console.print(f"{task:16} {100 * value:6.2f}")
+        print(f"{task:16} {100 * value:6.2f}")
 
 
 def _check(
@@ -216,5 +211,5 @@ def _check(
     for name, value, least in (("--num-fewshot", num_fewshot, 0), ("--limit", limit, 1)):
         if value is not None and value < least:
             raise UsageError(f"{name} {value}: must be at least {least}")
-    if output is not None and (not output.parent.is_dir() or output.is_dir()):
-        raise UsageError(f"--output {output}: names a directory, or stands in one that does not exist; name a file")
+    if output is not None:
+        require_output(output)

@@ -1,9 +1,11 @@
-"""The model on the mesh as a model of lm-evaluation-harness: log-likelihoods, rolling log-likelihoods, generation.
+"""Answers the harness's requests with the model on the mesh: log-likelihoods, rolling log-likelihoods, generation.
 
-Texts become ids exactly as the harness's own `hf` model makes them, so that both give the same numbers: special tokens
-as the tokenizer adds them, none where the text starts with BOS; spaces at the end of a context belong to the
-continuation; context and continuation are tokenised as one and cut at the length of the context's ids; what is too
-long loses its start. Every process runs the harness on all examples.
+Texts become ids exactly as the harness's own `hf` model makes them, so that both give the same numbers: the tokenizer
+adds its special tokens unless the text starts with BOS; spaces at the end of a context belong to the continuation;
+context and continuation are tokenised as one and cut at the length of the context's ids; a text that is too long loses
+its start. Every process runs the harness on all examples.
+
+Next: `commands/lm_eval/continuations.py`, which scores continuations.
 """
 
 import dataclasses
@@ -30,13 +32,13 @@ from sr_dpo_jax.train.setup import Setup
 log = logging.getLogger(__name__)
 
 DEFAULT_NEW_TOKENS = 256
-"""The harness's own, for tasks that do not say."""
+"""The harness's own limit, for tasks that set none."""
 GENERATION_KEYS = ("until", "do_sample", "temperature", "top_k", "top_p", "max_gen_toks")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Generation:
-    """What requests must share to be generated together."""
+    """The settings of a request; requests that share them are generated together."""
 
     sampling: Sampling
     max_new_tokens: int
@@ -44,12 +46,12 @@ class _Generation:
 
 
 class MeshLM(TemplateLM):
-    """The harness's view of a model.
+    """A model as the harness sees it.
 
     Args:
       setup: the model on the mesh, the packing of rows, and the slots of generation.
-      params: its parameters.
-      tokenizer: of the model.
+      params: the model's parameters.
+      tokenizer: the model's tokenizer.
     """
 
     def __init__(self, setup: Setup, params: Params, tokenizer: PreTrainedTokenizerBase):
@@ -65,25 +67,23 @@ class MeshLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has no context: BOS, or EOS where there is none."""
+        """The token before a text that has no context: BOS, or EOS where there is no BOS."""
         bos = self.tokenizer.bos_token_id
-        return self.tokenizer.eos_token_id if bos is None else bos
+        return self.eot_token_id if bos is None else bos
 
     @property
     def max_length(self) -> int:
         return self._model.architecture.context_tokens
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        if add_special_tokens is None and string.startswith(self.tokenizer.decode(self.prefix_token_id)):
-            add_special_tokens = False
-        chosen = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        return self.tokenizer.encode(string, **chosen)
+        if add_special_tokens is None:
+            add_special_tokens = not string.startswith(self.tokenizer.decode(self.prefix_token_id))
+        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        cut = 0
-        made = []
+        cut, sequences = 0, []
         for _, context, continuation in requests:
             room = self.max_length + 1 - len(continuation)  # the last token is predicted and never read
             if not continuation or room < 1:
@@ -92,11 +92,11 @@ class MeshLM(TemplateLM):
                     f"{self.max_length} (max_position_embeddings)"
                 )
             cut += len(context) > room
-            made.append(Request(context[-room:], continuation))
+            sequences.append(Request(context[-room:], continuation))
         if cut:
-            log.warning("%d of %d contexts are too long for the model and lose their start", cut, len(made))
-        logprobs, greedy = self._scorer.scores(made, title="log-likelihoods")
-        return [(float(logprob), bool(is_greedy)) for logprob, is_greedy in zip(logprobs, greedy, strict=True)]
+            log.warning("%d of %d contexts are too long for the model and lose their start", cut, len(sequences))
+        logprobs, greedy = self._scorer.scores(sequences, title="log-likelihoods")
+        return list(zip(logprobs.tolist(), greedy.tolist(), strict=True))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         windows, owners = [], []
@@ -119,9 +119,8 @@ class MeshLM(TemplateLM):
         for number, request in enumerate(requests):
             groups.setdefault(self._generation(request), []).append(number)
         texts = [""] * len(requests)
-        leader = jax.process_index() == 0
-        with Progress("generation", total=len(requests), active=leader) as progress:
-            done = 0
+        done = 0
+        with Progress("generation", total=len(requests), active=jax.process_index() == 0) as progress:
             for generation, numbers in groups.items():
                 prompts = [
                     Prompt(number, 0, self._context(requests[number].args[0], generation), seed=number)
@@ -154,8 +153,7 @@ class MeshLM(TemplateLM):
 
     def _context(self, text: str, generation: _Generation) -> list[int]:
         bos = self.tokenizer.bos_token
-        plain = bos is not None and text.startswith(bos)
-        ids = self.tokenizer.encode(text, **({"add_special_tokens": False} if plain else {}))
+        ids = self.tokenizer.encode(text, add_special_tokens=bos is None or not text.startswith(bos))
         if not ids:
             raise UsageError("a task generates from an empty prompt, which this tokenizer gives no token")
         return ids[-(self.max_length - generation.max_new_tokens) :]
