@@ -8,7 +8,7 @@ Next: `data/rows.py`, where `data.path` becomes checked pairs.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -134,6 +134,29 @@ class Data(Section):
         return (*unnamed, *((f"eval/{name}", one) for name, one in self.eval_sets))
 
 
+def _only_what_says_something(*kinds: type[Section]) -> BeforeValidator:
+    """Drops from a section the keys of its other kinds that hold null or that kind's default: they ask for nothing.
+
+    So `objective.lam=null` on the command line takes a key away, and the resolved files of earlier runs load.
+    """
+
+    def drop(section: Any) -> Any:
+        if not isinstance(section, dict):
+            return section
+        names = [get_args(kind.model_fields["name"].annotation) for kind in kinds]
+        name = section.get("name", kinds[0].model_fields["name"].default)
+        mine = [kind.model_fields for kind, known in zip(kinds, names, strict=True) if name in known]
+        idle = {
+            key
+            for kind in kinds
+            for key, field in kind.model_fields.items()
+            if key in section and section[key] in (None, field.default) and mine and key not in mine[0]
+        }
+        return {key: value for key, value in section.items() if key not in idle}
+
+    return BeforeValidator(drop)
+
+
 class SftObjective(Section):
     """−log π(y⁺|x) of the chosen responses: supervised fine-tuning."""
 
@@ -164,7 +187,10 @@ class RefinedObjective(PairObjective):
     """The paper's λ, the weight of the refinement; it chooses from 0.1, 0.3, 0.5 and 1."""
 
 
-Objective = Annotated[SftObjective | DpoObjective | IpoObjective | RefinedObjective, Field(discriminator="name")]
+Objective = Annotated[
+    Annotated[SftObjective | DpoObjective | IpoObjective | RefinedObjective, Field(discriminator="name")],
+    _only_what_says_something(SftObjective, DpoObjective, IpoObjective, RefinedObjective),
+]
 """The name decides which other keys there are; `train/objective.py` holds what each objective is."""
 
 
@@ -209,7 +235,8 @@ def _optimizer_name(section: Any) -> Any:
 
 
 Optimizer = Annotated[
-    Annotated[Rmsprop, Tag("rmsprop")] | Annotated[Adamw, Tag("adamw")], Discriminator(_optimizer_name)
+    Annotated[Annotated[Rmsprop, Tag("rmsprop")] | Annotated[Adamw, Tag("adamw")], Discriminator(_optimizer_name)],
+    _only_what_says_something(Rmsprop, Adamw),
 ]
 
 

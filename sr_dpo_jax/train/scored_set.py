@@ -5,7 +5,7 @@ Every pair counts the same, whatever the batch size, the number of hosts or how 
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,19 +106,22 @@ class ScoredSet:
 
             self.reference.fill(self.score_step, params, done)
 
-    def compiled(self, params: Params, programs: dict[Any, Any]) -> "ScoredSet":
-        """Gives this set with its scoring step compiled for its batches; another shape raises from then on.
 
-        Args:
-          params: the policy's; only shapes and shardings count.
-          programs: the steps that are compiled already, by the shapes of their batches; gets this one's.
-        """
-        batch = next(self.feed.batches(0))[1]
+def compiled_sets(sets: Sequence[ScoredSet], params: Params) -> tuple[ScoredSet, ...]:
+    """Gives the sets with their scoring steps compiled for their batches, equal shapes once.
+
+    A batch of another shape raises from then on. Of `params` only shapes and shardings count.
+    """
+    programs: dict[Any, Any] = {}
+    found = []
+    for held in sets:
+        batch = next(held.feed.batches(0))[1]
         leaves, tree = jax.tree.flatten(batch)
         shapes = (tree, *(leaf.shape for leaf in leaves))  # sets differ in it where the template head does
         if shapes not in programs:
-            programs[shapes] = self.score_step.lower(params, batch).compile()
-        return dataclasses.replace(self, score_step=programs[shapes])
+            programs[shapes] = held.score_step.lower(params, batch).compile()
+        found.append(dataclasses.replace(held, score_step=programs[shapes]))
+    return tuple(found)
 
 
 def make_scored_set(

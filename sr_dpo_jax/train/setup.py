@@ -43,7 +43,7 @@ from sr_dpo_jax.train.identity import identity_of, report_drift, require_same_ru
 from sr_dpo_jax.train.objective import Objective
 from sr_dpo_jax.train.program import Program, Work, make_program, plan_training, work_of
 from sr_dpo_jax.train.samples import Samples
-from sr_dpo_jax.train.scored_set import ScoredSet, make_scored_set
+from sr_dpo_jax.train.scored_set import ScoredSet, compiled_sets, make_scored_set
 from sr_dpo_jax.train.state import TrainState
 from sr_dpo_jax.weights import directory as weights
 from sr_dpo_jax.weights.placement import PlacedModel, abstract_params, place_model
@@ -259,10 +259,8 @@ def prepare(
     plan = setup.plan(pairs, list(eval_sets.values()))
     program = setup.program(plan)
     checkpoints = Checkpoints(config.output_dir, keep=config.checkpoint.keep, strict=config.checkpoint.strict)
-    record: dict[str, Any] = {
-        "identity": _identity(setup, pairs, plan, tokenizer),
-        "surroundings": surroundings(model.mesh),
-    }
+    identity = _identity(setup, pairs, plan, tokenizer)
+    record: dict[str, Any] = {"identity": identity, "surroundings": surroundings(model.mesh)}
     resumed, before = _resumed(config, checkpoints, record, allowed_changes)
 
     held_out = [setup.scored_set(name, held, shape=plan.shape) for name, held in eval_sets.items()]
@@ -287,7 +285,6 @@ def prepare(
         reference=None if training is None else training.reference.scores,
     )
     stop.meet()
-    programs: dict[Any, Any] = {}
     job = Job(
         config=config,
         objective=objective,
@@ -299,7 +296,7 @@ def prepare(
         feed=feed,
         train_step=program.compiled(state, reference_params, feed),
         reference_params=reference_params,
-        held_out=tuple(held.compiled(state.params, programs) for held in held_out),
+        held_out=compiled_sets(held_out, state.params),
         samples=setup.samples(eval_sets, tokenizer, state.params),
         selection=_selection(config, checkpoints, before.get("selection")),
         checkpoints=checkpoints,

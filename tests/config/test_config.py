@@ -187,6 +187,16 @@ def test_dates_stay_text(tmp_path, value):
     assert config.model.revision == value
 
 
+def test_a_key_that_asks_for_nothing_may_stand_anywhere(tmp_path):
+    """Null takes a key away, and a resolved file of a run from before the unions, with all keys, loads as it did."""
+    path = write(tmp_path, yaml.safe_dump(SMALLEST))
+    plain = load_config(path, ["objective.name=dpo", "objective.lam=null"])
+    assert "lam" not in plain.to_yaml() and plain == load_config(write(tmp_path, plain.to_yaml()))
+    before = {"b1": 0.9, "b2": 0.999, "weight_decay": 0.0, "first_moment_dtype": None}
+    resolved = smallest(objective={"label_smoothing": 0.0}, optimizer=before)
+    assert config_from_dict(resolved, where="before") == config_from_dict(SMALLEST, where="x")
+
+
 def test_frozen():
     config = config_from_dict(SMALLEST, where="run.yaml")
     with pytest.raises(ValueError, match="frozen"):
