@@ -248,8 +248,8 @@ def test_frozen():
         ({"refinement": {"prompt": None}}, ["refinement.prompt is empty", "sr_dpo needs"]),
         ({"refinement": {"prompt": ""}}, ["refinement.prompt is empty"]),
         (
-            {"objective": {"name": "sft", "lam": ..., "beta": 0.1}},
-            ["objective.beta=0.1: only dpo, ipo, ipo_mean, sr_dpo"],
+            {"objective": {"name": "sft", "lam": ..., "beta": 0.2}},
+            ["objective.beta=0.2: only dpo, ipo, ipo_mean, sr_dpo"],
         ),
         ({"objective": {"label_smoothing": 0.1}}, ["objective.label_smoothing=0.1: only dpo takes it"]),
         (
