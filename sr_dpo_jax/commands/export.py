@@ -18,9 +18,10 @@ from sr_dpo_jax.config.schema import Config, DpoObjective, PairObjective, Refine
 from sr_dpo_jax.durable.checkpoint import Checkpoints
 from sr_dpo_jax.durable.files import whole
 from sr_dpo_jax.errors import UsageError
-from sr_dpo_jax.weights.directory import ModelDirectory, iterate_shapes, open_directory
+from sr_dpo_jax.weights.directory import ModelDirectory, open_directory
 from sr_dpo_jax.weights.families import tensors_of
 from sr_dpo_jax.weights.files import CONFIG, GENERATION_CONFIG, TEMPLATES, TOKENIZER_FILES
+from sr_dpo_jax.weights.layout import flatten
 from sr_dpo_jax.weights.placement import abstract_params
 from sr_dpo_jax.weights.write import save_params
 
@@ -78,7 +79,7 @@ def export(
     abstract, dtype = abstract_params(directory.architecture), dtype or config.model.param_dtype
     with contextlib.closing(Checkpoints(run_dir, read_only=True)) as checkpoints:
         step = checkpoints.best() if best else checkpoints.existing(step)
-        checkpoints.check_params(dict(iterate_shapes(abstract)), step=step)
+        checkpoints.check_params({name: param.shape for name, param in flatten(abstract).items()}, step=step)
         with _new_directory(out_dir) as out:
             _write_configs(directory, out, dtype)
             card = model_card(config, origin, name=out_dir.name, step=step, dtype=dtype)

@@ -1,23 +1,21 @@
-"""Sources -> `TokenizedPairs`: every row read, checked and tokenised before a run starts, and kept on disk by content.
+"""Sources -> `TokenizedPairs`: reads, checks and tokenises every row before a run starts, and caches the result.
 
-A long run must not die at night of row 1,203,344, so the whole of every source is read first, and all its unusable
-rows are named at once. The result is stored under a digest of what decides it: the same data, tokenizer and settings
-are tokenised once, whatever the paths are called.
+Every source is read whole first and all its unusable rows are named at once, so that no run dies of row 1,203,344 at
+night. The cache key is a digest of data, tokenizer and settings: the same content is tokenised once, whatever the paths
+are called.
 
 Next: `data/plan.py`, which decides which pairs stand in which row of step n.
 """
 
 import array
-import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
 import logging
 import os
-import secrets
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sr_dpo_jax.data.rows import BadRow, Pair, content_digest, read_rows
 from sr_dpo_jax.data.tokens import PairEncoder, PairTokens, tokenizer_digest, truncate
+from sr_dpo_jax.durable import files
 from sr_dpo_jax.errors import UsageError
 
 LOG = logging.getLogger(__name__)
@@ -43,13 +42,13 @@ class Source:
 
     path: str
     weight: float = 1.0
-    """How often an epoch draws each pair; only carried along here."""
+    """The times that an epoch draws each pair; `plan.training_plan` uses it."""
     revision: str | None = None
 
 
 @dataclass(frozen=True)
 class Report:
-    """What became of the rows. Counts of pairs, unless said otherwise."""
+    """The outcome of reading the rows; numbers count pairs, except `rows`."""
 
     rows: int
     """Rows read: pairs + bad rows."""
@@ -58,11 +57,11 @@ class Report:
     """All unusable rows, in the order of the sources."""
     truncated_prompts: int
     truncated_responses: int
-    """Pairs with at least one response cut, which lost its EOS."""
+    """Pairs with at least one response that was cut and so lost its EOS."""
     identical_pairs: int
-    """Pairs whose two responses are the same ids: they train nothing."""
+    """Pairs whose two responses have the same ids; they train nothing."""
     duplicate_pairs: int
-    """Pairs whose three id sequences, as stored, have all stood in an earlier pair."""
+    """Pairs whose prompt, chosen and rejected ids equal those of an earlier pair."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,28 +71,28 @@ class TokenizedPairs:
     tokens: np.ndarray
     """int32 `[total]`: prompt, chosen, rejected of each pair, one after the other. A prompt is head + rest."""
     offsets: np.ndarray
-    """int64 `[N, 4]`: where the prompt, the chosen and the rejected response of a pair start, and where it ends."""
+    """int64 `[N, 4]`: the start of prompt, chosen and rejected of each pair, and the pair's end, in `tokens`."""
     head: np.ndarray
-    """int32 `[H]`: what every prompt starts with, before p. Empty where prompts start differently (only without p)."""
+    """int32 `[H]`: the ids that every prompt starts with, before p. Empty where prompts differ there (without p)."""
     augmentation: np.ndarray
-    """int32 `[I]`: the ids of p, to stand between head and rest; empty without p."""
+    """int32 `[I]`: the ids of p, which stand between head and rest; empty without p."""
     ids: tuple[str, ...]
-    """N row ids: the row's own, else its 0-based number in its file. Not unique over sources."""
+    """N row ids, or 0-based numbers of rows that have none; two sources may have the same ids."""
     chosen_score: np.ndarray
     rejected_score: np.ndarray
     """float32 `[N]`, NaN where a row has none."""
     source: np.ndarray
-    """int32 `[N]`: index of the source."""
+    """int32 `[N]`: the index of the pair's source."""
     line: np.ndarray
-    """int64 `[N]`: 1-based line, or row where there are no lines, in its file."""
+    """int64 `[N]`: the 1-based line in its file, or the row where there are no lines."""
     files: tuple[str, ...]
     """S paths or hub names as given."""
     source_weights: np.ndarray
     """float64 `[S]`."""
     digest: str
-    """sha256 (hex) of tokens, offsets, head and augmentation, and of nothing else: equal ids have equal digests."""
+    """The sha256 (hex) of tokens, offsets, head and augmentation alone: equal ids have equal digests."""
     content_digest: str
-    """sha256 (hex) of the raw data, for the manifest."""
+    """The sha256 (hex) of the raw data, for the manifest."""
     report: Report
 
     def __len__(self) -> int:
@@ -101,7 +100,7 @@ class TokenizedPairs:
 
     @property
     def prompt_tokens(self) -> np.ndarray:
-        """int64 `[N]`: tokens of each prompt, head included, p not."""
+        """int64 `[N]`: tokens of each prompt, with its head, without p."""
         return self.offsets[:, 1] - self.offsets[:, 0]
 
     @property
@@ -115,11 +114,11 @@ class TokenizedPairs:
         return self.offsets[:, 3] - self.offsets[:, 2]
 
     def place(self, index: int) -> str:
-        """`file:line` of a pair, for messages."""
+        """Gives `file:line` of a pair, for messages."""
         return f"{self.files[self.source[index]]}:{self.line[index]}"
 
     def pair(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The ids of prompt, chosen and rejected: int32 views of one pair."""
+        """Gives the ids of prompt, chosen and rejected of one pair, as int32 views."""
         prompt, chosen, rejected, end = self.offsets[index]
         return self.tokens[prompt:chosen], self.tokens[chosen:rejected], self.tokens[rejected:end]
 
@@ -137,7 +136,7 @@ def prepare(
     max_bad_rows: int,
     cache_dir: str | os.PathLike,
 ) -> TokenizedPairs:
-    """Reads, checks and tokenises the whole of every source, or loads the stored result of the same.
+    """Reads, checks and tokenises the whole of every source, or loads the cached result.
 
     Args:
       sources: at least one.
@@ -145,12 +144,12 @@ def prepare(
       format, split: as for `rows.read_rows`.
       augmentation_prompt: the instruction p, or None.
       max_length, max_prompt_length, prompt_truncation: as for `tokens.truncate`.
-      max_bad_rows: how many unusable rows, of all sources together, may be skipped.
-      cache_dir: made if need be. Any number of processes may use it at once.
+      max_bad_rows: the most unusable rows, over all sources, that are skipped.
+      cache_dir: the directory of the cache, made if it is not there; many processes may use it at once.
 
     Raises:
-      UsageError: a source that cannot be read or has no rows, more than `max_bad_rows` unusable rows (every one is
-        named), no usable pair, prompts that differ before p, or a `cache_dir` that cannot be written.
+      UsageError: a source cannot be read or has no rows, more than `max_bad_rows` rows are unusable (every one is
+        named), no pair is usable, prompts differ before p, or `cache_dir` cannot be written.
     """
     contents = [content_digest(source.path, split=split, revision=source.revision) for source in sources]
     settings = {
@@ -164,18 +163,19 @@ def prepare(
     key = _digest_of([CODE_VERSION, contents, tokenizer_digest(tokenizer), settings])
     cache_dir = Path(cache_dir)
     cached = cache_dir / f"tokens-{key}.safetensors"
-    stored = _load(cached)
-    if stored is None:
-        stored = _tokenize(sources, PairEncoder(tokenizer, augmentation_prompt=augmentation_prompt), **settings)
-        with _writing(cached) as temporary:
-            safetensors.numpy.save_file(stored.arrays, temporary, {"report": stored.report, "sha256": stored.sha256()})
-    pairs = _assemble(stored, sources, _digest_of(contents))
+    content = _load(cached)
+    if content is None:
+        content = _tokenize(sources, PairEncoder(tokenizer, augmentation_prompt=augmentation_prompt), **settings)
+        arrays, report = content
+        metadata = {"report": report, "sha256": _digest_of_arrays(arrays, report)}
+        _write(cached, lambda path: safetensors.numpy.save_file(arrays, path, metadata))
+    pairs = _assemble(content, sources, _digest_of(contents))
     _refuse(pairs.report, max_bad_rows, cache_dir)
     return pairs
 
 
 def first(pairs: TokenizedPairs, count: int) -> TokenizedPairs:
-    """The first `count` pairs, or all where there are fewer; `report` and `content_digest` stay those of the whole."""
+    """Gives the first `count` pairs, or all where there are fewer; `report` and `content_digest` are kept."""
     if count >= len(pairs):
         return pairs
     offsets = pairs.offsets[:count]
@@ -191,20 +191,15 @@ def first(pairs: TokenizedPairs, count: int) -> TokenizedPairs:
     return dataclasses.replace(pairs, **kept, **per_pair, digest=_digest_of_arrays(kept))
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """What one cache file holds. Paths are no part of it: the same content may have another name next time."""
+_Content = tuple[dict[str, np.ndarray], str]
+"""The arrays of a cache file, and in JSON the counts of `Report` and the bad rows as [source, line, reason].
 
-    arrays: dict[str, np.ndarray]
-    report: str
-    """JSON: the counts of `Report`, and bad rows as [source, line, reason]."""
-
-    def sha256(self) -> str:
-        return _digest_of_arrays(self.arrays, self.report)
+It holds no paths, because the same data may have another path next time.
+"""
 
 
 class _Collector:
-    """Grows the arrays and counts pair by pair."""
+    """Builds arrays and counts pair by pair."""
 
     def __init__(self) -> None:
         self.tokens, self.lengths, self.source = array.array("i"), array.array("q"), array.array("i")
@@ -241,7 +236,7 @@ class _Collector:
         self.scores.extend(np.nan if score is None else score for score in (pair.chosen_score, pair.rejected_score))
         self.ids.append(pair.id)
 
-    def stored(self, rows: int) -> _Stored:
+    def content(self, rows: int) -> _Content:
         ends = np.cumsum(np.frombuffer(self.lengths, np.int64), dtype=np.int64).reshape(-1, 3)
         starts = np.concatenate([[0], ends[:-1, 2]])[: len(ends), None]
         scores = np.frombuffer(self.scores, np.float32).reshape(-1, 2)
@@ -259,7 +254,7 @@ class _Collector:
         }
         names = ("truncated_prompts", "truncated_responses", "identical_pairs", "duplicate_pairs")
         counts = {"rows": rows, "pairs": len(ends), **{name: int(self.counts[name]) for name in names}}
-        return _Stored(arrays, json.dumps({**counts, "bad_rows": self.bad_rows}))
+        return arrays, json.dumps({**counts, "bad_rows": self.bad_rows})
 
 
 def _tokenize(
@@ -270,7 +265,7 @@ def _tokenize(
     split: str,
     augmentation_prompt: str | None,
     **limits,
-) -> _Stored:
+) -> _Content:
     collector, rows = _Collector(), 0
     for index, source in enumerate(sources):
         before = rows
@@ -289,11 +284,11 @@ def _tokenize(
         LOG.info("%s: %d rows read and tokenised", source.path, rows - before)
     if augmentation_prompt is not None and len(collector.heads) > 1:
         _refuse_heads(list(collector.heads.values()))
-    return collector.stored(rows)
+    return collector.content(rows)
 
 
 def _refuse_heads(heads: list) -> None:
-    """p stands once at the start of a packed row, before it the head: so all prompts must share one."""
+    """Refuses prompts with different heads: a packed row has head and p once, at its start, for all its pairs."""
     usual = max(heads, key=lambda head: head[0])
     others = [head for head in heads if head is not usual]
     raise UsageError(
@@ -304,12 +299,11 @@ def _refuse_heads(heads: list) -> None:
     )
 
 
-def _assemble(stored: _Stored, sources: Sequence[Source], raw_digest: str) -> TokenizedPairs:
-    arrays = dict(stored.arrays)
+def _assemble(content: _Content, sources: Sequence[Source], raw_digest: str) -> TokenizedPairs:
+    arrays, counts = dict(content[0]), json.loads(content[1])
     ids = tuple(json.loads(arrays.pop("ids").tobytes()))
     for values in arrays.values():
         values.flags.writeable = False
-    counts = json.loads(stored.report)
     bad_rows = tuple(BadRow(sources[index].path, line, reason) for index, line, reason in counts.pop("bad_rows"))
     return TokenizedPairs(
         **arrays,
@@ -326,8 +320,8 @@ def _refuse(report: Report, max_bad_rows: int, cache_dir: Path) -> None:
     bad = report.bad_rows
     if len(bad) > max_bad_rows:
         everything = cache_dir / "bad_rows.jsonl"
-        with _writing(everything) as temporary:
-            temporary.write_text("".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in bad))
+        lines = "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in bad)
+        _write(everything, lambda path: path.write_text(lines))
         listed = [f"  {row.file}:{row.line}: {row.reason}" for row in bad[:LISTED_BAD_ROWS]]
         if len(bad) > LISTED_BAD_ROWS:
             listed.append(f"  and {len(bad) - LISTED_BAD_ROWS} more")
@@ -343,34 +337,30 @@ def _refuse(report: Report, max_bad_rows: int, cache_dir: Path) -> None:
         LOG.warning("%d of %d rows cannot be used and are skipped", len(bad), report.rows)
 
 
-def _load(path: Path) -> _Stored | None:
-    """None where there is no file, or a damaged one: a killed disk must cost a minute, not a wrong run."""
+def _load(path: Path) -> _Content | None:
+    """Reads a cache file; gives None where there is none, or a damaged one, which is then made again."""
     if not path.is_file():
         return None
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            stored = _Stored({name: file.get_tensor(name) for name in file.keys()}, metadata.get("report", ""))  # noqa: SIM118
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         LOG.warning("%s is damaged (%s): tokenising again", path, type(error).__name__)
         return None
-    if stored.sha256() != metadata.get("sha256"):
+    report = metadata.get("report", "")
+    if _digest_of_arrays(arrays, report) != metadata.get("sha256"):
         LOG.warning("%s is damaged (its content does not match its digest): tokenising again", path)
         return None
-    return stored
+    return arrays, report
 
 
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[Path]:
-    """Gives a temporary name beside `path`, and moves it there when whole, so that no reader ever sees half a file."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes a file of the cache whole; raises UsageError where that fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield temporary
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with files.whole(path) as temporary:
+            write(temporary)
     except (OSError, safetensors.SafetensorError) as error:
         raise UsageError(f"{path.parent}: cannot be written ({error}); free space there or choose another") from error
 

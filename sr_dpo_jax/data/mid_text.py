@@ -1,10 +1,11 @@
-"""Ids of a text that something stands before.
+"""Tokenises a text that stands in the middle of a sequence, so that it gets the ids that it has as part of the whole.
 
-SentencePiece tokenizers (Llama 2, Mistral, so Zephyr; Phi-3) put a space before any text that they are given, and many
-of them another one after every special token. In front of a response that follows "<|assistant|>\\n" it would be a
-space that the model neither saw nor should write; after a special token it is what the model has seen. So a text in
-the middle of a sequence gets the ids that it has as part of the whole. Some special tokens (Phi-3's) swallow the
-whitespace that follows them, also where it is the start of a response.
+SentencePiece tokenizers (Llama 2, Mistral and so Zephyr, Phi-3) put a space before every text, and many of them another
+one after every special token. Before a response that follows "<|assistant|>\\n" that space is wrong, for the model has
+not seen it there; after a special token it is right. Some special tokens (Phi-3's) swallow the whitespace after them,
+even where a response starts with it.
+
+Next: `tokens.py`, which tokenises the parts of a pair.
 """
 
 import json
@@ -15,31 +16,31 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
 class MidText:
-    """The same tokenizer for texts that do not open a sequence.
+    """Tokenises texts that do not open a sequence.
 
     Args:
       tokenizer: a fast tokenizer.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self._inner = _changed(tokenizer, everywhere=False)
-        self._bare = _changed(tokenizer, everywhere=True)
-        self._alike = self._inner.backend_tokenizer.to_str() == self._bare.backend_tokenizer.to_str()
-        # A model gives the unknown token to letters that it does not have, without any special token in the text.
+        self._inner = _without_spaces(tokenizer, everywhere=False)
+        self._bare = _without_spaces(tokenizer, everywhere=True)
+        self._no_spaces_after_tokens = self._inner.backend_tokenizer.to_str() == self._bare.backend_tokenizer.to_str()
+        # A trap: the unknown token is an added one, but stands for unknown letters, with no special token in the text.
         self._added = set(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}
         self._swallowing = {number for number, token in tokenizer.added_tokens_decoder.items() if token.rstrip}
 
     def ids(self, texts: Sequence[str], *, after: Sequence[int | None]) -> list[list[int]]:
-        """One list of ids a text.
+        """Gives one list of ids for each text.
 
         Args:
-          texts: what is tokenised.
-          after: the id that stands before each text; None for any that is no special token.
+          texts: the texts.
+          after: the id before each text; None serves for every id that is no special token.
         """
         pairs = zip(texts, after, strict=True)
         texts = [text.lstrip() if last in self._swallowing else text for text, last in pairs]
         inner = text_ids(self._inner, texts)
-        if self._alike:
+        if self._no_spaces_after_tokens:
             return inner
         bare = text_ids(self._bare, texts)
         return [
@@ -48,7 +49,7 @@ class MidText:
         ]
 
     def _spliced(self, bare: list[int], inner: list[int]) -> list[int]:
-        """`bare` up to the first special token, `inner` from there on."""
+        """Joins `bare` up to the first special token and `inner` from there on."""
         return bare[: self._first_added(bare)] + inner[self._first_added(inner) :]
 
     def _first_added(self, ids: list[int]) -> int:
@@ -56,16 +57,16 @@ class MidText:
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """One list of ids a text, without the tokens that a post-processor puts around it."""
+    """Gives one list of ids for each text, without the tokens that a post-processor puts around it."""
     if not texts:
         return []
-    # verbose=False: a text longer than the model's context is no news here, truncation comes later.
+    # verbose=False silences the warning about texts longer than the model's context; they are truncated later.
     options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
     return tokenizer(list(texts), verbose=False, **options)["input_ids"]
 
 
-def _changed(tokenizer: PreTrainedTokenizerBase, *, everywhere: bool) -> PreTrainedTokenizerBase:
-    """Without the space in front of the whole, or `everywhere`: nor after special tokens."""
+def _without_spaces(tokenizer: PreTrainedTokenizerBase, *, everywhere: bool) -> PreTrainedTokenizerBase:
+    """Gives the tokenizer without the space before a text, or, with `everywhere`, also without those after tokens."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     steps = {name: _without_space(state[name], everywhere=everywhere) for name in ("normalizer", "pre_tokenizer")}
     if state == {**state, **steps}:
@@ -74,7 +75,7 @@ def _changed(tokenizer: PreTrainedTokenizerBase, *, everywhere: bool) -> PreTrai
 
 
 def _without_space(step: dict | None, *, everywhere: bool) -> dict | None:
-    """A normalizer or pre-tokenizer of the tokenizer.json format, without the rules that put a space in front."""
+    """Gives a normalizer or pre-tokenizer (in tokenizer.json's format) without the rules that put a space in front."""
     if step is None or (everywhere and step["type"] == "Prepend"):
         return None
     if step["type"] == "Sequence":

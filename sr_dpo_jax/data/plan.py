@@ -1,13 +1,13 @@
-"""Which pairs stand in which row of step n: planned ahead in NumPy, a pure function of token lengths, seed and n.
+"""Plans which pairs stand in which row of step n, ahead of the run, as a pure function of token lengths, seed and n.
 
     step      one optimizer update: exactly `pairs_per_step` pairs, whatever their lengths
-    window    up to 64 neighbouring steps of a shuffled epoch, between which pairs are dealt so that each step holds
+    window    up to 64 neighbouring steps of a shuffled epoch; pairs are dealt between them so that each step holds
               nearly the same number of tokens
     row       `row_length` tokens that hold whole pairs; every step has the same number of rows
     scored    the positions of a row that predict a response token; each row has room for the same number
 
-Equal steps are what lets one compiled shape hold them all with 1 to 3 % of padding, and because nothing here depends
-on hosts, devices or history, resuming at step n needs nothing but n.
+Steps of nearly equal size fit one compiled shape with 1 to 3 % of padding. The plan does not depend on hosts, devices
+or history, so resuming at step n needs only n.
 
 Next: `data/pipeline.py`, which turns step n into arrays.
 """
@@ -37,10 +37,10 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Where every pair of every planned step stands.
+    """The pairs of every planned step, and the row of the step that holds each.
 
-    `pair` and `row` are int32 `[steps, pairs]`: an index into the data set, −1 where the last step of a scoring plan
-    runs short, and the row of the step that holds it. A row's pairs follow each other in the order of this axis.
+    `pair` and `row` are int32 `[steps, pairs]`. `pair` is an index into the data set, or −1 where a step of a scoring
+    plan holds fewer pairs. The pairs of a row stand in it in the order of the second axis.
     """
 
     shape: Shape
@@ -53,7 +53,7 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """sha256 of which pairs each step holds; the same on any mesh and any number of hosts."""
+        """The sha256 (hex) of `pair`, which is the same on any mesh and any number of hosts."""
         return hashlib.sha256(np.ascontiguousarray(self.pair).tobytes()).hexdigest()
 
 
@@ -71,17 +71,17 @@ def training_plan(
     rows_multiple: int,
     room_for: tuple[int, int] = (0, 0),
 ) -> Plan:
-    """Plans all steps of all epochs. Pairs that do not fill a step are left out of that epoch, others in each.
+    """Plans all steps of all epochs; the pairs of an epoch that do not fill a step are left out, other ones each time.
 
     Args:
       tokens: `[N]`, tokens of each pair: prompt + chosen + rejected.
       scored: `[N]`, response tokens of each pair.
-      source: `[N]`, index of the file that each pair comes from.
-      source_weights: `[S]`, how often an epoch draws each pair of a source.
+      source: `[N]`, index of the source that each pair comes from.
+      source_weights: `[S]`, the times that an epoch draws each pair of a source.
       seed, epochs, pairs_per_step: as configured.
-      row_length: most tokens a row may hold.
-      row_multiple: what the row length is a multiple of, tokens.
-      rows_multiple: what the number of rows is a multiple of: data shards × accumulation steps.
+      row_length: the most tokens that a row may hold.
+      row_multiple: tokens; the row length is a multiple of it.
+      rows_multiple: data shards × accumulation steps; the number of rows is a multiple of it.
       room_for: tokens and scored tokens of the longest pair that will be scored in this shape besides these.
 
     Raises:
@@ -109,7 +109,7 @@ def scoring_shape(
     row_multiple: int,
     rows_multiple: int,
 ) -> Shape:
-    """The shape for one pass over data that is only scored; arguments as in `training_plan`."""
+    """Finds the shape for one pass over data that is only scored; arguments and errors as in `training_plan`."""
     pair = _deal(_in_order(len(tokens), pairs_per_step), tokens, scored, pairs_per_step)
     sizes = _sizes(pair, tokens, scored)
     return _fit_shape(*sizes, row_length, row_multiple, rows_multiple, (int(tokens.max()), int(scored.max())))
@@ -118,7 +118,10 @@ def scoring_shape(
 def scoring_plan(tokens: np.ndarray, scored: np.ndarray, shape: Shape) -> Plan:
     """Plans one pass over all pairs in a given compiled shape, each pair once.
 
-    Where the pairs are longer than those the shape was made for, steps hold fewer of them.
+    Where pairs are longer than those that the shape was made for, steps hold fewer of them.
+
+    Raises:
+      UsageError: a pair does not fit a row of the shape.
     """
     pairs_per_step = shape.pairs
     while True:
@@ -130,9 +133,10 @@ def scoring_plan(tokens: np.ndarray, scored: np.ndarray, shape: Shape) -> Plan:
 
 
 def covering_plan(plan: Plan, tokens: np.ndarray, scored: np.ndarray) -> Plan:
-    """Every pair of the data set once: the first epoch's steps as training packs them, then the pairs it leaves out.
+    """Plans every pair of the data set once: the first epoch's steps as training packs them, then the pairs left out.
 
-    Scoring a reference in the layout of training makes the first step's margins zero to the last bits of bfloat16.
+    A reference that is scored in the layout of training makes the first step's margins zero to the last bits of
+    bfloat16.
     """
     first = slice(0, plan.steps_per_epoch)
     left_out = np.setdiff1d(np.arange(len(tokens)), plan.pair[first])
@@ -168,11 +172,11 @@ def _epoch_order(source: np.ndarray, source_weights: np.ndarray, seed: int, epoc
 
 
 def _deal(order: np.ndarray, tokens: np.ndarray, scored: np.ndarray, pairs_per_step: int) -> np.ndarray:
-    """Shuffled pairs `[steps·B]` -> `[steps, B]`, neighbours in the shuffle, equal in tokens and scored tokens.
+    """Deals shuffled pairs `[steps·B]` into steps `[steps, B]` with nearly equal tokens and scored tokens.
 
-    Within a window the pairs are sorted by length and dealt in rounds of one pair a step: in even rounds the longest
-    goes to the step with the fewest tokens so far, in odd rounds the one with the most scored tokens to the step with
-    the fewest of those. A round's pairs are of like length, so what one round leaves uneven the next ones mend.
+    Within a window the pairs are sorted by length and dealt in rounds of one pair a step. In even rounds the longest
+    pair goes to the step with the fewest tokens so far, in odd rounds the pair with the most scored tokens to the step
+    with the fewest of those. A round's pairs are of similar length, so later rounds even out what one leaves uneven.
     """
     steps = len(order) // pairs_per_step
     dealt = np.empty((steps, pairs_per_step), np.int32)
@@ -199,11 +203,10 @@ def _fit_shape(
     rows_multiple: int,
     room_for: tuple[int, int],
 ) -> Shape:
-    """The cheapest rows × row length, then the fewest scored positions, that hold every step of `[steps, B]` sizes.
+    """Finds the smallest rows × row length, then the fewest scored positions, that hold every step `[steps, B]`.
 
-    Row lengths down to half of `row_length` are tried, in the order of the least total that each could reach, so the
-    first that works is the best. One per cent of slack is asked for: without it only one packing may work, and its
-    scored tokens lie unevenly.
+    Row lengths down to half of `row_length` are tried in the order of rows × row length, so the first that works is the
+    best. A trap: with no slack only one packing may work, whose scored tokens lie unevenly; so 1 % is added.
     """
     limit, (longest, longest_scored) = row_length - row_length % row_multiple, room_for
     if longest > limit:
@@ -213,19 +216,19 @@ def _fit_shape(
         )
     fullest, pairs = int(1.01 * tokens.sum(axis=1).max()), tokens.shape[1]
     lengths = [n for n in range(row_multiple, limit + 1, row_multiple) if n >= longest and 2 * n > limit]
-    least_rows = {n: _round_up(max(1, -(-fullest // n)), rows_multiple) for n in lengths}
+    least_rows = {n: round_up(max(1, -(-fullest // n)), rows_multiple) for n in lengths}
     extras = range(0, 4 * rows_multiple + 1, rows_multiple)
     candidates = sorted((n * (least_rows[n] + extra), n, least_rows[n] + extra) for n in lengths for extra in extras)
-    roomiest = (0, limit, _round_up(pairs, rows_multiple))  # a row for each pair always works
+    roomiest = (0, limit, round_up(pairs, rows_multiple))  # always works: a row for each pair
     hardest = np.argsort(-tokens.sum(axis=1), kind="stable")
     for _, length, rows in [*candidates, roomiest]:
         shape = Shape(pairs, rows, length, scored=length)
         if all(_pack(tokens[part], scored[part], shape) is not None for part in (hardest[:64], hardest)):
             break
     least_scored = max(-(-int(scored.sum(axis=1).max()) // rows), longest_scored)
-    shape = dataclasses.replace(shape, scored=min(_round_up(least_scored, 8), length))
+    shape = dataclasses.replace(shape, scored=min(round_up(least_scored, 8), length))
     while _pack(tokens, scored, shape) is None:
-        more = _round_up(shape.scored + shape.scored // 64 + 1, 8)
+        more = round_up(shape.scored + shape.scored // 64 + 1, 8)
         shape = dataclasses.replace(shape, scored=min(more, length))
     return shape
 
@@ -241,10 +244,11 @@ def _place(pair: np.ndarray, tokens: np.ndarray, scored: np.ndarray, shape: Shap
 
 
 def _pack(tokens: np.ndarray, scored: np.ndarray, shape: Shape) -> np.ndarray | None:
-    """`[steps, B]` sizes -> the row of each pair, or None where some pair finds no room. All steps at once.
+    """Packs all steps at once, `[steps, B]` sizes -> the row of each pair, or None where some pair finds no room.
 
-    Longest pair first. It goes to the row in which it leaves tokens and scored positions in the evenest proportion;
-    where some step cannot be packed so, to the first row that has room (first fit decreasing), which packs tightest.
+    The longest pair comes first. It goes to the row in which the room left for tokens and for scored positions is
+    closest to the shape's proportion; where some step cannot be packed so, to the first row with room (first fit
+    decreasing), which packs tightest.
     """
     for evenly in (True, False):
         row = _decreasing(tokens, scored, shape, evenly=evenly)
@@ -272,5 +276,6 @@ def _decreasing(tokens: np.ndarray, scored: np.ndarray, shape: Shape, *, evenly:
     return row
 
 
-def _round_up(value: int, multiple: int) -> int:
+def round_up(value: int, multiple: int) -> int:
+    """Gives the least multiple of `multiple` that is not below `value`."""
     return -(-value // multiple) * multiple

@@ -2,9 +2,9 @@
 
     hh_rlhf        whole transcripts `chosen`, `rejected`; the prompt runs up to the last "\\n\\nAssistant:"
     ultrafeedback  `prompt`, message lists `chosen`, `rejected`, and their two scores (the binarized release)
-    preference     text or messages, with or without `prompt`: the form is decided for each row by itself
+    preference     text or messages, with or without `prompt`; each row may have another of these forms
 
-Each row becomes a `Pair` or a `BadRow`: nothing is repaired or dropped in silence.
+Each row becomes a `Pair` or a `BadRow`; no row is repaired or silently dropped.
 
 Next: `data/tokens.py`, which turns a pair into ids.
 """
@@ -24,12 +24,11 @@ import pyarrow.parquet
 
 from sr_dpo_jax.errors import UsageError
 
-FORMATS = ("hh_rlhf", "ultrafeedback", "preference")
 FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 ROLES = ("system", "user", "assistant", "tool")
 HH_MARKER = "\n\nAssistant:"
 COLUMNS = ("id", "prompt_id", "prompt", "chosen", "rejected", "score_chosen", "score_rejected")
-"""All that is ever read of a row. Other columns take no part, nor in the digest of a hub data set."""
+"""The columns that are read. The digest of a hub data set covers these alone."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +41,14 @@ class Message:
 
 @dataclass(frozen=True)
 class Pair:
-    """One prompt with two responses that are not blank. A response keeps the space it starts with."""
+    """One prompt with two responses, neither of them blank. A response keeps the space it starts with."""
 
     id: str
-    """The row's own `id` (for ultrafeedback else its `prompt_id`), else its 0-based number in the file."""
+    """The row's `id` (in ultrafeedback also `prompt_id`), or its 0-based number where it has none."""
     file: str
     """The path or hub name as given."""
     line: int
-    """1-based line; 1-based row number where there are no lines."""
+    """The 1-based line, or the 1-based row where a file has no lines."""
     prompt: str | tuple[Message, ...]
     """Text, or a conversation that ends with a user or tool message."""
     chosen: str
@@ -60,7 +59,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used, and why, without any of its text: reasons end up in logs and bug reports."""
+    """A row that cannot be used. The reason holds none of its text, because reasons end up in logs and bug reports."""
 
     file: str
     line: int
@@ -68,25 +67,25 @@ class BadRow:
 
 
 class UnusableError(Exception):
-    """A reason why a row cannot be used; becomes a `BadRow`, and never leaves the readers of rows."""
+    """The reason why a row cannot be used. Readers of rows catch it and make it a `BadRow` or a line of their error."""
 
 
 def read_rows(path: str, *, format: str, split: str, revision: str | None = None) -> Iterator[Pair | BadRow]:
-    """Reads one source as a stream, in order, each row once.
+    """Reads one source as a stream, each row once, in order.
 
     Args:
-      path: an existing .jsonl, .jsonl.gz or .parquet file; else a directory or hub name ("owner/name") that
-        `datasets.load_dataset` reads. No code that comes with the data is ever run.
+      path: a .jsonl, .jsonl.gz or .parquet file, or a directory or hub name ("owner/name") that
+        `datasets.load_dataset` reads. No code that comes with the data is run.
       format: one of `FORMATS`.
-      split: split of a directory or hub data set; files have none.
-      revision: pin of a hub name.
+      split: the split of a directory or hub data set; files have none.
+      revision: the branch, tag or commit of a hub name.
 
     Returns:
-      An iterator of `Pair` and `BadRow`. Blank lines at the end of a file are no rows; one before the last row is bad.
+      An iterator of `Pair` and `BadRow`. Blank lines at the end of a file are ignored; one before the last row is bad.
 
     Raises:
       UsageError: at the call, for an unknown format or a path that cannot be a source; from the iterator, for a file
-        or data set that cannot be read to its end. A truncated gzip file is an error, not the end of the data.
+        or data set that cannot be read to its end, such as a truncated gzip file.
     """
     if format not in FORMATS:
         raise UsageError(f"data.format={format!r} is not known; choose one of {', '.join(FORMATS)}")
@@ -101,10 +100,10 @@ def read_rows(path: str, *, format: str, split: str, revision: str | None = None
 
 
 def content_digest(path: str, *, split: str, revision: str | None = None) -> str:
-    """sha256 (hex) of what `read_rows` would read: the bytes of a file, or the rows of a directory or hub data set.
+    """Computes the sha256 (hex) of the bytes of a file, or of the rows of a directory or hub data set.
 
     Raises:
-      UsageError: as `read_rows`.
+      UsageError: as in `read_rows`.
     """
     file = os.fspath(path)
     if _is_file(file, revision):
@@ -120,7 +119,7 @@ def content_digest(path: str, *, split: str, revision: str | None = None) -> str
 
 
 def _is_file(file: str, revision: str | None) -> bool:
-    """True for a file that is there, False for a directory or what may be a hub name."""
+    """Tells an existing file from a directory or a possible hub name."""
     if os.path.exists(file):
         if not os.path.isdir(file) and not file.endswith(FILE_SUFFIXES):
             raise UsageError(f"{file}: not a known kind of file; data.path takes {', '.join(FILE_SUFFIXES)}")
@@ -138,20 +137,24 @@ def _cannot_read(file: str, error: OSError) -> NoReturn:
     raise UsageError(f"{file}: cannot be read ({error.strerror or type(error).__name__})") from error
 
 
-# Records: (1-based line, row), where the row is a BadRow if not even an object could be read.
+# Records: (1-based line, row), where the row is a BadRow if the line could not be parsed.
 
 
 def json_records(file: str) -> Iterator[tuple[int, Any]]:
-    first_blank = None
+    """Yields number and value of each line of a .jsonl or .jsonl.gz file, a `BadRow` for one that cannot be parsed.
+
+    Raises:
+      UsageError: the file cannot be read to its end.
+    """
+    last = 0
     try:
         with (gzip.open if file.endswith(".gz") else open)(file, "rb") as lines:
             for line, data in enumerate(lines, 1):
                 if not data.strip():
-                    first_blank = first_blank or line
                     continue
-                for blank in range(first_blank or line, line):
+                for blank in range(last + 1, line):
                     yield blank, BadRow(file, blank, "blank line")
-                first_blank = None
+                last = line
                 try:
                     yield line, _parse(data.rstrip(b"\r\n"))
                 except UnusableError as error:
@@ -197,13 +200,13 @@ def _parquet_records(file: str) -> Iterator[tuple[int, Any]]:
 
 
 def _hub_records(name: str, split: str, revision: str | None) -> Iterator[tuple[int, Any]]:
-    # Imported here because it takes seconds, which a run on plain files should not pay.
+    # The import takes seconds, which a run on plain files is spared.
     import datasets
 
     try:
         table = datasets.load_dataset(name, split=split, revision=revision)
     except datasets.exceptions.DatasetGenerationError as error:
-        # Its text may quote the data.
+        # A trap: the error's text may quote the data, so it is left out.
         raise UsageError(f"{name}: its files cannot be read as one data set; check that they are sound") from error
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         first_line = str(error).partition("\n")[0]
@@ -222,11 +225,7 @@ def _columns(names: list[str], file: str) -> list[str]:
     return [name for name in COLUMNS if name in names]
 
 
-# Rows -> pairs.
-
-
 def _checked(records: Iterator[tuple[int, Any]], file: str, format: str) -> Iterator[Pair | BadRow]:
-    split_row = {"hh_rlhf": _hh_rlhf, "ultrafeedback": _ultrafeedback, "preference": _preference}[format]
     for line, row in records:
         if isinstance(row, BadRow):
             yield row
@@ -234,7 +233,7 @@ def _checked(records: Iterator[tuple[int, Any]], file: str, format: str) -> Iter
         try:
             if not isinstance(row, dict):
                 raise UnusableError(f"expected an object, got {_kind(row)}")
-            prompt, chosen, rejected = split_row(row)
+            prompt, chosen, rejected = FORMATS[format](row)
             for side, response in (("chosen", chosen), ("rejected", rejected)):
                 if not response.strip():
                     raise UnusableError(f"empty {side} response")
@@ -246,17 +245,18 @@ def _checked(records: Iterator[tuple[int, Any]], file: str, format: str) -> Iter
 
 
 def _hh_rlhf(row: dict) -> tuple[str, str, str]:
-    prompts, responses = [], []
-    for side in ("chosen", "rejected"):
-        transcript = checked_text(_get(row, side), side)
-        head, marker, response = transcript.rpartition(HH_MARKER)
-        if not marker:
-            raise UnusableError(f'{side} holds no "\\n\\nAssistant:"')
-        prompts.append(head + marker)
-        responses.append(response)
-    if prompts[0] != prompts[1]:
+    (prompt, chosen), (other, rejected) = (_transcript(row, side) for side in ("chosen", "rejected"))
+    if prompt != other:
         raise UnusableError("the prompts of chosen and rejected differ")
-    return prompts[0], responses[0], responses[1]
+    return prompt, chosen, rejected
+
+
+def _transcript(row: dict, side: str) -> tuple[str, str]:
+    """Splits a transcript into prompt and response."""
+    head, marker, response = checked_text(_get(row, side), side).rpartition(HH_MARKER)
+    if not marker:
+        raise UnusableError(f'{side} holds no "\\n\\nAssistant:"')
+    return head + marker, response
 
 
 def _ultrafeedback(row: dict) -> tuple[tuple[Message, ...], str, str]:
@@ -265,10 +265,9 @@ def _ultrafeedback(row: dict) -> tuple[tuple[Message, ...], str, str]:
 
 
 def _preference(row: dict) -> tuple[str | tuple[Message, ...], str, str]:
-    chosen, rejected = _get(row, "chosen"), _get(row, "rejected")
+    prompt, chosen, rejected = row.get("prompt"), _get(row, "chosen"), _get(row, "rejected")
     if isinstance(chosen, list) != isinstance(rejected, list):
         raise UnusableError(f"chosen is {_kind(chosen)} but rejected is {_kind(rejected)}")
-    prompt = row.get("prompt")
     if isinstance(chosen, list):
         return _two_conversations(row) if prompt is None else _explicit_messages(prompt, chosen, rejected)
     chosen, rejected = checked_text(chosen, "chosen"), checked_text(rejected, "rejected")
@@ -292,33 +291,33 @@ def _explicit_messages(prompt: Any, chosen: list, rejected: list) -> tuple[tuple
 
 
 def _two_conversations(row: dict) -> tuple[tuple[Message, ...], str, str]:
-    """Two whole conversations that agree in all but their last messages, which are the responses."""
-    sides = []
-    for side in ("chosen", "rejected"):
-        conversation = checked_messages(_get(row, side), side)
+    """Splits two whole conversations, which must agree in all but their last messages: those are the responses."""
+    chosen, rejected = (checked_messages(_get(row, side), side) for side in ("chosen", "rejected"))
+    for side, conversation in (("chosen", chosen), ("rejected", rejected)):
         if not conversation or conversation[-1].role != "assistant":
             raise UnusableError(f"{side}: the last message must be the assistant's")
-        sides.append(conversation)
-    chosen, rejected = sides
     if chosen[:-1] != rejected[:-1]:
         raise UnusableError("the prompts of chosen and rejected differ")
     return _prompt(chosen[:-1]), chosen[-1].content, rejected[-1].content
 
 
 def _implicit_text(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """The prompt ends before the last run of whitespace, within the shared text, that leaves both sides a response.
+    """Ends the prompt before the last run of whitespace within the shared text that leaves both sides a response.
 
-    A cut by characters would end the prompt inside a word ("A ca" + "t" or "r"), which no model is ever asked to
-    continue, and would leave nothing where one side is the start of the other.
+    A trap: a cut after the last shared character would end the prompt inside a word ("A ca" + "t" or "r"), which no
+    model is ever asked to continue, and would leave no response where one side is the start of the other.
     """
     shared = len(os.path.commonprefix([chosen, rejected]))  # noqa: RUF071 texts, not paths
     for space in reversed(list(re.finditer(r"\s+", chosen[: shared + 1]))):
         cut = space.start()
-        if not rejected[cut : cut + 1].isspace():
-            continue
-        if chosen[:cut].strip() and chosen[cut:].strip() and rejected[cut:].strip():
-            return chosen[:cut], chosen[cut:], rejected[cut:]
+        parts = chosen[:cut], chosen[cut:], rejected[cut:]
+        if rejected[cut : cut + 1].isspace() and all(part.strip() for part in parts):
+            return parts
     raise UnusableError("chosen and rejected share no first word: give an explicit prompt")
+
+
+FORMATS = {"hh_rlhf": _hh_rlhf, "ultrafeedback": _ultrafeedback, "preference": _preference}
+"""The function that splits a row into prompt, chosen and rejected, for each `data.format`."""
 
 
 def _prompt(messages: tuple[Message, ...]) -> tuple[Message, ...]:
@@ -333,6 +332,7 @@ def _prompt(messages: tuple[Message, ...]) -> tuple[Message, ...]:
 
 
 def checked_messages(value: Any, key: str) -> tuple[Message, ...]:
+    """Checks a list of messages; raises UnusableError with `key` and the number of the message."""
     if not isinstance(value, list):
         raise UnusableError(f"{key}: expected a list of messages, got {_kind(value)}")
     messages = []
@@ -340,11 +340,11 @@ def checked_messages(value: Any, key: str) -> tuple[Message, ...]:
         where = f"{key}, message {number}"
         if not isinstance(item, dict):
             raise UnusableError(f"{where}: expected an object, got {_kind(item)}")
-        role = checked_text(_get(item, "role", where), f"{where}, role")
+        role = checked_text(_get(item, "role", f"{where}: "), f"{where}, role")
         if role not in ROLES:
             raise UnusableError(f"{where}: the role must be one of {', '.join(ROLES)}")
-        content = checked_text(_get(item, "content", where), f"{where}, content")
-        # Tool calls and the like change what a chat template writes: leaving them out would train on another text.
+        content = checked_text(_get(item, "content", f"{where}: "), f"{where}, content")
+        # A trap: tool calls and the like change what a chat template writes; without them it would be another text.
         if any(item[name] not in (None, [], "") for name in item.keys() - {"role", "content"}):
             raise UnusableError(f"{where}: holds more than role and content, which is not supported")
         messages.append(Message(role, content))
@@ -359,7 +359,7 @@ def _scores(row: dict, *, required: bool) -> tuple[float | None, float | None]:
             scores.append(None)
         elif isinstance(value, bool) or not isinstance(value, int | float):
             raise UnusableError(f"{key}: expected a number, got {_kind(value)}")
-        elif not abs(value) <= 1e38:  # kept as float32, whose largest is 3.4e38; false for NaN
+        elif not abs(value) <= 1e38:  # scores are kept in float32, whose largest is 3.4e38; NaN is refused too
             raise UnusableError(f"{key}: not a finite number of ordinary size")
         else:
             scores.append(float(value))
@@ -367,28 +367,28 @@ def _scores(row: dict, *, required: bool) -> tuple[float | None, float | None]:
 
 
 def checked_id(row: dict, keys: tuple[str, ...], line: int) -> str:
-    for key in keys:
-        value = row.get(key)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, str | int):
-            raise UnusableError(f"{key}: expected text or an integer, got {_kind(value)}")
-        return checked_text(str(value), key)
-    return str(line - 1)
+    """Gives the first id that a row has under `keys`, or its 0-based number; raises UnusableError for another type."""
+    key = next((key for key in keys if row.get(key) is not None), None)
+    if key is None:
+        return str(line - 1)
+    if isinstance(row[key], bool) or not isinstance(row[key], str | int):
+        raise UnusableError(f"{key}: expected text or an integer, got {_kind(row[key])}")
+    return checked_text(str(row[key]), key)
 
 
-def _get(row: dict, key: str, where: str = "") -> Any:
+def _get(row: dict, key: str, prefix: str = "") -> Any:
     if key not in row:
-        raise UnusableError(f"{where}: missing key {key!r}" if where else f"missing key {key!r}")
+        raise UnusableError(f"{prefix}missing key {key!r}")
     return row[key]
 
 
 def checked_text(value: Any, name: str) -> str:
+    """Checks a text that a tokenizer can encode; raises UnusableError with its name."""
     if not isinstance(value, str):
         raise UnusableError(f"{name}: expected text, got {_kind(value)}")
     if "\0" in value:
         raise UnusableError(f"{name}: holds a NUL character")
-    # JSON can write half of a surrogate pair, which no tokenizer can encode.
+    # A trap: JSON can hold half of a surrogate pair, which no tokenizer can encode.
     if not value.isascii() and re.search("[\ud800-\udfff]", value):
         raise UnusableError(f"{name}: holds a lone surrogate, which is not valid Unicode")
     return value

@@ -1,4 +1,4 @@
-"""Whether a tokenizer and its ids belong to a model: wrong ones train without an error, as if they meant it."""
+"""Checks that a tokenizer and its ids belong to the model: a wrong tokenizer trains without any error."""
 
 import json
 from pathlib import Path
@@ -18,52 +18,52 @@ def require_fit(tokenizer: PreTrainedTokenizerBase, directory: Path, *, vocabula
     Args:
       tokenizer: as `tokens.load_tokenizer` gives it.
       directory: holds the model's config.json and, where it has one, generation_config.json.
-      vocabulary_tokens: rows of the model's embedding.
+      vocabulary_tokens: the rows of the model's embedding.
 
     Raises:
-      UsageError: the tokenizer does not fit, with every problem; or a file that cannot be read.
+      UsageError: the tokenizer does not fit (every problem is named), or a file cannot be read.
     """
-    found = misfits(tokenizer, directory, vocabulary_tokens=vocabulary_tokens)
-    if found:
-        raise UsageError("\n  ".join([f"{directory}: the tokenizer does not fit the model:", *found]))
+    problems = misfits(tokenizer, directory, vocabulary_tokens=vocabulary_tokens)
+    if problems:
+        raise UsageError("\n  ".join([f"{directory}: the tokenizer does not fit the model:", *problems]))
 
 
 def misfits(tokenizer: PreTrainedTokenizerBase, directory: Path, *, vocabulary_tokens: int) -> list[str]:
-    """Every problem with its remedy, none where the tokenizer fits; arguments and errors as `require_fit`.
+    """Lists every problem with its remedy; arguments and errors are those of `require_fit`.
 
     A model that names no EOS or BOS token takes any. Added tokens may lie beyond the embedding, as the image token of
-    Gemma 3's text-only models does; `require_embedded` finds the rows that use one.
+    Gemma 3's text-only models does; `require_embedded` finds rows that use one.
     """
-    config, generation = _fields(directory / "config.json"), _fields(directory / "generation_config.json")
-    found = []
+    config, generation = _model_files(directory)
+    problems = []
     spare = set(tokenizer.added_tokens_decoder) - {tokenizer.eos_token_id, tokenizer.bos_token_id}
     largest = max(set(tokenizer.get_vocab().values()) - spare)
     if largest >= vocabulary_tokens:
-        found.append(
+        problems.append(
             f"it has token id {largest}, but config.json says vocab_size={vocabulary_tokens}; use the tokenizer that "
             "belongs to the model"
         )
     known = _as_list(config.get("eos_token_id")) + _as_list(generation.get("eos_token_id"))
     if known and tokenizer.eos_token_id not in known:
-        found.append(
+        problems.append(
             f"its EOS token {tokenizer.eos_token!r} has id {tokenizer.eos_token_id}, but config.json and "
             f"generation_config.json say eos_token_id={sorted(set(known))}; correct eos_token in "
             "tokenizer_config.json, or, if the model was trained to end so, add the id to generation_config.json"
         )
     bos = config.get("bos_token_id")
     if bos is not None and uses_bos(tokenizer) and tokenizer.bos_token_id != bos:
-        found.append(
+        problems.append(
             f"it starts text with the BOS token {tokenizer.bos_token!r}, id {tokenizer.bos_token_id}, but config.json "
             f"says bos_token_id={bos}; correct bos_token in tokenizer_config.json, or the id in config.json"
         )
-    return found
+    return problems
 
 
 def require_embedded(pairs: TokenizedPairs, *, vocabulary_tokens: int) -> None:
-    """Refuses data with ids for which the model has no row in its embedding.
+    """Refuses data with ids for which the model's embedding has no row.
 
     Raises:
-      UsageError: names the first row that holds one by file and line, or says that p does.
+      UsageError: names the first row that holds such an id by file and line, or p.
     """
     largest = int(pairs.augmentation.max(initial=0))
     if largest >= vocabulary_tokens:
@@ -81,14 +81,21 @@ def require_embedded(pairs: TokenizedPairs, *, vocabulary_tokens: int) -> None:
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase, directory: Path) -> tuple[int, ...]:
-    """Ids that end a response: the tokenizer's EOS token, and those that the model's files name besides."""
-    config, generation = _fields(directory / "config.json"), _fields(directory / "generation_config.json")
+    """Lists the ids that end a response: the tokenizer's EOS token and those that the model's files name."""
+    config, generation = _model_files(directory)
     named = _as_list(generation.get("eos_token_id")) or _as_list(config.get("eos_token_id"))
     return tuple(sorted({tokenizer.eos_token_id, *named}))
 
 
+def _model_files(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads config.json and generation_config.json themselves.
+
+    A trap: transformers fills missing fields with defaults, which the model's authors never stated.
+    """
+    return _fields(directory / "config.json"), _fields(directory / "generation_config.json")
+
+
 def _fields(path: Path) -> dict[str, Any]:
-    """What the file says itself: the defaults that transformers puts in for missing fields are not the model's word."""
     if not path.is_file():
         return {}
     try:

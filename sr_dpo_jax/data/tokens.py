@@ -3,15 +3,15 @@
     ids(x)   = head ⊕ rest           plain prompt
     ids(p⊕x) = head ⊕ p ⊕ rest       augmented prompt: ids are concatenated, text is never tokenised again
 
-    head       what stands before the user's words: the BOS token where the tokenizer uses one, and for conversations
-               what the chat template writes before the content of the first user message
+    head       the start of the prompt before the user's words: the BOS token where the tokenizer uses one, and for
+               conversations the text that the chat template writes before the content of the first user message
     rest       the remainder of the prompt; for conversations it ends with the generation prompt
     response   the ids of its text, then exactly one EOS
 
-Prompt and responses are tokenised apart as well: a token that spans the seam would belong to both, and cutting the
-ids of prompt + response at the length of the prompt's ids can lose the response's first letters.
+Prompt and responses are tokenised apart as well. A trap: in the ids of prompt + response a token may span the seam, so
+cutting them at the length of the prompt's ids can lose the response's first letters.
 
-Next: `data/dataset.py`, which does this for whole files and keeps the result.
+Next: `data/dataset.py`, which tokenises whole data sets and keeps the result.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sr_dpo_jax.data.mid_text import MidText, text_ids
-from sr_dpo_jax.data.rows import BadRow, Message, Pair
+from sr_dpo_jax.data.rows import BadRow, Message, Pair, UnusableError
 from sr_dpo_jax.errors import UsageError
 
 LOG = logging.getLogger(__name__)
@@ -36,11 +36,11 @@ TRUNCATIONS = ("keep_end", "keep_start")
 
 @dataclass(frozen=True)
 class PairTokens:
-    """The ids of one pair, before truncation. The prompt is head + rest; each response ends with its one EOS."""
+    """The ids of one pair before truncation. The prompt is head + rest; each response ends with its one EOS."""
 
     head: tuple[int, ...]
     augmentation: tuple[int, ...]
-    """The ids of p where it follows this head; empty without p."""
+    """The ids of p after this head; empty without p."""
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
@@ -48,7 +48,7 @@ class PairTokens:
 
 @dataclass(frozen=True)
 class _Text:
-    """The four texts that are tokenised apart."""
+    """The four texts of a pair that are tokenised apart."""
 
     head: str
     rest: str
@@ -56,20 +56,16 @@ class _Text:
     rejected: str
 
 
-class _UnusableError(Exception):
-    """Becomes a `BadRow`; never leaves this file."""
-
-
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """Loads a fast tokenizer from a Hugging Face directory or hub name; code that comes with it is never run.
 
     Raises:
-      UsageError: there is no tokenizer that can be loaded so, or it has no end-of-sequence token.
+      UsageError: there is no fast tokenizer, it cannot be loaded, or it has no EOS token.
     """
     if not os.path.isdir(path) and path.startswith(("/", "./", "../", "~")):
         raise UsageError(f"model.path={path}: no such directory; give a Hugging Face directory or hub name")
     if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "tokenizer.json")):
-        # transformers makes an empty tokenizer of some families, to which all text is unknown.
+        # A trap: for some families transformers would make an empty tokenizer, to which all text is unknown.
         raise UsageError(
             f"model.path={path}: has no tokenizer.json; add it, as save_pretrained of a fast tokenizer writes it"
         )
@@ -89,16 +85,16 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 (hex) of all that decides ids: the backend's state, the special tokens and the chat template."""
+    """Computes the sha256 (hex) of everything that decides ids: backend state, special tokens and chat template."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    # Any caller that pads or truncates leaves these behind in the object; our calls turn both off.
+    # A trap: a caller that pads or truncates changes these two in the object; calls here turn both off.
     del state["padding"], state["truncation"]
     parts = [state, tokenizer.special_tokens_map, tokenizer.chat_template]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def uses_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether plain text gets the BOS token in front by default. Having a BOS token does not mean using it."""
+    """Tells whether the tokenizer puts its BOS token before plain text by default; some have one and do not use it."""
     bos = tokenizer.bos_token_id
     if bos is None:
         return False
@@ -118,22 +114,22 @@ def truncate(
 ) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
     """Cuts a pair to length as the code base of the paper's experiments does; p is neither counted nor cut.
 
-    With m the tokens of the longer response, EOS included: if prompt + m > max_length, the prompt is cut to
+    Let m be the tokens of the longer response, EOS included. If prompt + m > max_length, the prompt is cut to
     max_prompt_length; if that is still too long, both responses are cut to their first max_length − max_prompt_length
-    tokens, even where the prompt leaves more room, and a cut response loses its EOS.
+    tokens, even where the prompt leaves more room, and a response that is cut loses its EOS.
 
     Args:
       prompt_tokens, chosen_tokens, rejected_tokens: ids; the prompt starts with its head.
-      head_tokens: how many ids the head has. They are always kept, and the cut is made after them.
-      max_length: most tokens of prompt + longer response.
-      max_prompt_length: what a prompt is cut to, head included.
-      prompt_truncation: which end of a cut prompt stays, `keep_end` or `keep_start`.
+      head_tokens: the number of ids of the head, which are always kept; the cut is made after them.
+      max_length: the most tokens of prompt + longer response.
+      max_prompt_length: the tokens that a prompt is cut to, head included.
+      prompt_truncation: the end of a cut prompt that stays, `keep_end` or `keep_start`.
 
     Returns:
-      prompt, chosen and rejected, the same objects where nothing was cut.
+      Prompt, chosen and rejected, the same objects where nothing was cut.
 
     Raises:
-      UsageError: an unknown `prompt_truncation`, no room for a response or no room after the head.
+      UsageError: `prompt_truncation` is unknown, or there is no room for a response or after the head.
     """
     if prompt_truncation not in TRUNCATIONS:
         raise UsageError(f"data.prompt_truncation={prompt_truncation!r} must be one of {', '.join(TRUNCATIONS)}")
@@ -168,7 +164,7 @@ class PairEncoder:
       augmentation_prompt: the instruction p, or None.
 
     Raises:
-      UsageError: p is empty.
+      UsageError: p is blank.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, augmentation_prompt: str | None):
@@ -182,10 +178,10 @@ class PairEncoder:
         self._heads: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
 
     def encode(self, pairs: Sequence[Pair]) -> list[PairTokens | BadRow]:
-        """One result a pair, in order: its ids, or the reason why it cannot be used.
+        """Encodes pairs; gives for each, in order, its ids or the reason why it cannot be used.
 
         Raises:
-          UsageError: conversations, but no chat template, or one that cannot place p verbatim.
+          UsageError: the pairs are conversations, and the tokenizer has no chat template or one that cannot be used.
         """
         texts = [self._text(pair) for pair in pairs]
         good = [text for text in texts if isinstance(text, _Text)]
@@ -202,22 +198,22 @@ class PairEncoder:
             (head, augmentation, prompt), *responses = next(encoded)
             try:
                 if not prompt:
-                    raise _UnusableError("the prompt has no tokens")
+                    raise UnusableError("the prompt has no tokens")
                 ended = [self._ended(ids, side) for ids, side in zip(responses, ("chosen", "rejected"), strict=True)]
                 results.append(PairTokens(head, augmentation, prompt, *ended))
-            except _UnusableError as error:
+            except UnusableError as error:
                 results.append(BadRow(pair.file, pair.line, str(error)))
         return results
 
     def prompt_ids(self, prompts: Sequence[str | tuple[Message, ...]]) -> list[list[int] | BadRow]:
-        """Ids of prompts that wait for a response, exactly as `encode` makes them; a bad one's line is its number."""
+        """Encodes prompts without responses, as `encode` does; the line of a `BadRow` is the number of the prompt."""
         pairs = [Pair(str(number), "", number, prompt, "a", "a") for number, prompt in enumerate(prompts, 1)]
         return [result if isinstance(result, BadRow) else result.prompt for result in self.encode(pairs)]
 
     def _prompts(self, texts: list[_Text]) -> list[tuple[tuple[int, ...], tuple[int, ...], list[int]]]:
-        """Ids of head, p and prompt of each text."""
+        """Gives the ids of head, p and prompt of each text."""
         heads = [self._head(text.head) for text in texts]
-        # A rest with nothing before it opens a text; whatever else is tokenised stands in the middle of one.
+        # Only a rest without a head opens a text; every other part stands in the middle of one.
         opening = iter(text_ids(self._tokenizer, [text.rest for text in texts if not text.head]))
         within = [(text.rest, _last(head)) for text, (head, _) in zip(texts, heads, strict=True) if text.head]
         inner = iter(self._mid_text.ids([rest for rest, _ in within], after=[last for _, last in within]))
@@ -225,7 +221,7 @@ class PairEncoder:
         for text, (head, augmentation) in zip(texts, heads, strict=True):
             rest = next(inner if text.head else opening)
             if not text.head and self._bos and rest[:1] == self._bos:
-                rest = rest[1:]  # a text that was written out with its BOS
+                rest = rest[1:]  # the text itself begins with the BOS token
             prompts.append((head, augmentation, [*head, *rest]))
         return prompts
 
@@ -236,7 +232,7 @@ class PairEncoder:
             self._template = _ChatTemplate(self._tokenizer, self._augmentation_prompt)
         try:
             return self._template.text(pair)
-        except _UnusableError as error:
+        except UnusableError as error:
             return BadRow(pair.file, pair.line, str(error))
 
     def _head(self, text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -257,14 +253,14 @@ class PairEncoder:
         if ids and ids[-1] == eos:
             ids = ids[:-1]
         if eos in ids:
-            raise _UnusableError(f"the {side} response holds the end-of-sequence token before its end")
+            raise UnusableError(f"the {side} response holds the end-of-sequence token before its end")
         if not ids:
-            raise _UnusableError(f"the {side} response has no tokens")
+            raise UnusableError(f"the {side} response has no tokens")
         return [*ids, eos]
 
 
 class _ChatTemplate:
-    """Conversations -> the texts of head, rest and responses, with proof for each row that p fits in verbatim."""
+    """Splits conversations into the texts of head, rest and responses, and proves for each that p stands verbatim."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, augmentation_prompt: str | None):
         if tokenizer.chat_template is None:
@@ -287,24 +283,25 @@ class _ChatTemplate:
         responses = []
         for side, content in (("chosen", pair.chosen), ("rejected", pair.rejected)):
             whole = self._render([*prompt, {"role": "assistant", "content": content}])
-            # Where the generation prompt opens a block of thought, it holds the first letters of the content.
-            said = whole.removesuffix(self._ending)
-            turn = said[len(rendered) :]
-            placed = said.startswith(rendered) and whole == said + self._ending and turn.strip()
-            if not placed or not said.rstrip().endswith(content.strip()):
-                raise _UnusableError(f"the chat template does not place the {side} response after its own prompt")
-            # Whitespace after the end-of-turn token belongs to the next turn: at generation it is never reached.
+            unended = whole.removesuffix(self._ending)
+            turn = unended[len(rendered) :]
+            placed = unended.startswith(rendered) and whole == unended + self._ending and turn.strip()
+            # The turn may lack the first letters of the content: a generation prompt that opens a block of thought has
+            # them.
+            if not placed or not unended.rstrip().endswith(content.strip()):
+                raise UnusableError(f"the chat template does not place the {side} response after its own prompt")
+            # Whitespace after the end-of-turn token belongs to the next turn; generation never reaches it.
             responses.append(turn + self._ending.rstrip())
         return _Text(head, rest, *responses)
 
     def _probe(self) -> None:
-        """Refuses, before any row, a template that fails on the plainest conversation; finds how it ends a turn."""
+        """Refuses a template that fails on the plainest conversation, before any row; finds how it ends a turn."""
         user, reply = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": SENTINEL}
         try:
             rendered = self._render([user], add_generation_prompt=True)
             self._split([user], rendered)
             whole = self._render([user, reply])
-        except _UnusableError as error:
+        except UnusableError as error:
             raise UsageError(
                 f"the chat template of model.path cannot be used: {error}; change chat_template.jinja, or set "
                 "refinement.prompt=null where the objective needs none"
@@ -317,22 +314,23 @@ class _ChatTemplate:
         self._ending = whole.partition(SENTINEL)[2]
 
     def _split(self, prompt: list[dict[str, str]], rendered: str) -> tuple[str, str]:
+        """Splits a rendered prompt into head and rest, and checks that p fits between them verbatim."""
         first = next(number for number, message in enumerate(prompt) if message["role"] == "user")
-        # Some templates write a system message before the last user turn, so all roles count.
+        # A trap: some templates write the system message before the last user turn, so the head depends on all roles.
         shape = (tuple(m["role"] for m in prompt), tuple(m["content"] for m in prompt[:first]))
         if shape not in self._heads:
             marked = self._render(_put_before(SENTINEL, prompt, first), add_generation_prompt=True)
             if marked.count(SENTINEL) != 1:
-                raise _UnusableError("the chat template does not write the first user message exactly once")
+                raise UnusableError("the chat template does not write the first user message exactly once")
             self._heads[shape] = marked.partition(SENTINEL)[0]
         head = self._heads[shape]
         if not rendered.startswith(head):
-            raise _UnusableError("the chat template writes another start for this conversation than for others like it")
+            raise UnusableError("the chat template writes another start for this conversation than for others like it")
         rest, p = rendered[len(head) :], self._augmentation_prompt
         if p is not None:
             augmented = self._render(_put_before(p, prompt, first), add_generation_prompt=True)
             if augmented != head + p + rest:
-                raise _UnusableError(
+                raise UnusableError(
                     "the chat template cannot place refinement.prompt verbatim before the first user message (as where "
                     "it trims messages, and that message or refinement.prompt starts with whitespace)"
                 )
@@ -344,9 +342,9 @@ class _ChatTemplate:
                 conversation, tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except (jinja2.TemplateError, TypeError) as error:
-            # A refusal that stands word for word in the template holds nothing of the row.
-            said = f": {error}" if str(error) and str(error) in str(self._tokenizer.chat_template) else ""
-            raise _UnusableError(f"the chat template refuses this conversation{said}") from error
+            # A refusal that stands word for word in the template holds no text of the row.
+            reason = f": {error}" if str(error) and str(error) in str(self._tokenizer.chat_template) else ""
+            raise UnusableError(f"the chat template refuses this conversation{reason}") from error
 
 
 def _put_before(text: str, prompt: list[dict[str, str]], first: int) -> list[dict[str, str]]:

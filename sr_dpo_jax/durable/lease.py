@@ -1,8 +1,8 @@
-"""One run to a run directory: `lease.json` names who writes there, and is touched while that process lives.
+"""One run for each run directory: `lease.json` names the process that writes there, which touches it while it lives.
 
-No clock is compared with another. A lease of this machine is stale when its process is gone. One of another machine is
-stale when nobody has touched it for as long as this process has watched it; a preempted machine's successor waits so
-long, and a second run sees the touch and is refused.
+The clocks of two machines are never compared. A lease of this machine is stale when its process is gone. A lease of
+another machine is stale when its file is not touched while this process watches it for EXPIRY_S seconds: the successor
+of a preempted machine waits that long, and a second run sees a touch and is refused.
 """
 
 import contextlib
@@ -28,7 +28,10 @@ WATCH_S = 0.5
 
 
 class Lease:
-    """Holds `root/lease.json` from `take` to the end of the block."""
+    """Holds `root/lease.json` from `take` to the end of the block.
+
+    `filelock` has a lease too, but takes a living one over at once where two machines share a host name.
+    """
 
     def __init__(self, root: Path):
         self._file = root / NAME
@@ -37,7 +40,11 @@ class Lease:
         self._thread: threading.Thread | None = None
 
     def take(self) -> None:
-        """Raises UsageError where another living process holds it; the directory exists."""
+        """Takes the lease; `root` exists.
+
+        Raises:
+          UsageError: another living process holds it.
+        """
         while not self._created():
             self._displace()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
@@ -56,16 +63,16 @@ class Lease:
         if self._read() == self._content:
             self._file.unlink(missing_ok=True)
         if self._made_root:
-            with contextlib.suppress(OSError):  # it holds something: the run was started
+            with contextlib.suppress(OSError):  # the directory is not empty: the run was started
                 self._file.parent.rmdir()
 
     def check(self) -> None:
-        """Raises RunError where another run has taken the directory over, which stood still for too long."""
+        """Raises RunError where this process stood still so long that another run took the directory over."""
         if self._lost:
             raise RunError(f"{self._file}: another run has taken this directory over; stopped without writing more")
 
     def _created(self) -> bool:
-        """Writes the whole file under a name of its own and links it: it is never seen half written."""
+        """Writes the lease whole under another name and links it to its own; False where there is a lease already."""
         own = self._file.with_name(f".{NAME}.{secrets.token_hex(8)}")
         own.write_text(self._content, encoding="utf-8")
         try:
@@ -77,9 +84,9 @@ class Lease:
         return True
 
     def _displace(self) -> None:
-        """Returns when the lease found is gone or was stale and is moved out of the way; refuses a living one."""
-        found = self._read()
-        if found is None or not _is_stale(self._file, found):
+        """Moves a stale lease out of the way, returns where the lease is gone, and refuses a living one."""
+        before = self._read()
+        if before is None or not _is_stale(self._file, before):
             return
         aside = self._file.with_name(f".{NAME}.{secrets.token_hex(8)}")
         try:
@@ -87,7 +94,7 @@ class Lease:
         except FileNotFoundError:
             return
         moved = aside.read_text(encoding="utf-8")
-        if moved != found:  # another process took the stale lease over first, and this is its own
+        if moved != before:  # another process took the stale lease over first, and this is its own: put it back
             os.link(aside, self._file)
         aside.unlink()
 
@@ -104,15 +111,15 @@ class Lease:
                     self._lost = True
                     return
                 os.utime(self._file)
-            except OSError:  # a file system that is away for a moment; if for long, another run takes over, and is seen
+            except OSError:  # the file system is away; if it stays so, another run takes over, which `_read` will show
                 continue
 
 
 def _is_stale(file: Path, content: str) -> bool:
-    """Whether its process is dead; watches for EXPIRY_S where only the heartbeat can tell.
+    """Tells whether the process of a lease is dead; watches for EXPIRY_S where only the heartbeat can show it.
 
     Raises:
-      UsageError: its process lives.
+      UsageError: the process lives.
     """
     try:
         holder: dict[str, Any] = json.loads(content)
@@ -142,15 +149,18 @@ def _is_stale(file: Path, content: str) -> bool:
 
 
 def _this_process() -> dict[str, Any]:
-    """Host, process id and its start. A host is a name, a boot and a space of process ids: names are used twice, and
-    processes of another container cannot be seen."""
+    """Gives host, process id and start of this process.
+
+    A host is a name, a boot id and a PID namespace: two machines may have one name, and a process of another container
+    cannot be seen from here.
+    """
     boot, space = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
     marks = [boot.read_text().strip(), os.readlink(space)] if boot.exists() and space.exists() else []
     return {"host": " ".join([socket.gethostname(), *marks]), "pid": os.getpid(), "started": _started(os.getpid())}
 
 
 def _started(pid: int) -> str | None:
-    """When a process of this machine started, in its own ticks; "" where the system does not tell; None if gone."""
+    """Gives the start of a process of this machine, in ticks; "" where the system does not tell; None if it is gone."""
     stat = Path(f"/proc/{pid}/stat")
     if Path("/proc/self/stat").exists():
         try:

@@ -1,4 +1,4 @@
-"""SIGTERM, as a machine gets it that is taken away: finish the step in flight, save, and end with exit code 75."""
+"""SIGTERM, which a preempted machine gets: finish the step in flight, save, and end with exit code 75."""
 
 import ctypes
 import os
@@ -14,21 +14,21 @@ EXIT_KILLED = 128 + signal.SIGTERM
 
 
 class Preempted(BaseException):
-    """SIGTERM came before the first step: there is nothing to save that is not saved."""
+    """SIGTERM came before the first step, when there is nothing to save."""
 
 
 class StopSignal:
-    """The first SIGTERM stops the run after a step that all processes agree on; the second ends the process at once.
+    """Stops the run at the first SIGTERM after a step that all processes agree on, and at the second one at once.
 
-    Before the first step, a run of one process meets Preempted where it stands; several processes stop together at
-    the next `requested`. A context manager: afterwards SIGTERM does again what it did before.
+    Before the first step, Preempted is raised in the main thread of a run of one process; several processes stop
+    together at the next `requested`. As a context manager it gives SIGTERM its former handler back at the end.
 
-    Signals are counted by a thread that reads the interpreter's wake-up pipe, for the handlers that Python runs wait
-    while the main thread compiles or waits for a device.
+    A trap: Python runs signal handlers in the main thread, which may compile or wait for a device for minutes. So a
+    thread that reads the interpreter's wake-up pipe counts the signals.
     """
 
     def __init__(self) -> None:
-        self._stepping, self._received, self._asked = False, False, 0
+        self._stepping, self._received, self._polls = False, False, 0
         self._tell_jax: ctypes._CFuncPtr | None = None
 
     def __enter__(self) -> Self:
@@ -43,33 +43,33 @@ class StopSignal:
     def __exit__(self, *_: object) -> None:
         signal.signal(signal.SIGTERM, self._before)
         signal.set_wakeup_fd(self._wakeup_before)
-        os.close(self._writer)  # the thread reads the end of the pipe
+        os.close(self._writer)  # ends the thread, which reads the end of the pipe
         self._thread.join()
         os.close(self._reader)
 
     def joined(self) -> None:
-        """After jax.distributed has started. Its own handler has replaced ours, and would swallow a second signal."""
+        """Takes SIGTERM back from jax.distributed, whose handler replaced ours and would swallow a second signal."""
         if jax.process_count() > 1:
             libc = ctypes.CDLL(None)
             libc.signal.restype, libc.signal.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
             theirs = libc.signal(signal.SIGTERM, None)
-            self._tell_jax = ctypes.CFUNCTYPE(None, ctypes.c_int)(theirs)  # it sets a flag that a thread of jax polls
+            self._tell_jax = ctypes.CFUNCTYPE(None, ctypes.c_int)(theirs)  # sets a flag that a thread of jax polls
             signal.signal(signal.SIGTERM, self._raise)
 
     def requested(self) -> bool:
-        """Whether to stop now; every process must ask equally often, and all get the same answer."""
-        self._asked += 1
+        """Tells whether to stop now; every process must call it equally often, and all get the same answer."""
+        self._polls += 1
         if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(self._asked)
+            return multihost_utils.reached_preemption_sync_point(self._polls)
         return self._received
 
     def meet(self) -> None:
-        """Raises Preempted on all processes if one of them is to stop: for the time before the first step."""
+        """Raises Preempted on all processes if one of them got SIGTERM; for the time before the first step."""
         if self.requested():
             raise Preempted
 
     def stepping(self) -> None:
-        """From here on the signal waits for the end of a step."""
+        """Marks the first step: from now on a stop waits for the end of a step."""
         self._stepping = True
 
     def _count(self) -> None:

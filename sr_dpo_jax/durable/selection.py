@@ -1,12 +1,14 @@
-"""Which evaluation of a run is best so far, and whether so many have passed without a better one that the run ends.
+"""The best evaluation of a run so far, and early stopping: whether `patience` evaluations brought no improvement.
 
-    best      the evaluation whose metric is highest, or lowest; of equal ones the first
-    waited    evaluations since the last one that was better, by more than min_delta, than the one counted from
+    best            the evaluation with the highest metric (or the lowest, by `mode`); the first of equal ones
+    counted_from    the metric that an evaluation must beat by more than `min_delta` to be an improvement: that of the
+                    last improvement
+    waited          the evaluations since the last improvement
 
-A pure function of the evaluations in their order. Every checkpoint holds it as of its step, so a run that goes on from
-one, whichever it is, counts as the run counted that reached it. Imports no jax.
+A `Selection` is a pure function of the evaluations in their order. Each checkpoint keeps its record, so a run that
+resumes at any checkpoint counts on from there. The module imports no jax.
 
-Next: `loop.py`, which asks after every evaluation.
+Next: `train/loop.py`, which updates it after every evaluation.
 """
 
 import dataclasses
@@ -17,25 +19,25 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """The rule, and what the evaluations so far have given."""
+    """The rule, and the outcome of the evaluations so far."""
 
     metric: str | None
-    """Its name in metrics.jsonl; None where nothing is chosen."""
+    """The metric's name in metrics.jsonl; None selects nothing."""
     mode: str
     """`max` or `min`."""
     min_delta: float
     patience: int | None
-    """Evaluations; None never ends a run."""
+    """The evaluations without improvement after which the run ends; None never ends it."""
     step: int | None = None
-    """Of the best evaluation; None before the first one that is finite."""
+    """The step of the best evaluation; None before the first finite one."""
     value: float | None = None
-    """The metric there."""
+    """The metric of the best evaluation."""
     counted_from: float | None = None
-    """The metric that the next evaluation must better by more than `min_delta`, or else it is waited for."""
+    """The metric of the last improvement; None before the first finite evaluation."""
     waited: int = 0
 
     def after(self, step: int, value: float) -> "Selection":
-        """This with one more evaluation. A value that is not finite is never better."""
+        """Returns the selection after one more evaluation; a value that is not finite is no improvement."""
         changed: dict[str, Any] = {"waited": self.waited + 1}
         if math.isfinite(value):
             if self.value is None or self._gain(value, self.value) > 0:
@@ -46,23 +48,24 @@ class Selection:
 
     @property
     def over(self) -> bool:
+        """Tells whether the run is to end."""
         return self.patience is not None and self.waited >= self.patience
 
     @property
-    def said(self) -> str:
-        """For the log."""
+    def summary(self) -> str:
+        """Describes the best evaluation, for the log."""
         if self.step is None:
             return f"no evaluation gave a finite {self.metric}"
         return f"best {self.metric}: {self.value:.6g} at step {self.step}"
 
     def record(self) -> dict[str, Any] | None:
-        """For a checkpoint; JSON keeps every bit of a float."""
+        """Gives what a checkpoint keeps of it; JSON keeps every bit of a float. None where nothing is selected."""
         if self.metric is None:
             return None
         return {"metric": self.metric, "mode": self.mode, **{name: getattr(self, name) for name in COUNTED}}
 
     def resumed(self, record: Mapping[str, Any]) -> "Selection | None":
-        """This rule with what a checkpoint has counted; None where it counted another metric."""
+        """Returns this rule with the counts of a checkpoint's record; None where the record is of another metric."""
         if (record["metric"], record["mode"]) != (self.metric, self.mode):
             return None
         return dataclasses.replace(self, **{name: record[name] for name in COUNTED})
@@ -72,3 +75,4 @@ class Selection:
 
 
 COUNTED = ("step", "value", "counted_from", "waited")
+"""The fields that a checkpoint keeps."""

@@ -1,4 +1,4 @@
-"""Ends a process whose step hangs: the stacks of all threads go to standard error, the exit code is 1."""
+"""Ends a process whose step hangs: it writes the stacks of all threads to standard error and exits with code 1."""
 
 import faulthandler
 import sys
@@ -7,10 +7,10 @@ from typing import Self
 
 
 class Watchdog:
-    """While the block runs, `beat` must be called at least every `timeout_s` seconds.
+    """Ends the process unless `beat` is called at least every `timeout_s` seconds while the block runs.
 
-    The timer is a thread of C that needs no lock of Python, so it fires also where the interpreter itself hangs in a
-    compiler or a collective.
+    The timer is a C thread that needs no lock of Python, so it fires even where the interpreter hangs in a compiler or
+    a collective.
     """
 
     def __init__(self, timeout_s: float):
@@ -26,5 +26,5 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def beat(self, *_: object) -> None:
-        """Starts the time again."""
+        """Restarts the timer."""
         faulthandler.dump_traceback_later(self._timeout_s, exit=True, file=sys.__stderr__)

@@ -1,4 +1,4 @@
-"""What distinguishes one model family from another, as data: the decoder has no `if` on a family's name."""
+"""The sizes and choices that distinguish model families, as data: the decoder has no `if` on a family's name."""
 
 import dataclasses
 from typing import Literal
@@ -8,28 +8,28 @@ from sr_dpo_jax.errors import UsageError
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary embedding: dimension i of a head turns with dimension i + len(frequencies), the rest pass unchanged."""
+    """Rotary embedding: dimensions i and i + len(frequencies) of a head rotate together; the others pass unchanged."""
 
     frequencies: tuple[float, ...]
-    """Radians a position, one for each pair of dimensions."""
+    """Radians per position, one for each pair of dimensions."""
     scale: float = 1.0
-    """Factor on the rotated dimensions of queries and of keys (YaRN, LongRoPE)."""
+    """The factor on the rotated dimensions of queries and keys (YaRN, LongRoPE)."""
     exact_positions: int | None = None
-    """Longer sequences would have other frequencies (dynamic NTK, LongRoPE) and are refused; None: no such limit."""
+    """The longest sequence with these frequencies (dynamic NTK, LongRoPE); longer ones are refused. None: no limit."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerKind:
-    """How a layer's attention differs from that of layers of another kind."""
+    """The choices of attention in which the layers of a model may differ."""
 
     rope: Rope
     window: int | None
-    """A query sees keys less than this many positions before it; None: all of them."""
+    """The sliding window: a query sees keys fewer than this many positions before it; None: all of them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """Shapes and choices of a decoder-only transformer."""
+    """The sizes and choices of a decoder-only transformer."""
 
     vocabulary_tokens: int
     hidden: int
@@ -39,44 +39,44 @@ class Architecture:
     head_dim: int
     mlp: int
     context_tokens: int
-    """Length that the model was made for; longer sequences are a matter of quality, not of correctness."""
+    """The length that the model was trained for; longer sequences give worse results, but correct computation."""
 
     kinds: tuple[LayerKind, ...]
     kind_of_layer: tuple[int, ...]
-    """Index into `kinds` of each layer."""
+    """The index into `kinds` of each layer."""
     query_scale: float
-    """Factor on the attention scores."""
+    """The factor on the attention scores."""
     attention_cap: float | None
-    """Scores s become cap · tanh(s / cap)."""
+    """Attention scores s become cap · tanh(s / cap); None leaves them."""
     logit_cap: float | None
-    """The same for the logits."""
+    """The same cap for the logits."""
     head_norm: Literal["none", "head", "all"]
-    """RMSNorm of queries and keys before rotation: within each head, or over all heads together."""
+    """The RMSNorm of queries and keys before rotation: none, within each head, or over all heads together."""
 
     norm: Literal["layer", "rms"]
     norm_epsilon: float
     norm_offset: float
-    """Norms multiply by offset + scale; 1 where files hold the distance from 1."""
+    """Norms multiply by offset + scale; the offset is 1 where weight files hold the factor − 1."""
     norm_inputs: bool
     """Attention and MLP read the normalised residual stream."""
     norm_outputs: bool
-    """What attention and MLP give is normalised before it is added to the residual stream."""
+    """The outputs of attention and MLP are normalised before they are added to the residual stream."""
     parallel_residual: bool
-    """Attention and MLP both read the layer's input, and their outputs are added together."""
+    """Attention and MLP both read the layer's input, and both outputs are added to it."""
 
     activation: Literal["gelu", "gelu_tanh", "silu"]
     gated: bool
-    """MLP of down(activation(gate(x)) · up(x)); otherwise down(activation(up(x)))."""
+    """The MLP is down(activation(gate(x)) · up(x)); otherwise down(activation(up(x)))."""
     query_bias: bool
-    """Biases of query, key and value."""
+    """Query, key and value have biases."""
     output_bias: bool
     mlp_bias: bool
     embedding_scale: float
-    """Factor on the embeddings as they enter the residual stream."""
+    """The factor on the embeddings as they enter the residual stream."""
     tied: bool
     """The unembedding is the embedding."""
     init_scale: float
-    """Standard deviation of random matrices."""
+    """The standard deviation of randomly drawn matrices."""
 
 
 def require_exact_positions(architecture: Architecture, longest_tokens: int, *, what: str, remedy: str) -> None:

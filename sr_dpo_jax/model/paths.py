@@ -36,7 +36,7 @@ def attention_name(name: str, mesh: Mesh, architecture: Architecture, dtype: jnp
 def _triton_refuses(device: jax.Device, architecture: Architecture, dtype: jnp.dtype) -> str | None:
     """Says why tokamax's kernels do not run, or None; the limits are shared memory, by XLA's compiler for GPUs."""
     capability = str(getattr(device, "compute_capability", ""))
-    if not capability.replace(".", "", 1).isdigit() or float(capability) < 8:  # AMD's is no number
+    if not capability.replace(".", "", 1).isdigit() or float(capability) < 8:  # AMD's capability is no number
         return f"the fused kernels are for NVIDIA GPUs of compute capability 8.0 or more, here is {device.device_kind}"
     if architecture.attention_cap is not None:
         return f"the fused kernels have no gradient for scores capped at {architecture.attention_cap:g}"
@@ -57,7 +57,7 @@ def attention_path(name: str, mesh: Mesh, architecture: Architecture, dtype: jnp
       dtype: the type of its activations.
 
     Raises:
-      UsageError: it does not run on these devices or for this model, or what it needs is not installed.
+      UsageError: the path does not run on these devices or for this model, or a package it needs is not installed.
     """
     device = mesh.devices.flat[0]
     match name:

@@ -201,7 +201,7 @@ def _wandb(job: Job) -> WandbRun | None:
 def _end(job: Job, step: int, selection: Selection) -> int:
     """Says how the run ended, and returns the exit code."""
     if selection.metric is not None:
-        log.info("%s", selection.said)
+        log.info("%s", selection.summary)
     if step >= job.total_steps:  # a checkpoint may be from before train.max_steps was lowered
         return EXIT_DONE
     if selection.over:

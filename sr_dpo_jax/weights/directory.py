@@ -1,7 +1,7 @@
-"""A Hugging Face directory or hub name -> its architecture, its files, and whether its weights are whole and fit.
+"""A Hugging Face directory or hub name -> its architecture and its weight files, checked against that architecture.
 
-Format: safetensors, one file or an index `model.safetensors.index.json` with its `weight_map`. Nothing else is read:
-no pickle, no code, no file outside the directory. Nothing here touches a device, but for the digest of a run of several
+Weights are safetensors: one file, or an index `model.safetensors.index.json` with its `weight_map`. Nothing else is
+read: no pickle, no code, no file outside the directory. No device is touched, except for the digest in a run of several
 processes.
 
 Next: `read.py`, which brings the weights to the devices.
@@ -11,16 +11,15 @@ import contextlib
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes  # noqa: F401 (teaches NumPy, and through it safetensors, what bfloat16 is)
 import numpy as np
 import transformers
-from huggingface_hub import errors as hub_errors
+from huggingface_hub.errors import StrictDataclassError
 from jax.experimental import multihost_utils
 from safetensors import safe_open
 
@@ -30,6 +29,7 @@ from sr_dpo_jax.weights import hub
 from sr_dpo_jax.weights.families import architecture_of, require_known, tensors_of
 from sr_dpo_jax.weights.files import (
     CONFIG,
+    FLOATS,
     GENERATION_CONFIG,
     INDEX,
     LISTED,
@@ -45,22 +45,14 @@ from sr_dpo_jax.weights.hub import Header
 from sr_dpo_jax.weights.layout import blocks_of, file_shape, flatten, names_of
 
 IGNORED = re.compile(r"\.(rotary_emb\.inv_freq|attention\.(bias|masked_bias))$")
-"""Buffers that old files carry and that are computed from the config."""
+"""Buffers in old files that are computed from the config, so they are not read."""
 HEADS = ("lm_head.weight", "embed_out.weight")
-"""What a tied model's files may hold beside its embedding, when it is the same."""
+"""Tensors that a tied model's files may hold beside the embedding, where they are equal to it."""
 ROWS = 4096
-"""So many are compared at a time."""
-FLOATS = ("F16", "BF16", "F32", "F64")
-BAD_CONFIG = (
-    ValueError,
-    OSError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    hub_errors.StrictDataclassError,
-)
-"""What transformers and the tables raise on fields that make no sense."""
+"""Rows of a tensor that are compared at a time, so that it is never whole in memory."""
+MOST_LAYERS = 10_000
+BAD_CONFIG = (ValueError, OSError, KeyError, TypeError, AttributeError, ArithmeticError, StrictDataclassError)
+"""The errors that transformers and the families' tables raise on fields that make no sense."""
 SIZES = ("vocabulary_tokens", "hidden", "layers", "heads", "kv_heads", "head_dim", "mlp")
 """The fields of an architecture that are sizes."""
 REFUSED_FIELDS = {
@@ -71,12 +63,12 @@ REFUSED_FIELDS = {
     "configuration_files": "names other files to be read in place of this one; keep one config.json without it",
     "quantization_config": "says that the weights are quantised, which is not supported; use those in bfloat16",
 }
-"""Fields of config.json that no run follows, and what to do."""
+"""Fields of config.json that are refused, each with the reason and the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelDirectory:
-    """A local directory with a config, a tokenizer and, unless the weights are to be drawn, weights."""
+    """A local directory with a config, a tokenizer and, unless the weights are drawn from the seed, weights."""
 
     path: Path
     model_type: str
@@ -85,19 +77,16 @@ class ModelDirectory:
     """The commit that a hub name was resolved to; None for a directory that the user named."""
 
 
-MOST_LAYERS = 10_000
-
-
 def open_directory(path: str, *, revision: str | None = None, weights: bool = True) -> ModelDirectory:
-    """Finds a directory, or fetches the files of a hub name, and reads its architecture.
+    """Finds a directory, or fetches the files of a hub name, and reads the architecture.
 
     Args:
       path: a directory, or a hub name such as `owner/name`.
-      revision: branch, tag or commit of a hub name.
-      weights: whether a hub name's weights are fetched too.
+      revision: the branch, tag or commit of a hub name.
+      weights: whether the weights of a hub name are fetched too.
 
     Raises:
-      UsageError: nothing is there, it needs code of its own, or its architecture is not supported.
+      UsageError: there is no such directory or name, it needs code of its own, or its architecture is not supported.
     """
     if not path.strip():
         raise UsageError(f"model.path={path!r}: is blank; give a Hugging Face directory or hub name")
@@ -122,7 +111,8 @@ def open_directory(path: str, *, revision: str | None = None, weights: bool = Tr
             raise UsageError(f"{config_path}: {field} {reason}")
     require_known(raw.get("model_type"), where=str(config_path))
     layers = raw.get("num_hidden_layers")
-    if isinstance(layers, int) and not 0 < layers <= MOST_LAYERS:  # here, since lists as long as this are made below
+    # A trap: transformers and the tables make lists of this length, which could fill the memory, so it is checked here.
+    if isinstance(layers, int) and not 0 < layers <= MOST_LAYERS:
         raise UsageError(
             f"{config_path}: num_hidden_layers is not from 1 to {MOST_LAYERS:,}, as in every model; restore the file"
         )
@@ -139,9 +129,9 @@ def open_directory(path: str, *, revision: str | None = None, weights: bool = Tr
 
 
 def weights_digest(directory: ModelDirectory) -> str:
-    """sha256 over config and weight files, as hexadecimal: what a reference cache and a run's manifest are keyed by.
+    """Computes the sha256 (hex) of config and weight files, which keys reference caches and stands in the manifest.
 
-    Of several processes each reads its share of the files, so all must call it.
+    In a run of several processes each reads its share of the files, so all must call it.
     """
     files = [directory.path / CONFIG, *weight_files(directory.path)[0]]
     digests = np.zeros((len(files), 32), np.uint8)
@@ -151,26 +141,33 @@ def weights_digest(directory: ModelDirectory) -> str:
         for digest, content in zip(digests[mine], pool.map(_file_digest, files[mine]), strict=True):
             digest[:] = np.frombuffer(content, np.uint8)
     if together:
-        digests = np.asarray(multihost_utils.process_allgather(digests)).max(axis=0)  # zero where another one read
+        digests = np.asarray(multihost_utils.process_allgather(digests)).max(axis=0)  # zeros where another process read
     return hashlib.sha256("".join(digest.tobytes().hex() for digest in digests).encode()).hexdigest()
 
 
 def check(directory: ModelDirectory, abstract: Any) -> dict[str, Path]:
-    """Compares index and headers of the weight files with the family's table; returns the file that holds each tensor.
+    """Compares index and headers of the weight files with the family's table.
 
-    Touches no device. Numbers are read only of a head beside the embedding that it is tied to.
+    No device is touched. No numbers are read, except those of a head that stands beside the embedding it is tied to.
+
+    Args:
+      directory: from `open_directory`.
+      abstract: tree of abstract nnx parameters.
+
+    Returns:
+      The file that holds each tensor, by the tensor's name.
 
     Raises:
       UsageError: files are missing or damaged, or tensors are missing, extra, mis-shaped, not floats, held twice, not
         where the index says, or tied but not alike; all are named at once.
     """
     files, weight_map = weight_files(directory.path)
-    found = read_headers(files)
-    problems = faults(directory, abstract, found, weight_map) + _untied(directory, found)
+    headers = read_headers(files)
+    problems = faults(directory, abstract, headers, weight_map) + _untied(directory, headers)
     if problems:
         raise UsageError(listing(directory, problems))
-    held = {name: path for path, header in found.items() for name in header}
-    return {name: held[name] for name in _expected(directory, abstract)}
+    file_of = _file_of(headers)
+    return {name: file_of[name] for name in _expected(directory, abstract)}
 
 
 def faults(
@@ -179,7 +176,13 @@ def faults(
     headers: Mapping[Path, Header | str],
     weight_map: Mapping[str, str] | None,
 ) -> list[str]:
-    """All that headers say against the family's table and the index; arguments as `check` and `weight_files` give."""
+    """Lists all contradictions between headers, family's table and index; no number is read.
+
+    Args:
+      directory, abstract: as for `check`.
+      headers: from `read_headers` or `hub.headers`.
+      weight_map: from `weight_files`.
+    """
     expected = _expected(directory, abstract)
     optional = set(HEADS) if directory.architecture.tied else set()
     held: dict[str, list[str]] = {}
@@ -211,20 +214,14 @@ def faults(
 
 
 def listing(directory: ModelDirectory, problems: Sequence[str]) -> str:
-    """The message that names all problems of the weights, but not thousands."""
+    """Writes the message that names the problems of the weights, the first `LISTED` of them."""
     more = [f"and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
     title = f"{directory.path}: the weights are not what {CONFIG} asks for:"
     return "\n  ".join([title, *problems[:LISTED], *more])
 
 
-def iterate_shapes(abstract: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Path and shape of every parameter."""
-    for path, param in flatten(abstract).items():
-        yield path, param.shape
-
-
 def _expected(directory: ModelDirectory, abstract: Any) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that the weights must hold."""
+    """Gives name and shape of every tensor that the weights must hold."""
     flat, layers = flatten(abstract), directory.architecture.layers
     return {
         name: file_shape(blocks_of(tensor, flat))
@@ -233,22 +230,27 @@ def _expected(directory: ModelDirectory, abstract: Any) -> dict[str, tuple[int, 
     }
 
 
+def _file_of(headers: Mapping[Path, Header | str]) -> dict[str, Path]:
+    """Gives the file of each tensor, by the tensor's name."""
+    return {name: path for path, header in headers.items() if not isinstance(header, str) for name in header}
+
+
 def _untied(directory: ModelDirectory, headers: Mapping[Path, Header | str]) -> list[str]:
-    """A head that is not the embedding which it is tied to: transformers unties the two, and gives other logits."""
+    """Lists heads that differ from the embedding they are tied to: transformers would untie them and use the head."""
     if not directory.architecture.tied:
         return []
-    held = {name: path for path, header in headers.items() if not isinstance(header, str) for name in header}
+    file_of = _file_of(headers)
     tensors = tensors_of(directory.architecture, directory.model_type)
     (table,) = [tensor.name for tensor in tensors if tensor.params == ("embedding",)]
     return [
         f"{head}: is not {table}, to which {CONFIG} ties it; set tie_word_embeddings=false there, or remove the tensor"
         for head in HEADS
-        if head in held and table in held and not _alike((held[head], head), (held[table], table))
+        if head in file_of and table in file_of and not _equal((file_of[head], head), (file_of[table], table))
     ]
 
 
-def _alike(*tensors: tuple[Path, str]) -> bool:
-    """Whether two tensors hold the same numbers."""
+def _equal(*tensors: tuple[Path, str]) -> bool:
+    """Tells whether two tensors, each given as file and name, hold the same numbers."""
     with contextlib.ExitStack() as opened:
         first, second = (
             opened.enter_context(safe_open(path, framework="numpy")).get_slice(name) for path, name in tensors
@@ -261,7 +263,7 @@ def _alike(*tensors: tuple[Path, str]) -> bool:
 
 
 def _fetch(name: str, revision: str | None, weights: bool) -> Path:
-    """The snapshot of a hub name: the weights last, and only those that the index names."""
+    """Fetches the snapshot of a hub name: the weights last, and only the files that the index names."""
     side = [CONFIG, GENERATION_CONFIG, INDEX, *TOKENIZER_FILES, f"{TEMPLATES}/*.jinja"]
     snapshot = hub.fetch(name, revision=revision, files=side)
     if weights:

@@ -1,8 +1,10 @@
-"""One table a model family: config fields -> Architecture, and tensor names <-> parameters, read in both directions.
+"""One table for each model family: config fields -> Architecture, and tensor names <-> parameters, in both directions.
 
 A table row names a tensor, the parameters it holds and its layout, written as axes in the order of its memory, with
-parentheses around axes that the file keeps as one dimension. Our own layout is in the parameter's metadata, so the row
-says all there is to say about import and export.
+parentheses around axes that the file keeps as one dimension. The layout of a parameter stands in its own metadata, so
+import and export need nothing else.
+
+Next: `layout.py`, which does the arithmetic of a row.
 """
 
 import dataclasses
@@ -19,49 +21,53 @@ class Tensor:
     """One row of a family's table."""
 
     name: str
-    """Name in the file; `{layer}` stands for the layer's number."""
+    """The name in the file; `{layer}` stands for the layer's number."""
     layout: str
-    """Axes as they lie in memory, e.g. `(heads part head_dim) embed`. `heads` stands for `kv_heads` in keys and values.
+    """The axes as they lie in memory, e.g. `(heads part head_dim) embed`; for keys and values `heads` means `kv_heads`.
 
     `part` runs over the parameters of a fused tensor. Without it, several parameters stand one after the other along
     the first dimension, each with its own size there.
     """
     params: tuple[str, ...]
-    """Paths of the parameters within the tree, in the order in which the tensor holds them."""
+    """The paths of the parameters in the tree, in the order in which the tensor holds them."""
 
 
 def architecture_of(config: Any, *, where: str) -> Architecture:
-    """Architecture of a transformers config.
+    """Reads a transformers config of a known family into an architecture.
+
+    Args:
+      config: a transformers config.
+      where: names the file in errors.
 
     Raises:
       UsageError: the family, or something that the config asks for, is not supported; names the field and its value.
     """
     require_known(config.model_type, where=where)
-    architecture = READERS[config.model_type](config, where)
+    architecture = _read(config, where)
     if architecture.heads % architecture.kv_heads:
         _refuse(where, "num_key_value_heads", architecture.kv_heads, f"divisors of {architecture.heads} heads")
     return architecture
 
 
 def require_known(model_type: Any, *, where: str) -> None:
-    """Refuses a config without a family, or of one that has no table here.
+    """Refuses a config that names no family, or one that has no table here.
 
     Raises:
       UsageError: names the value and the families that are known.
     """
-    known = ", ".join(READERS)
+    known = ", ".join(FAMILIES)
     if model_type is None:
         raise UsageError(
             f"{where}: has no model_type, which names the family; restore the model's own config.json, or add one of "
             f"{known}"
         )
-    if not isinstance(model_type, str) or model_type not in READERS:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         hint = "; its text-only form, gemma3_text, is" if model_type == "gemma3" else ""
         raise UsageError(f"{where}: model_type={model_type!r} is not supported{hint}; known: {known}")
 
 
 def tensors_of(architecture: Architecture, model_type: str) -> tuple[Tensor, ...]:
-    """All tensors that a file of this architecture holds, each once."""
+    """Lists the tensors that the weight files of this architecture hold, one row for all layers."""
     if model_type == "gpt_neox":
         return tuple(_gpt_neox_tensors(architecture))
     names = {**LLAMA_NORMS, **(GEMMA_NORMS if architecture.norm_outputs else {})}
@@ -73,23 +79,38 @@ def tensors_of(architecture: Architecture, model_type: str) -> tuple[Tensor, ...
 # Configs
 
 
+FAMILIES = ("gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2")
+"""The values of `model_type` that are known; Mistral and Phi-3 differ from the shared fields in nothing."""
 PARTIAL_ROTARY = ("gpt_neox", "phi3")
 """Families that turn a part of each head where a config says so; transformers' other models would turn all of it."""
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "silu": "silu",
+}
+"""Names of activations in configs, and in `Architecture`."""
 
 
-def _common(config: Any, where: str, **choices: Any) -> Architecture:
-    """What most families share, as Llama has it; `choices` are what this one does otherwise."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    fields: dict[str, Any] = {
+def _read(config: Any, where: str) -> Architecture:
+    """Builds the architecture from the fields that most families share, as Llama has them, and the family's choices."""
+    choices = _choices(config, where)
+    activation = "hidden_activation" if hasattr(config, "hidden_activation") else "hidden_act"
+    if getattr(config, activation) not in ACTIVATIONS:
+        _refuse(where, activation, getattr(config, activation), ", ".join(ACTIVATIONS))
+    if "kinds" not in choices:
+        choices = choices | _kinds(config, where, {"": getattr(config, "sliding_window", None)})
+    shared = {
         "vocabulary_tokens": config.vocab_size,
         "hidden": config.hidden_size,
         "layers": config.num_hidden_layers,
         "heads": config.num_attention_heads,
         "kv_heads": getattr(config, "num_key_value_heads", config.num_attention_heads),
-        "head_dim": head_dim,
+        "head_dim": _head_dim(config),
         "mlp": config.intermediate_size,
         "context_tokens": config.max_position_embeddings,
-        "query_scale": head_dim**-0.5,
+        "query_scale": _head_dim(config) ** -0.5,
         "attention_cap": None,
         "logit_cap": None,
         "head_norm": "none",
@@ -99,7 +120,7 @@ def _common(config: Any, where: str, **choices: Any) -> Architecture:
         "norm_inputs": True,
         "norm_outputs": False,
         "parallel_residual": False,
-        "activation": None,
+        "activation": ACTIVATIONS[getattr(config, activation)],
         "gated": True,
         "query_bias": False,
         "output_bias": False,
@@ -108,21 +129,20 @@ def _common(config: Any, where: str, **choices: Any) -> Architecture:
         "tied": config.tie_word_embeddings,
         "init_scale": config.initializer_range,
     }
-    fields |= choices
-    if "kinds" not in fields:
-        fields |= _kinds(config, where, {"": getattr(config, "sliding_window", None)})
-    fields["activation"] = _activation(config, where)
-    return Architecture(**fields)
+    return Architecture(**shared | choices)
+
+
+def _head_dim(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _kinds(config: Any, where: str, windows: dict[str, int | None]) -> dict[str, Any]:
-    """`kinds` and `kind_of_layer` from the window of each layer type; the key "" stands for all layers alike."""
+    """Gives `kinds` and `kind_of_layer` from the window of each layer type; the key "" stands for all layers alike."""
     layer_types = [""] * config.num_hidden_layers if "" in windows else list(config.layer_types)
     unknown = sorted(set(layer_types) - set(windows))
     if unknown or len(layer_types) != config.num_hidden_layers:
         _refuse(where, "layer_types", unknown or len(layer_types), f"one of {', '.join(windows)} for each layer")
     names = sorted(set(layer_types))
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kinds = []
     for name in names:
         if windows[name] is not None and windows[name] < 1:
@@ -132,7 +152,9 @@ def _kinds(config: Any, where: str, windows: dict[str, int | None]) -> dict[str,
         share = parameters.get("partial_rotary_factor", 1.0)
         if share != 1.0 and config.model_type not in PARTIAL_ROTARY:
             _refuse(where, "partial_rotary_factor", share, f"1.0 for {config.model_type}")
-        rope = rope_of(parameters, head_dim=head_dim, context_tokens=config.max_position_embeddings, where=where)
+        rope = rope_of(
+            parameters, head_dim=_head_dim(config), context_tokens=config.max_position_embeddings, where=where
+        )
         kinds.append(LayerKind(rope, windows[name]))
     return {"kinds": tuple(kinds), "kind_of_layer": tuple(names.index(name) for name in layer_types)}
 
@@ -143,107 +165,46 @@ def _alternating(config: Any, where: str) -> dict[str, Any]:
     return _kinds(config, where, {"full_attention": None, "sliding_attention": config.sliding_window})
 
 
-def _gpt_neox(config: Any, where: str) -> Architecture:
-    return _common(
-        config,
-        where,
-        norm="layer",
-        norm_epsilon=config.layer_norm_eps,
-        parallel_residual=config.use_parallel_residual,
-        gated=False,
-        query_bias=config.attention_bias,
-        output_bias=config.attention_bias,
-        mlp_bias=True,
-    )
+def _choices(config: Any, where: str) -> dict[str, Any]:
+    """Gives the fields of the architecture in which a family differs from the shared ones."""
+    biases = {name: getattr(config, "attention_bias", False) for name in ("query_bias", "output_bias")}
+    match config.model_type:
+        case "gpt_neox":
+            return biases | {
+                "norm": "layer",
+                "norm_epsilon": config.layer_norm_eps,
+                "parallel_residual": config.use_parallel_residual,
+                "gated": False,
+                "mlp_bias": True,
+            }
+        case "llama":
+            return biases | {"mlp_bias": config.mlp_bias} | _kinds(config, where, {"": None})
+        case "qwen2":
+            return {"query_bias": True} | _alternating(config, where)
+        case "qwen3":
+            return biases | {"head_norm": "head"} | _alternating(config, where)
+        case "gemma2":
+            return biases | _gemma(config, where) | {"attention_cap": config.attn_logit_softcapping}
+        case "gemma3_text":
+            if config.attn_logit_softcapping is not None:
+                _refuse(where, "attn_logit_softcapping", config.attn_logit_softcapping, "null for gemma3_text")
+            return biases | _gemma(config, where) | {"head_norm": "head"}
+        case "olmo2":
+            return biases | {"head_norm": "all", "norm_inputs": False, "norm_outputs": True}
+    return {}
 
 
-def _llama(config: Any, where: str) -> Architecture:
-    biases = {"query_bias": config.attention_bias, "output_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
-    return _common(config, where, **biases, **_kinds(config, where, {"": None}))
-
-
-def _mistral(config: Any, where: str) -> Architecture:
-    return _common(config, where)
-
-
-def _qwen2(config: Any, where: str) -> Architecture:
-    return _common(config, where, query_bias=True, **_alternating(config, where))
-
-
-def _qwen3(config: Any, where: str) -> Architecture:
-    return _common(
-        config,
-        where,
-        query_bias=config.attention_bias,
-        output_bias=config.attention_bias,
-        head_norm="head",
-        **_alternating(config, where),
-    )
-
-
-def _gemma2(config: Any, where: str) -> Architecture:
-    return _common(config, where, attention_cap=config.attn_logit_softcapping, **_gemma_choices(config, where))
-
-
-def _gemma3(config: Any, where: str) -> Architecture:
-    if config.attn_logit_softcapping is not None:
-        _refuse(where, "attn_logit_softcapping", config.attn_logit_softcapping, "null for gemma3_text")
-    return _common(config, where, head_norm="head", **_gemma_choices(config, where))
-
-
-def _gemma_choices(config: Any, where: str) -> dict[str, Any]:
+def _gemma(config: Any, where: str) -> dict[str, Any]:
     if config.use_bidirectional_attention:
         _refuse(where, "use_bidirectional_attention", True, "false")
-    return {
-        "query_bias": config.attention_bias,
-        "output_bias": config.attention_bias,
+    choices = {
         "query_scale": config.query_pre_attn_scalar**-0.5,
         "logit_cap": config.final_logit_softcapping,
         "norm_offset": 1.0,
         "norm_outputs": True,
         "embedding_scale": config.hidden_size**0.5,
-        **_alternating(config, where),
     }
-
-
-def _phi3(config: Any, where: str) -> Architecture:
-    return _common(config, where)
-
-
-def _olmo2(config: Any, where: str) -> Architecture:
-    return _common(
-        config,
-        where,
-        query_bias=config.attention_bias,
-        output_bias=config.attention_bias,
-        head_norm="all",
-        norm_inputs=False,
-        norm_outputs=True,
-    )
-
-
-READERS = {
-    "gpt_neox": _gpt_neox,
-    "llama": _llama,
-    "mistral": _mistral,
-    "qwen2": _qwen2,
-    "qwen3": _qwen3,
-    "gemma2": _gemma2,
-    "gemma3_text": _gemma3,
-    "phi3": _phi3,
-    "olmo2": _olmo2,
-}
-"""By `model_type`."""
-
-
-def _activation(config: Any, where: str) -> str:
-    known = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}
-    known["silu"] = "silu"
-    field = "hidden_activation" if hasattr(config, "hidden_activation") else "hidden_act"
-    name = getattr(config, field)
-    if name not in known:
-        _refuse(where, field, name, ", ".join(known))
-    return known[name]
+    return choices | _alternating(config, where)
 
 
 def _refuse(where: str, field: str, value: Any, supported: str) -> None:

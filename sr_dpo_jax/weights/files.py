@@ -1,4 +1,4 @@
-"""The files of a model directory: which there are, what their headers say, and that none lies outside it.
+"""The files of a model directory: finds the weight files, reads their headers, and refuses links that leave it.
 
 Next: `directory.py`, which compares them with what the architecture asks for.
 """
@@ -10,10 +10,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from sr_dpo_jax.errors import UsageError
-from sr_dpo_jax.weights.hub import COMMIT, Header, unfinished
+from sr_dpo_jax.weights.hub import Header, blobs_of, unfinished
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -29,25 +31,27 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-"""All that transformers may read to make a tokenizer of the families here, its chat template included."""
+"""Every file that transformers may read for a tokenizer of these families, its chat template included."""
 TEMPLATES = "additional_chat_templates"
-"""A folder of chat templates with names, `*.jinja`."""
+"""The folder of further chat templates, `*.jinja`."""
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 OTHER_WEIGHTS = re.compile(
     r"^(pytorch_model|tf_model|flax_model|model|consolidated).*\.(bin|ptw?|pth|ckpt|h5|msgpack)$|\.gguf$"
 )
-"""Weights in formats that are never read."""
+"""The names of weight files in formats that are never read."""
 ONLY_SAFETENSORS = (
     "only safetensors weights are read (no .bin, which can hold code that runs when it is loaded); save the model "
     "again with save_pretrained, which writes safetensors"
 )
+FLOATS = {"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32, "F64": np.float64}
+"""The types of weights that are read, by the names that safetensors gives them."""
 LISTED = 40
-"""How many problems of a directory an error names."""
+"""The most problems of a directory that an error names."""
 
 
 def weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """The files that should hold the weights, and the index's `weight_map`; None where one file holds all.
+    """Lists the files that should hold the weights, with the index's `weight_map`, or None where one file holds all.
 
     Raises:
       UsageError: the index is damaged, stands beside a single file, or names what is not a file of the directory.
@@ -61,7 +65,7 @@ def weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise UsageError(f"{index}: damaged index (no weight_map); fetch it again")
     names = {name if isinstance(name, str) else repr(name) for name in weight_map.values()}
-    odd = sorted(name for name in names if not _is_file_name(name))
+    odd = sorted(n for n in names if not (_is_bare_name(n) and n.endswith(".safetensors") and len(n) < 200))
     if odd:
         listed = ", ".join(map(repr, odd[:LISTED]))
         raise UsageError(f"{index}: weight_map names {listed}, no bare name of a safetensors file; nothing was read")
@@ -73,19 +77,19 @@ def weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
 
 
 def other_weights(names: Iterable[str]) -> list[str]:
-    """Of these names of files those of weights that are never read."""
+    """Picks the names of weight files in formats that are never read."""
     return sorted(name for name in names if OTHER_WEIGHTS.search(name))
 
 
 def read_headers(files: Iterable[Path]) -> dict[Path, Header | str]:
-    """The header of each file; for one that cannot be read, why."""
-    found: dict[Path, Header | str] = {}
+    """Reads the header of each file; a file that cannot be read gets the reason in its place."""
+    headers: dict[Path, Header | str] = {}
     for path in files:
         try:
-            found[path] = _header(path)
+            headers[path] = _header(path)
         except UsageError as error:
-            found[path] = str(error)
-    return found
+            headers[path] = str(error)
+    return headers
 
 
 def _header(path: Path) -> Header:
@@ -100,7 +104,7 @@ def _header(path: Path) -> Header:
 
 
 def _why_missing(directory: Path) -> str:
-    """What stands in the place of weights that are not there, and what to do."""
+    """Says what the directory holds in place of the weights, and what to do."""
     cut_short = unfinished(directory)
     if cut_short:
         return f"{cut_short[0]} is a download that was cut short; fetch the model again, to its end"
@@ -116,35 +120,42 @@ def _why_missing(directory: Path) -> str:
 
 
 def read_json(path: Path) -> Mapping[str, Any]:
+    """Reads a file that holds one JSON object; raises UsageError where it does not."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # also of the encoding
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: neither UTF-8 nor JSON
         raise UsageError(f"{path}: damaged, no valid JSON ({error}); fetch it again") from error
     if not isinstance(value, dict):
         raise UsageError(f"{path}: damaged, holds {type(value).__name__} instead of an object; fetch it again")
     return value
 
 
-def _is_file_name(name: str) -> bool:
-    return name.isprintable() and not re.search(r"[/\\]", name) and name.endswith(".safetensors") and len(name) < 200
+def _is_bare_name(name: Any) -> bool:
+    return isinstance(name, str) and name.isprintable() and not re.search(r"^\.{0,2}$|[/\\]", name)
 
 
 def refuse_other_tokenizers(directory: Path) -> None:
-    """transformers reads a file that this list names in place of tokenizer.json, wherever it lies."""
+    """Refuses a `fast_tokenizer_files` that leads out of the directory: transformers would read tokenizers from there.
+
+    Raises:
+      UsageError: a name has folders in it, or is a link that leaves the directory.
+    """
     path = directory / "tokenizer_config.json"
     named = read_json(path).get("fast_tokenizer_files") if path.is_file() else None
     for name in named if isinstance(named, list) else [] if named is None else [named]:
-        if not isinstance(name, str) or not name.isprintable() or re.search(r"[/\\]", name) or name in ("", ".", ".."):
+        if not _is_bare_name(name):
             raise UsageError(f"{path}: fast_tokenizer_files names {name!r}, no bare file name; nothing was read")
         refuse_escape(directory, name)
 
 
 def refuse_escape(directory: Path, name: str) -> None:
-    """A link may stay within the directory; in a snapshot of the hub's cache it may also lead to the cache's blobs."""
+    """Refuses a link that leads out of the directory; the links of a hub snapshot may lead to the cache's blobs.
+
+    Raises:
+      UsageError: names the link.
+    """
     home = Path(os.path.realpath(directory))
-    homes = [home]
-    if home.parent.name == "snapshots" and COMMIT.fullmatch(home.name):
-        homes.append(home.parent.parent / "blobs")
+    homes = [home, *blobs_of(home)]
     target = Path(os.path.realpath(directory / name))
     if not any(target.is_relative_to(allowed) for allowed in homes):
         raise UsageError(f"{directory / name}: is a link that leaves the directory, so it is not read; copy the file")

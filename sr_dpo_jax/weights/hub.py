@@ -1,10 +1,11 @@
-"""A hub name -> files in the hub's local cache, or the headers of weight files alone; never their numbers unasked.
+"""A hub name -> files in the hub's local cache, or only the headers of its weight files, without fetching the weights.
 
-Next: `directory.py`, which says which files those are and checks them.
+Next: `files.py`, which reads what lies on the disk.
 """
 
+import contextlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from huggingface_hub import errors as hub_errors
@@ -14,73 +15,91 @@ from sr_dpo_jax.errors import UsageError
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 UNFINISHED = "*.incomplete"
-"""What the hub's client calls a file until it has all of it."""
+"""The names that the hub's client gives to files until they are complete."""
 REFUSALS = (hub_errors.HfHubHTTPError, hub_errors.HTTPError, hub_errors.HFValidationError, OSError)
-"""What the hub's client raises where it gives nothing."""
+"""The errors that the hub's client raises when it cannot give what was asked for."""
 
 Header = dict[str, tuple[tuple[int, ...], str]]
-"""Shape and type of every tensor of a file, the type as safetensors names it."""
+"""The shape and type of every tensor of a file, by its name; the type as safetensors calls it."""
+
+
+@contextlib.contextmanager
+def _refusals(what: str) -> Iterator[None]:
+    try:
+        yield
+    except REFUSALS as error:
+        raise UsageError(f"{what}: {reason_of(error)}") from error
 
 
 def fetch(name: str, *, revision: str | None, files: Sequence[str]) -> Path:
-    """The snapshot of a hub name in the local cache, these files (names or patterns) fetched as far as they are not.
+    """Fetches files of a hub name that the local cache does not have yet.
+
+    Args:
+      name: owner/name.
+      revision: a branch, tag or commit; None for the main branch.
+      files: names or patterns.
+
+    Returns:
+      The directory of the snapshot in the local cache, named as its commit.
 
     Raises:
-      UsageError: the hub gives nothing, or the revision resolves to no commit.
+      UsageError: the hub refuses or cannot be reached, or the revision resolves to no commit.
     """
-    try:
+    with _refusals(f"model.path={name}" + ("" if revision is None else f" at model.revision={revision}")):
         snapshot = Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
-    except REFUSALS as error:
-        at = "" if revision is None else f" at model.revision={revision}"
-        raise UsageError(f"model.path={name}{at}: {reason_of(error)}") from error
     if not COMMIT.fullmatch(snapshot.name):
         raise UsageError(f"model.revision={revision}: resolves to {snapshot.name!r}, no commit; correct it")
     return snapshot
 
 
 def file_names(name: str, *, commit: str) -> list[str]:
-    """Names of the files of a commit; raises UsageError where the hub gives nothing."""
-    try:
+    """Lists the names of the files of a commit; raises UsageError where the hub refuses or cannot be reached."""
+    with _refusals(name):
         return list_repo_files(name, revision=commit)
-    except REFUSALS as error:
-        raise UsageError(f"{name}: {reason_of(error)}") from error
 
 
 def headers(name: str, paths: Iterable[Path], *, commit: str) -> dict[Path, Header | str]:
-    """The headers of weight files, which are their first bytes; for a file that has none, why.
+    """Reads the headers of weight files, which are their first bytes, without fetching the files.
 
     Args:
-      name: of the hub.
+      name: owner/name.
       paths: where the files would lie in the snapshot of `commit`.
-      commit: of the snapshot.
+      commit: the commit of the snapshot.
+
+    Returns:
+      The header of each file, or the reason why it has none.
 
     Raises:
-      UsageError: the hub gives nothing.
+      UsageError: the hub refuses or cannot be reached.
     """
-    found: dict[Path, Header | str] = {}
-    for path in paths:
-        try:
-            tensors = parse_safetensors_file_metadata(name, path.name, revision=commit).tensors
-            found[path] = {tensor: (tuple(info.shape), info.dtype) for tensor, info in tensors.items()}
-        except hub_errors.EntryNotFoundError:
-            found[path] = f"{name}, {path.name}: missing on the hub; choose another model or revision"
-        except (hub_errors.SafetensorsParsingError, hub_errors.NotASafetensorsRepoError):
-            found[path] = f"{name}, {path.name}: not a sound safetensors file; choose another model or revision"
-        except REFUSALS as error:
-            raise UsageError(f"{name}: {reason_of(error)}") from error
-    return found
+    headers_of: dict[Path, Header | str] = {}
+    with _refusals(name):
+        for path in paths:
+            where = f"{name}, {path.name}"
+            try:
+                tensors = parse_safetensors_file_metadata(name, path.name, revision=commit).tensors
+                headers_of[path] = {tensor: (tuple(info.shape), info.dtype) for tensor, info in tensors.items()}
+            except hub_errors.EntryNotFoundError:
+                headers_of[path] = f"{where}: missing on the hub; choose another model or revision"
+            except (hub_errors.SafetensorsParsingError, hub_errors.NotASafetensorsRepoError):
+                headers_of[path] = f"{where}: not a sound safetensors file; choose another model or revision"
+    return headers_of
 
 
 def unfinished(directory: Path) -> list[str]:
-    """Downloads that were cut short, of a directory or of the hub's cache that it is a snapshot of."""
-    places = [directory, directory / ".cache" / "huggingface" / "download"]
-    if directory.parent.name == "snapshots" and COMMIT.fullmatch(directory.name):
-        places.append(directory.parent.parent / "blobs")
+    """Lists downloads that were cut short, in a directory or in the hub's cache that it is a snapshot of."""
+    places = [directory, directory / ".cache" / "huggingface" / "download", *blobs_of(directory)]
     return sorted(str(file) for place in places for file in place.glob(UNFINISHED))
 
 
+def blobs_of(directory: Path) -> list[Path]:
+    """Gives the folder of the hub's cache that a snapshot's links lead to; none for a directory of another kind."""
+    is_snapshot = directory.parent.name == "snapshots" and COMMIT.fullmatch(directory.name)
+    return [directory.parent.parent / "blobs"] if is_snapshot else []
+
+
 def reason_of(error: Exception) -> str:
-    """Why the hub gives nothing, and what to do; never the client's own words, which hold addresses and headers."""
+    """Says why the hub gave nothing, and what to do; the client's own words hold addresses and headers."""
     match error:
         case hub_errors.RevisionNotFoundError():
             return "the hub has no such revision; correct model.revision"

@@ -1,8 +1,10 @@
-"""The geometry of a table row: where the numbers of a parameter stand in a file's tensor, for reading and for writing.
+"""The arithmetic of a table row: where the numbers of a parameter stand in a file's tensor, for reading and writing.
 
 A tensor of a file is a run of blocks along its first dimension. A block holds one parameter (of one layer), or several
 of one shape that its layout interleaves as `part`. `Block.region` says which slice of the file a shard needs, and
 `Block.parts` gives views of that slice in the parameters' own axes: read them to import, write into them to export.
+
+Next: `read.py` and `write.py`, which use it.
 """
 
 import dataclasses
@@ -11,12 +13,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from sr_dpo_jax.weights.families import Tensor
 
 Bounds = tuple[tuple[int, int], ...]
-"""Start and stop on each axis of a parameter, `layers` included."""
+"""The start and stop of a shard on each axis of a parameter, `layers` included."""
 Params = dict[str, Any]
 
 
@@ -27,18 +31,18 @@ class Block:
     start: int
     stop: int
     dimensions: tuple[tuple[str, ...], ...]
-    """The axes of each dimension of the file, in memory order."""
+    """The axes that each dimension of the file's tensor runs over, in memory order."""
     sizes: Mapping[str, int]
-    """Of each axis, and of `part`."""
+    """The length of each axis, and of `part`."""
     own_axes: Mapping[str, tuple[str, ...]]
-    """The axes of each parameter but `layers`, under the names that the layout has for them, in the order of `part`."""
+    """The axes of each parameter except `layers`, by the names that the layout gives them, in the order of `part`."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(math.prod(self.sizes[axis] for axis in dimension) for dimension in self.dimensions)
 
     def wanted(self, bounds: Mapping[str, Bounds]) -> dict[str, tuple[int, int]]:
-        """Start and stop on each axis of the layout, of the shard that `bounds` gives for each parameter."""
+        """Turns the bounds of a shard of each parameter into start and stop on each axis of the layout."""
         wanted = {axis: (0, size) for axis, size in self.sizes.items()}
         seen: dict[str, tuple[int, int]] = {}
         for param, axes in self.own_axes.items():
@@ -48,7 +52,7 @@ class Block:
         return wanted | seen
 
     def region(self, wanted: Mapping[str, tuple[int, int]]) -> tuple[slice, ...]:
-        """The slice of the file's tensor around `wanted`: exact where only the first axis of a dimension is cut."""
+        """Gives the slice of the file's tensor around `wanted`: exact where only a dimension's first axis is cut."""
         slices = []
         for number, (first, *inner) in enumerate(self.dimensions):
             step = math.prod(self.sizes[axis] for axis in inner)
@@ -58,7 +62,7 @@ class Block:
         return tuple(slices)
 
     def parts(self, array: np.ndarray, wanted: Mapping[str, tuple[int, int]]) -> dict[str, np.ndarray]:
-        """Views of `array`, which is the file's tensor at `region(wanted)`: each parameter, in its own axes."""
+        """Gives a view of each parameter in its own axes; `array` is the file's tensor at `region(wanted)`."""
         axes = [axis for dimension in self.dimensions for axis in dimension]
         leading = {first for first, *_ in self.dimensions}
         held = {axis: wanted[axis] if axis in leading else (0, self.sizes[axis]) for axis in axes}
@@ -73,11 +77,14 @@ class Block:
 
 
 def blocks_of(tensor: Tensor, abstract: Mapping[str, Any]) -> tuple[Block, ...]:
-    """The blocks of a tensor: one of all parameters where its layout has `part`, else one of each.
+    """Cuts a tensor into blocks: one for all its parameters where the layout has `part`, else one for each.
 
     Args:
       tensor: a row of a family's table.
-      abstract: abstract nnx parameters by path; metadata `axes` gives each one's layout.
+      abstract: abstract nnx parameters by path; metadata `axes` names each one's axes.
+
+    Raises:
+      ValueError: the layout does not fit the parameters.
     """
     dimensions = tuple(
         tuple((group or single).split()) for group, single in re.findall(r"\(([^)]*)\)|(\w+)", tensor.layout)
@@ -89,7 +96,8 @@ def blocks_of(tensor: Tensor, abstract: Mapping[str, Any]) -> tuple[Block, ...]:
         sizes, own_axes = {"part": len(params)} if "part" in axes else {}, {}
         for param in params:
             named = zip(abstract[param].get_metadata()["axes"], abstract[param].shape, strict=True)
-            own = {_in_layout(axis, axes): size for axis, size in named if axis != "layers"}
+            # In a layout `heads` may stand for `kv_heads`.
+            own = {axis if axis in axes else axis.removeprefix("kv_"): size for axis, size in named if axis != "layers"}
             own_axes[param] = tuple(own)
             if own.keys() != axes - {"part"} or any(sizes.setdefault(axis, size) != size for axis, size in own.items()):
                 raise ValueError(f"{tensor.name}: layout {tensor.layout!r} does not fit {param} with axes {own}")
@@ -100,39 +108,23 @@ def blocks_of(tensor: Tensor, abstract: Mapping[str, Any]) -> tuple[Block, ...]:
 
 
 def file_shape(blocks: tuple[Block, ...]) -> tuple[int, ...]:
-    """Shape of a tensor as the file has it."""
+    """Gives the shape of a tensor as the file has it."""
     return (blocks[-1].stop, *blocks[0].shape[1:])
 
 
 def names_of(tensor: Tensor, layers: int) -> list[tuple[str, int | None]]:
-    """Every name that a row stands for, with the number of its layer; None for one that is in no layer."""
+    """Lists every name that a row stands for, with the number of its layer, or None where it is in no layer."""
     if "{layer}" not in tensor.name:
         return [(tensor.name, None)]
     return [(tensor.name.format(layer=layer), layer) for layer in range(layers)]
 
 
-def flatten(tree: Any, prefix: str = "") -> Params:
-    """A tree of parameters by path, as the tables name them: `layers.mlp.up`."""
-    if not isinstance(tree, Mapping) and not hasattr(tree, "flat_state"):
-        return {prefix: tree}
-    flat: Params = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
+def flatten(tree: Any) -> Params:
+    """Gives the leaves of a tree of parameters by path, as the tables name them: `layers.mlp.up`."""
+    leaves = jax.tree.leaves_with_path(tree, is_leaf=lambda node: not isinstance(node, Mapping))
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def unflatten(flat: Mapping[str, Any]) -> Params:
-    """The inverse of `flatten`."""
-    tree: Params = {}
-    for path, value in flat.items():
-        *parents, leaf = path.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    return tree
-
-
-def _in_layout(axis: str, axes: set[str]) -> str:
-    """In a fused tensor `heads` stands for `kv_heads` too."""
-    return axis if axis in axes else axis.replace("kv_heads", "heads")
+    """Builds the nested dict again that `flatten` took apart."""
+    return unflatten_dict(flat, sep=".")

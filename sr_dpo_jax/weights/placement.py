@@ -18,7 +18,8 @@ from sr_dpo_jax.model.attention import DENSE
 from sr_dpo_jax.model.decoder import Decoder, Params
 from sr_dpo_jax.model.paths import attention_name, attention_path
 from sr_dpo_jax.parallel.mesh import initialise, param_shardings
-from sr_dpo_jax.weights.directory import ModelDirectory, iterate_shapes, weights_digest
+from sr_dpo_jax.weights.directory import ModelDirectory, weights_digest
+from sr_dpo_jax.weights.layout import flatten
 from sr_dpo_jax.weights.read import load_params
 
 log = logging.getLogger(__name__)
@@ -127,7 +128,7 @@ def place_model(
         "%s on %s: %s parameters, attention %s, activations %s",
         directory.model_type,
         " × ".join(f"{name} {size}" for name, size in mesh.shape.items()),
-        f"{sum(np.prod(shape) for _, shape in iterate_shapes(abstract)):,}",
+        f"{sum(np.prod(param.shape) for param in flatten(abstract).values()):,}",
         name,
         dtype,
     )

@@ -1,7 +1,7 @@
-"""Weight files -> parameters on the mesh, shard by shard: a host reads only the slices that its own devices hold.
+"""Weight files -> parameters on the mesh, shard by shard: each host reads only the slices that its devices hold.
 
-Beside the shards themselves, host memory holds one slice of one tensor. On the way to an accelerator it also holds
-up to two shards of one stacked parameter; on CPU devices the host's buffer becomes the device's.
+Host memory holds one slice of one tensor at a time and, on the way to an accelerator, up to two shards of one stacked
+parameter. On CPU devices the host's buffer becomes the device's.
 """
 
 import contextlib
@@ -13,51 +13,51 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 from safetensors import safe_open
 
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.weights.directory import ModelDirectory, check
 from sr_dpo_jax.weights.families import tensors_of
-from sr_dpo_jax.weights.files import read_headers
+from sr_dpo_jax.weights.files import FLOATS, read_headers
 from sr_dpo_jax.weights.layout import Block, Bounds, Params, blocks_of, flatten, names_of, unflatten
 
 log = logging.getLogger(__name__)
 
 ALIGNMENT_BYTES = 64
-"""A CPU device adopts a buffer that starts on such a boundary, and copies any other."""
+"""A CPU device adopts a buffer that starts on a multiple of this address, and copies any other."""
 ROWS = 4096
-"""So many of a slice are looked through at a time for numbers that are not finite."""
-TYPES = {"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32, "F64": np.float64}
-"""What safetensors calls the types that are read."""
+"""Rows of a slice that are searched at a time for numbers that are not finite, so that the search takes no memory."""
 
 
 def load_params(directory: ModelDirectory, abstract: Any, shardings: Any, *, dtype: np.dtype) -> Params:
-    """Reads the weights onto the mesh. Shards that several devices of this host hold alike are read once.
+    """Reads the weights onto the mesh; a shard that several devices of this host hold is read once.
 
     Args:
       directory: from `open_directory`.
-      abstract: tree of abstract nnx parameters; metadata `axes` gives each one's layout.
-      shardings: where each parameter goes, the same tree.
-      dtype: what the parameters are held in; every tensor is converted from its own type.
+      abstract: tree of abstract nnx parameters; metadata `axes` names each one's axes.
+      shardings: the sharding of each parameter, the same tree.
+      dtype: the type of the parameters on the mesh; every tensor is converted from its own type.
+
+    Returns:
+      The tree of sharded parameters, as nested dicts.
 
     Raises:
-      UsageError: as `check`, or a tensor holds numbers that are not finite in `dtype`.
+      UsageError: as in `check`, or a tensor holds numbers that are not finite in `dtype`.
     """
-    where = check(directory, abstract)
+    file_of = check(directory, abstract)
     flat_abstract, flat_shardings = flatten(abstract), flatten(shardings)
     loaded, pending = {}, []
     with contextlib.ExitStack() as opened:
-        files = {path: opened.enter_context(safe_open(path, framework="numpy")) for path in set(where.values())}
-        _report_types(directory, where, dtype)
+        files = {path: opened.enter_context(safe_open(path, framework="numpy")) for path in set(file_of.values())}
+        _report_types(directory, file_of, dtype)
         for tensor in tensors_of(directory.architecture, directory.model_type):
             blocks = blocks_of(tensor, flat_abstract)
             names = names_of(tensor, directory.architecture.layers)
             pieces: dict[str, list[jax.Array]] = {param: [] for param in tensor.params}
             for bounds, devices in _distinct_shards(tensor.params, flat_abstract, flat_shardings):
-                buffers = _read_shard(files, where, names, blocks, bounds, dtype)
-                jax.block_until_ready(pending)  # the buffers before these are free now
+                buffers = _read_shard(files, file_of, names, blocks, bounds, dtype)
+                jax.block_until_ready(pending)  # frees the buffers of the shard before this one
                 for param, buffer in buffers.items():
                     pieces[param] += [jax.device_put(buffer, device) for device in devices]
                 pending = [pieces[param][-1] for param in buffers]
@@ -71,7 +71,7 @@ def load_params(directory: ModelDirectory, abstract: Any, shardings: Any, *, dty
 def _distinct_shards(
     params: Sequence[str], abstract: Mapping[str, Any], shardings: Mapping[str, Any]
 ) -> Iterator[tuple[dict[str, Bounds], list[jax.Device]]]:
-    """What this process's devices hold of the parameters of one tensor, each shard once, with its devices."""
+    """Yields each distinct shard of a tensor's parameters on this process's devices, with the devices that hold it."""
     shards: dict[tuple[Bounds, ...], list[jax.Device]] = {}
     indices = {param: shardings[param].addressable_devices_indices_map(abstract[param].shape) for param in params}
     for device in indices[params[0]]:
@@ -82,32 +82,32 @@ def _distinct_shards(
 
 
 def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
-    """Start and stop on each axis; jax writes a whole axis as slice(None)."""
+    """Turns slices into start and stop on each axis; jax writes a whole axis as slice(None)."""
     return tuple(side.indices(size)[:2] for side, size in zip(index, shape, strict=True))
 
 
 def _read_shard(
     files: Mapping[Path, Any],
-    where: Mapping[str, Path],
+    file_of: Mapping[str, Path],
     names: Sequence[tuple[str, int | None]],
     blocks: Sequence[Block],
     bounds: Mapping[str, Bounds],
     dtype: np.dtype,
 ) -> dict[str, np.ndarray]:
-    """One shard of each parameter of a tensor, all layers, read layer by layer."""
+    """Reads one shard of each parameter of a tensor, all layers, layer by layer."""
     buffers = {param: _aligned([stop - start for start, stop in sides], dtype) for param, sides in bounds.items()}
     for name, layer in names:
-        slices = files[where[name]].get_slice(name)
+        slices = files[file_of[name]].get_slice(name)
         for block in blocks:
             wanted = block.wanted(bounds)
             for param, part in block.parts(slices[block.region(wanted)], wanted).items():
                 buffer = buffers[param][... if layer is None else layer]
-                with np.errstate(over="ignore"):  # a float64 that float32 cannot hold; found below
+                with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is refused below
                     buffer[...] = part
                 if not _all_finite(buffer):
                     raise UsageError(
-                        f"{where[name]}: {name} holds numbers that are not finite in {np.dtype(dtype).name}; the file "
-                        "is damaged, or training broke it: fetch it again, or choose another model.path"
+                        f"{file_of[name]}: {name} holds numbers that are not finite in {np.dtype(dtype).name}; the "
+                        "file is damaged, or training broke it: fetch it again, or choose another model.path"
                     )
     return buffers
 
@@ -116,11 +116,11 @@ def _all_finite(array: np.ndarray) -> bool:
     return all(np.isfinite(array[start : start + ROWS]).all() for start in range(0, len(array), ROWS))
 
 
-def _report_types(directory: ModelDirectory, where: Mapping[str, Path], dtype: np.dtype) -> None:
-    """Says in which types the tensors lie, and which of those `dtype` rounds."""
-    headers = read_headers(sorted(set(where.values()))).values()
-    types = Counter(kind for header in headers for name, (_, kind) in header.items() if name in where)
-    rounded = [kind for kind in sorted(types) if not np.can_cast(TYPES[kind], dtype)]
+def _report_types(directory: ModelDirectory, file_of: Mapping[str, Path], dtype: np.dtype) -> None:
+    """Logs the types of the tensors in the files, and those that `dtype` rounds."""
+    headers = read_headers(sorted(set(file_of.values()))).values()
+    types = Counter(kind for header in headers for name, (_, kind) in header.items() if name in file_of)
+    rounded = [kind for kind in sorted(types) if not np.can_cast(FLOATS[kind], dtype)]
     log.info(
         "%s: tensors by type: %s; held in %s%s",
         directory.path,
@@ -131,7 +131,7 @@ def _report_types(directory: ModelDirectory, where: Mapping[str, Path], dtype: n
 
 
 def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """An array of no particular content that starts on a boundary of ALIGNMENT_BYTES."""
+    """Allocates an array, not initialised, whose address is a multiple of ALIGNMENT_BYTES."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.empty(size + ALIGNMENT_BYTES, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT_BYTES

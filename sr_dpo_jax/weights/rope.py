@@ -1,8 +1,8 @@
 """Rope parameters of a transformers config -> rotary frequencies, computed once on the host in float64.
 
-The scalings and their parameters are those that transformers defines in `modeling_rope_utils`. Linear scaling, NTK by
-parts (YaRN, arXiv:2309.00071) and Llama 3's are functions of the config alone. Dynamic NTK and LongRoPE change the
-frequencies with the length of the text: up to the length at which they would, they are exact; longer data is refused.
+The scalings and their parameters are those that transformers defines in `modeling_rope_utils`. Linear scaling, YaRN
+(arXiv:2309.00071) and Llama 3's are functions of the config alone. Dynamic NTK and LongRoPE change the frequencies with
+the length of the text; the frequencies here are exact up to the length where they change, and longer data is refused.
 """
 
 import math
@@ -18,11 +18,11 @@ SUPPORTED = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
 
 def rope_of(parameters: Mapping[str, Any], *, head_dim: int, context_tokens: int, where: str) -> Rope:
-    """Frequencies of one kind of layers.
+    """Computes the frequencies of one kind of layers.
 
     Args:
       parameters: a config's `rope_parameters`, or one layer type's part of it.
-      head_dim: D; `partial_rotary_factor` says what share of it turns.
+      head_dim: D; `partial_rotary_factor` is the share of it that turns.
       context_tokens: the config's `max_position_embeddings`.
       where: names the file in errors.
 
@@ -30,7 +30,7 @@ def rope_of(parameters: Mapping[str, Any], *, head_dim: int, context_tokens: int
       UsageError: the scaling is not supported, or its numbers make no sense.
     """
     name = parameters.get("rope_type", "default")
-    with np.errstate(all="ignore"):  # said below, with the file's name
+    with np.errstate(all="ignore"):  # numbers that are not finite are refused below, by the file's name
         frequencies, scale, exact_positions = _rope(name, parameters, head_dim, context_tokens, where)
     if not (np.isfinite([*frequencies, scale]).all() and (frequencies > 0).all()):
         raise UsageError(
@@ -42,7 +42,7 @@ def rope_of(parameters: Mapping[str, Any], *, head_dim: int, context_tokens: int
 def _rope(
     name: str, parameters: Mapping[str, Any], head_dim: int, context_tokens: int, where: str
 ) -> tuple[np.ndarray, float, int | None]:
-    """Frequencies, their scale, and up to which length they hold."""
+    """Computes the frequencies, their scale, and the length up to which they are exact (None: any length)."""
     theta, rotary_dims = float(parameters["rope_theta"]), int(head_dim * parameters.get("partial_rotary_factor", 1.0))
     plain = theta ** -(np.arange(0, rotary_dims, 2, dtype=np.float64) / rotary_dims)
     scale, exact_positions = 1.0, None
@@ -75,7 +75,7 @@ def _rope(
 
 
 def _llama3(plain: np.ndarray, parameters: Mapping[str, Any]) -> np.ndarray:
-    """Long waves are slowed down by `factor`, short ones kept, those between interpolated."""
+    """Divides low frequencies by `factor`, keeps high ones, and interpolates between them."""
     low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
     turns = parameters["original_max_position_embeddings"] * plain / (2 * np.pi)
     kept_share = np.clip((turns - low) / (high - low), 0.0, 1.0)
@@ -85,7 +85,7 @@ def _llama3(plain: np.ndarray, parameters: Mapping[str, Any]) -> np.ndarray:
 def _yarn(
     plain: np.ndarray, theta: float, parameters: Mapping[str, Any], context_tokens: int
 ) -> tuple[np.ndarray, float]:
-    """arXiv:2309.00071, section 3.2: dimensions between two numbers of turns are interpolated by parts."""
+    """Computes YaRN's frequencies and scale (arXiv:2309.00071, section 3.2)."""
     original = parameters["original_max_position_embeddings"]
     factor = parameters["factor"] if parameters["factor"] is not None else context_tokens / original
 
@@ -110,7 +110,7 @@ def _yarn_scale(factor: float, mscale: float = 1.0) -> float:
 
 
 def _longrope_scale(parameters: Mapping[str, Any], context_tokens: int) -> float:
-    """arXiv:2402.13753: what the attention of a stretched context is scaled by, also on short texts."""
+    """Computes LongRoPE's factor on queries and keys (arXiv:2402.13753), which holds for short texts too."""
     if parameters.get("attention_factor") is not None:
         return float(parameters["attention_factor"])
     original = parameters["original_max_position_embeddings"]

@@ -1,4 +1,4 @@
-"""Parameters -> sharded safetensors under their Hugging Face names, as a stream: never the whole model in memory."""
+"""Parameters -> sharded safetensors under their Hugging Face names, one group at a time, never the whole model."""
 
 import json
 import math
@@ -27,16 +27,15 @@ def save_params(
 ) -> None:
     """Writes `model.safetensors`, or numbered files and an index where that would be larger than `shard_bytes`.
 
-    Host memory holds one group (the parameters of one row of the table, in most rows one, all layers stacked) and the
-    tensors of one file.
+    Host memory holds one group and the tensors of one file.
 
     Args:
-      groups: for each row of the family's table, in its order, the row's parameters by path.
+      groups: for each row of the family's table, in its order, the row's parameters by path, all layers stacked.
       directory: the base model, whose architecture and names are used.
-      abstract: tree of abstract nnx parameters; metadata `axes` gives each one's layout.
+      abstract: tree of abstract nnx parameters; metadata `axes` names each one's axes.
       out: an existing directory.
-      dtype: what the files hold.
-      shard_bytes: most bytes of tensors in a file, but for a single tensor that is larger.
+      dtype: the type of the tensors in the files.
+      shard_bytes: the most bytes of tensors in a file; a single tensor that is larger gets a file of its own.
 
     Raises:
       UsageError: a number is not finite in `dtype`.
@@ -53,13 +52,13 @@ def save_params(
     filling: dict[str, np.ndarray] = {}
     stream = iter(groups)
     for tensor, of_tensor in zip(tensors, blocks, strict=True):
-        group = next(stream)  # not by zip, which keeps its last items until it has the next ones
+        group = next(stream)  # a trap: zip would keep the last group alive until it has the next one
         for name, layer in names_of(tensor, layers):
             if filling and weight_map[name] != weight_map[next(iter(filling))]:
                 _save(filling, out, weight_map)
             parts = {param: stack if layer is None else stack[layer] for param, stack in group.items()}
             filling[name] = _file_tensor(name, parts, of_tensor, dtype)
-        del group, parts  # before the next one is made
+        del group, parts  # frees them before the next group is made
     _save(filling, out, weight_map)
     if len(set(weight_map.values())) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
@@ -67,11 +66,11 @@ def save_params(
 
 
 def plan_files(sizes: Mapping[str, int], shard_bytes: int) -> dict[str, str]:
-    """The file of each tensor: in order, each file as full as `shard_bytes` allows.
+    """Assigns a file to each tensor, in order, each file as full as `shard_bytes` allows.
 
     Args:
-      sizes: bytes of each tensor, in the order in which they are written.
-      shard_bytes: most bytes in a file, but for a single tensor that is larger.
+      sizes: the bytes of each tensor, in the order in which they are written.
+      shard_bytes: as for `save_params`.
     """
     numbers, number, held = {}, 1, 0
     for name, size in sizes.items():
@@ -85,12 +84,12 @@ def plan_files(sizes: Mapping[str, int], shard_bytes: int) -> dict[str, str]:
 
 
 def _file_tensor(name: str, parts: Mapping[str, np.ndarray], blocks: tuple[Block, ...], dtype: np.dtype) -> np.ndarray:
-    """One tensor as the file has it, of the parameters of one layer in their own layout."""
+    """Builds one tensor of the file from the parameters of one layer, which are in their own axes."""
     array = np.empty(file_shape(blocks), dtype)
     for block in blocks:
         whole = block.wanted({param: tuple((0, size) for size in parts[param].shape) for param in block.own_axes})
         for param, view in block.parts(array[block.start : block.stop], whole).items():
-            with np.errstate(over="ignore"):  # said below, with the tensor's name
+            with np.errstate(over="ignore"):  # infinite numbers are refused below, by the tensor's name
                 view[...] = parts[param]
     if not np.isfinite(array).all():
         raise UsageError(
@@ -101,6 +100,6 @@ def _file_tensor(name: str, parts: Mapping[str, np.ndarray], blocks: tuple[Block
 
 
 def _save(filling: dict[str, np.ndarray], out: Path, weight_map: Mapping[str, str]) -> None:
-    """Writes the tensors of one file and forgets them."""
+    """Writes the tensors of one file and empties `filling`."""
     save_file(filling, out / weight_map[next(iter(filling))], metadata={"format": "pt"})
     filling.clear()

@@ -18,7 +18,7 @@ P = "Please be useful. Query:"
 FAMILIES = tuple(toy.CHAT_FAMILIES)
 SYSTEM_REFUSED = {"gemma2"}
 SYSTEM_UNPLACED = {"mistral"}
-"""Its template leaves the system message out as soon as a response follows."""
+"""These templates leave the system message out once a response follows."""
 WRITES_OWN_SYSTEM = {"llama31", "qwen25"}
 TURNS = ("How is the sky?", "It is blue.", "And at night?")
 

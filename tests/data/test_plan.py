@@ -100,7 +100,7 @@ def test_the_plan_is_a_pure_function():
     "changed", [{"rows_multiple": 8}, {"row_length": 1024}, {"row_multiple": 128}, {"room_for": (2000, 300)}]
 )
 def test_mesh_and_row_length_change_no_step(changed):
-    """The same pairs in the same step on any mesh, whatever the shape that holds them."""
+    """Every step holds the same pairs on any mesh, in any shape."""
     tokens, scored = lengths(600)
     plan, other = plan_of(tokens, scored), plan_of(tokens, scored, **changed)
     assert other.shape != plan.shape

@@ -9,7 +9,7 @@ from runs import make_config, model_directory, preference_file
 from sr_dpo_jax.data.tokenizer_fit import misfits, require_fit
 from sr_dpo_jax.data.tokens import load_tokenizer
 from sr_dpo_jax.errors import UsageError
-from sr_dpo_jax.weights.placement import read_data, read_model
+from sr_dpo_jax.train.setup import read_model, read_pairs_of
 
 EOS, BOS = 0, 1
 NEITHER = {"eos_token_id": None, "bos_token_id": None}
@@ -17,7 +17,7 @@ NEITHER = {"eos_token_id": None, "bos_token_id": None}
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
-    """By whether BOS is put before text."""
+    """Two tokenizers: 1 puts BOS before text, 0 does not."""
     return {bos: load_tokenizer(str(toy.byte_level_tokenizer(tmp_path_factory.mktemp("t"), bos=bos))) for bos in (0, 1)}
 
 
@@ -112,7 +112,7 @@ def test_an_added_token_beyond_the_embedding_is_refused_where_it_is_used(tmp_pat
     directory, tokenizer = read_model(config)
 
     def read(p):
-        return read_data(config, config.data.path, "train", tokenizer, directory.architecture, augmentation_prompt=p)
+        return read_pairs_of(config, config.data.path, "train", tokenizer, directory.architecture, instruction=p)
 
     assert len(read("Be good: ")) == 8
     with pytest.raises(UsageError, match=r"refinement.prompt holds the added token of id 320"):

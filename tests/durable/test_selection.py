@@ -1,4 +1,4 @@
-"""Which evaluation is best and when a run is over, against definitions over the whole list of values."""
+"""The best evaluation and the end of a run, compared with definitions over the whole list of values."""
 
 import json
 import math

@@ -19,7 +19,7 @@ A file may hold more on the same fault than the table names; `tests/soak.py` is 
                                                     test_faults_checkpoints.test_p2_nothing_is_deleted_before_its_successor_is_verified
     a loss or gradient that is not finite           test_faults_runs.test_p5_a_poisoned_pair_changes_nothing_and_is_named
                                                     test_faults_runs.test_p5_too_many_skipped_in_a_row_end_the_run_and_nothing_bad_is_saved
-                                                    test_faults_checkpoints.test_p5_values_that_are_not_finite_are_never_verified
+                                                    test_integrity.test_p5_values_that_are_not_finite_are_never_verified
     a process that hangs or is dead                 test_faults_processes.test_p1_a_hanging_step_dumps_stacks_and_ends_both
                                                     test_faults_processes.test_p1_a_process_that_fails_ends_the_other
     a row that is no pair                           test_faults_runs.test_p7_forty_malformed_rows_are_each_named_and_none_is_shown
@@ -69,9 +69,9 @@ A file may hold more on the same fault than the table names; `tests/soak.py` is 
                                                     test_weights.test_a_tied_model_may_hold_its_head_where_it_is_the_embedding
     a clock that is wrong                           test_faults_inputs.test_p2_a_clock_that_goes_backwards_changes_nothing
                                                     test_faults_checkpoints.test_p2_latest_is_the_highest_verified_step_whatever_the_clock_says
-                                                    test_faults_runs.test_p2_the_lease_of_another_host_is_respected_while_it_is_touched
+                                                    test_lease.test_p2_the_lease_of_another_host_is_respected_while_it_is_touched
     two runs in one directory                       test_faults_processes.test_p2_two_runs_on_one_directory_the_second_is_refused
-                                                    test_faults_runs.test_p2_of_many_runs_that_find_a_stale_lease_one_gets_it
+                                                    test_lease.test_p2_of_many_runs_that_find_a_stale_lease_one_gets_it
     other versions of libraries                     test_faults_checkpoints.test_p3_other_versions_are_said_and_with_strict_refused
     a length that would compile again               test_faults_inputs.test_p7_nothing_compiles_after_the_first_step_and_another_shape_is_an_error
 """  # noqa: E501 (a table)

@@ -376,23 +376,3 @@ def test_p5_what_orbax_says_of_a_failed_save_is_said_once_in_a_line(tmp_path):
     ):
         record = logged(logger, message, *(0, "a", "x")[: message.count("%")], error=error)
         assert record.msg == message and bool(record.exc_info) is (error is not None)
-
-
-def test_a_shard_is_named_by_its_place_and_digested_by_type_shape_and_bytes():
-    array = np.arange(12, dtype=np.float32)
-    assert integrity.digest_of(array) != integrity.digest_of(array.reshape(3, 4))
-    assert integrity.digest_of(array) != integrity.digest_of(array.view(np.int32))
-    mesh = jax.make_mesh((8,), ("fsdp",))
-    sharded = jax.device_put(np.arange(32.0), jax.NamedSharding(mesh, jax.P("fsdp")))
-    everywhere = jax.device_put(np.arange(3.0), jax.NamedSharding(mesh, jax.P()))
-    shards = integrity.host_shards({"a": {"b": sharded}, "c": (everywhere,)})
-    assert [(name, ranges) for name, ranges, _ in shards] == [
-        *(("a.b", ((4 * part, 4 * part + 4),)) for part in range(8)),
-        ("c.0", ((0, 3),)),
-    ]
-
-
-def test_p5_values_that_are_not_finite_are_never_verified():
-    for bad in (np.nan, np.inf):
-        with pytest.raises(FloatingPointError, match="params"):
-            integrity.digest_shards([("params", ((0, 2),), np.array([1.0, bad], np.float32))])

@@ -395,7 +395,7 @@ def test_p7_nothing_compiles_after_the_first_step_and_another_shape_is_an_error(
             events.append((reached[-1], fun_name))
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    add, prepare_run = loop._StepLines.add, loop.prepare
+    add, prepare_run = loop.StepLog.add, loop.prepare
 
     def watched(self, step, host_step, metrics):
         add(self, step, host_step, metrics)
@@ -409,7 +409,7 @@ def test_p7_nothing_compiles_after_the_first_step_and_another_shape_is_an_error(
             job.train_step(state, job.reference_params, longer)
         return job, state
 
-    monkeypatch.setattr(loop._StepLines, "add", watched)
+    monkeypatch.setattr(loop.StepLog, "add", watched)
     monkeypatch.setattr(loop, "prepare", tried)
     data = preference_file(tmp_path / "varied.jsonl", 64, seed=5)
     sections = {"data": {"eval_path": str(world[1])}, "checkpoint": {"every_steps": 2}}

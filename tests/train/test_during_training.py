@@ -286,14 +286,14 @@ def test_a_run_that_is_cut_off_is_the_run_that_is_not(world, golden, tmp_path, m
 
 def kill(patched, when, step):
     if when == "between saves":
-        add = loop._StepLines.add
+        add = loop.StepLog.add
 
         def killed(self, at, *rest):
             if at > step:
                 raise Killed
             add(self, at, *rest)
 
-        patched.setattr(loop._StepLines, "add", killed)
+        patched.setattr(loop.StepLog, "add", killed)
     elif when == "in the samples":
         write = loop.MetricsWriter.write_samples
 

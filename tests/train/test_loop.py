@@ -141,7 +141,7 @@ def test_resuming_is_bitwise(world, tmp_path):
 def test_a_profile_and_mfu(world, tmp_path, monkeypatch):
     """Two steps are traced, even where the run ends before the second; MFU is flops by the formula over peak × time."""
     model, data, _ = world
-    monkeypatch.setattr("sr_dpo_jax.train.setup.peak_flops", lambda devices: 1e9 * len(devices))
+    monkeypatch.setattr("sr_dpo_jax.train.program.peak_flops", lambda devices: 1e9 * len(devices))
     config = make_config(tmp_path, model, data, train={"max_steps": 3, "profile_steps": 2})
     assert train(config) == 0
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))

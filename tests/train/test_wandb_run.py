@@ -89,7 +89,7 @@ CUT_OFF = {
 
 @pytest.mark.parametrize("where", CUT_OFF)
 def test_one_run_with_every_line_once_whatever_cut_it_off(world, server, tmp_path, monkeypatch, where):
-    config, add, evaluate = config_of(world, tmp_path), loop._StepLines.add, loop._evaluate
+    config, add, evaluate = config_of(world, tmp_path), loop.StepLog.add, loop._evaluate
 
     def added(self, step, *rest):
         if CUT_OFF[where] == ("step", step):
@@ -102,7 +102,7 @@ def test_one_run_with_every_line_once_whatever_cut_it_off(world, server, tmp_pat
         return evaluate(job, step, *rest)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(loop._StepLines, "add", added)
+        patched.setattr(loop.StepLog, "add", added)
         patched.setattr(loop, "_evaluate", evaluated)
         train(config)
     assert train(config) == 0 and train(config) == 0, "a finished run opens none"

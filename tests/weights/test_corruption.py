@@ -15,8 +15,8 @@ from safetensors.numpy import load_file, save_file
 from sr_dpo_jax.cli import main
 from sr_dpo_jax.config.load import load_config
 from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.train.setup import read_model
 from sr_dpo_jax.weights import directory as weights
-from sr_dpo_jax.weights.placement import read_model
 
 INDEX = "model.safetensors.index.json"
 CANARY = b"canary"
@@ -52,7 +52,7 @@ def header_end(content):
 
 
 def meaning(content):
-    """What a header says of its tensors, parsed without the safetensors library; None if nothing."""
+    """Parses the tensors of a header without the safetensors library; None where it has none."""
     try:
         header = json.loads(content[8 : header_end(content)])
         return {"length": header_end(content)} | {name: header[name] for name in header if name != "__metadata__"}

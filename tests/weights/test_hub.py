@@ -188,7 +188,7 @@ def inspected(name="org/tiny", digest=False):
 
 
 def test_inspecting_fetches_headers_and_no_weights(cache, tmp_path, monkeypatch):
-    """What the headers say is what the files say; fetched weights are looked at as those of a directory."""
+    """Headers read from the hub equal those of the files; fetched weights are inspected as those of a directory."""
     here = inspected()
     assert here.not_looked_at == () and here.problems == ()
     asked = []

@@ -127,7 +127,7 @@ def test_types_are_said_and_those_that_are_rounded(tmp_path, caplog, kind, dtype
 
 @pytest.mark.parametrize(("value", "kind"), [(np.nan, "float32"), (-np.inf, "bfloat16"), (1e300, "float64")])
 def test_numbers_that_are_not_finite_are_refused_by_tensor(tmp_path, value, kind):
-    """Of every model whose weights hold one, all log-probabilities are NaN; float32 cannot hold 1e300."""
+    """One such number would make all log-probs NaN; 1e300 is infinite in float32."""
     directory, model, _ = written(tmp_path, "llama", shard_bytes=30_000)
     name = "model.layers.1.mlp.down_proj.weight"
     file = next(file for file in directory.path.glob("model-*") if name in load_file(file))
@@ -497,13 +497,13 @@ def test_an_index_beside_a_single_file_is_refused(tmp_path):
 
 
 def test_weights_are_checked_before_any_device_is_touched(tmp_path):
-    """In a process of its own: sound weights and damaged ones, and no backend of jax comes up."""
+    """A process of its own checks sound and damaged weights, and initialises no backend of jax."""
     directory, *_ = written(tmp_path, "gpt_neox")
     program = """
 import sys
 from jax._src import xla_bridge
 from sr_dpo_jax.config.load import config_from_dict
-from sr_dpo_jax.weights.placement import read_model
+from sr_dpo_jax.train.setup import read_model
 from sr_dpo_jax.errors import UsageError
 path = sys.argv[1]
 raw = {"output_dir": path, "model": {"path": path}, "data": {"path": path}, "objective": {"name": "dpo"}}

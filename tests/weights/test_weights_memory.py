@@ -19,7 +19,7 @@ from sr_dpo_jax.weights.read import load_params
 
 MIB = 2**20
 SLACK = 2 * MIB
-"""For the allocator and what jax keeps of each array; 0.8 MiB were seen."""
+"""The room for the allocator and for jax's bookkeeping of arrays; 0.8 MiB were measured."""
 SIZES = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 8}
 SMALL = SIZES | {"num_hidden_layers": 1, "hidden_size": 64}
 
@@ -52,7 +52,7 @@ class Peak:
 
 
 def run(program, *arguments, devices=1, processes=1, **environment):
-    """What each of the processes printed as `result`, as JSON."""
+    """Runs a program in each of the processes and returns the `result` that each printed, from JSON."""
     environment |= {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}"}
     environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     started = [
@@ -179,7 +179,7 @@ def run_directory(root: Path, **sizes) -> Path:
 
 @pytest.mark.slow
 def test_exporting_needs_one_stacked_parameter_and_one_file(tmp_path):
-    """Of 400 MiB, and as much of optimizer state: one stacked parameter, what is in flight to it, and a file."""
+    """Exporting 400 MiB (and as much optimizer state) holds one stacked parameter, its shards in flight, and a file."""
     small = run_directory(tmp_path / "small", **SMALL)
     large = run_directory(tmp_path / "large", **SIZES)
     run(SAVE, small, large, devices=8)

@@ -32,6 +32,7 @@ from sr_dpo_jax.weights import directory as weights
 from sr_dpo_jax.weights import hub
 from sr_dpo_jax.weights.files import INDEX, ONLY_SAFETENSORS, other_weights, read_headers, weight_files
 from sr_dpo_jax.weights.hub import Header
+from sr_dpo_jax.weights.layout import flatten
 from sr_dpo_jax.weights.placement import abstract_params, reference_copy
 
 PARTS = ("embedding", "attention", "mlp", "norms", "unembedding")
@@ -188,9 +189,9 @@ def _collecting(problems: list[str], read: Any, *arguments: Any, **options: Any)
 def _parts(params: Any) -> dict[str, int]:
     """Counts the parameters of each part; norms within attention count as norms."""
     counts = Counter(dict.fromkeys(PARTS, 0))
-    for path, shape in weights.iterate_shapes(params):
+    for path, param in flatten(params).items():
         part = next((part for part in PARTS if part in path.split(".")), path)
-        counts["norms" if "norm" in path else part] += math.prod(shape)
+        counts["norms" if "norm" in path else part] += math.prod(param.shape)
     return dict(counts)
 
 

@@ -1,12 +1,12 @@
-"""Splash attention on TPU for packed rows: JAX's own Pallas kernel, fed with the ranges of keys that tokens see.
+"""Splash attention on TPU for packed rows: JAX's own Pallas kernel, given the range of keys that each token sees.
 
-The kernel takes a mask as a function of one int32 a query and the key's index, and tables of the key blocks that each
-block of queries needs. Both are made here from `key_start` and `key_end`, once a step: no mask is in memory, and blocks
-in which nothing is seen are skipped. A sliding window shorter than the row is measured on positions, which no single
-range of indices can say (see `batch.py`); layers with one get the mask itself, bool `[T, T]` a row for all heads.
+The kernel takes the mask as a function of one int32 for each query and of the key's index, and tables of the key blocks
+that each block of queries needs. Both are made here from `key_start` and `key_end`, once a step, so no mask is in
+memory, and blocks without a visible key are skipped. A sliding window is measured on positions, which one range of
+indices cannot express (see `batch.py`), so layers with a window get the mask itself, bool `[T, T]` for each row.
 
 The other exact way, segment ids on a view in which each response has its own copy of the prompt, needs 1.5 to 2.3 times
-the cycles and the copies in memory, by the TPU compiler (`tests/benchmarks/attention_layouts.py`).
+the cycles by the TPU compiler, and the memory of the copies (`tests/benchmarks/attention_layouts.py`).
 
 A trap: the tables are fields of `MaskInfo`, which JAX does not promise to keep; a test compares with the dense path.
 """
@@ -29,13 +29,13 @@ Array = jax.Array
 LANES = 128
 LARGEST_BLOCK = 512
 LONGEST_ROW = 2**15
-"""Start and end of a range share one int32."""
+"""The most tokens of a row, because start and end of a range share one int32."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tables:
-    """What the kernel reads of the rows' masks; T is whole blocks, of which Q hold queries and K keys."""
+    """The tables that the kernel reads in place of masks; T is a whole number of blocks, Q of queries and K of keys."""
 
     ranges: Array | None
     """`[R, T]` int32, `key_start << 16 | key_end`; None where a window needs the whole mask."""
@@ -44,9 +44,9 @@ class Tables:
     runs: Array
     """`[R, 1, Q, K]` int32, 1 where a block holds a visible key."""
     next_key_block: Array
-    """`[R, 1, Q, K]` int32, the block to hold in fast memory: the last one needed, so that skipping moves nothing."""
+    """`[R, 1, Q, K]` int32, the key block to hold in fast memory: the last one needed, so that a skip moves nothing."""
     next_query_block: Array
-    """`[R, 1, Q, K]` int32, the same for the gradients of keys and values, which run down the queries."""
+    """`[R, 1, Q, K]` int32, the query block to hold, for the gradients of keys and values, which loop over queries."""
     prefix_tokens: int = dataclasses.field(metadata={"static": True})
 
 
@@ -82,7 +82,7 @@ def _block(length: int) -> int:
 
 
 def padded_length(length: int) -> int:
-    """Tokens of a row in whole blocks, as the kernel takes it."""
+    """Rounds the tokens of a row up to whole blocks, as the kernel takes them."""
     return -(-length // _block(length)) * _block(length)
 
 
@@ -110,7 +110,7 @@ def tables_of(visible: Visible) -> Tables:
 
 
 def _last_needed(runs: Array, axis: int) -> Array:
-    """`[R, Q, K]` int32: along an axis, the last block up to here that runs, or the first one that will."""
+    """Gives `[R, Q, K]` int32: along an axis, the last block so far that runs, or the first one where none has."""
     number = jax.lax.broadcasted_iota(jnp.int32, runs.shape, axis)
     so_far = jax.lax.cummax(jnp.where(runs, number, -1), axis=axis)
     return jnp.where(so_far < 0, jnp.argmax(runs, axis=axis, keepdims=True).astype(jnp.int32), so_far)
@@ -118,7 +118,10 @@ def _last_needed(runs: Array, axis: int) -> Array:
 
 @cache
 def _sees(prefix_tokens: int) -> Callable[[Array, Array], Array]:
-    """The mask as a function of a query's range and a key's index; cached, since jit tells functions by identity."""
+    """Gives the mask as a function of a query's range and a key's index.
+
+    A trap: jit compares functions by identity, and would compile again for a new one; so they are cached.
+    """
 
     def sees(query_range: Array, key: Array) -> Array:
         start, end = query_range >> 16, query_range & 0xFFFF
@@ -130,7 +133,7 @@ def _sees(prefix_tokens: int) -> Callable[[Array, Array], Array]:
 def _attend_rows(
     query: Array, key: Array, value: Array, tables: Tables, *, cap: float | None, interpret: bool
 ) -> Array:
-    """`[R, T, H, D]` of one device's rows and heads; rows go through the kernel one after the other."""
+    """Computes `[R, T, H, D]` for one device's rows and heads, row by row."""
     length, block = query.shape[1], _block(query.shape[1])
 
     def heads_first(array: Array) -> Array:
@@ -144,7 +147,7 @@ def _attend_rows(
 def _attend_row(
     query: Array, key: Array, value: Array, tables: Tables, *, block: int, cap: float | None, interpret: bool
 ) -> Array:
-    """`[H, T, D]` of one row; fields of `tables` without the axis R."""
+    """Computes `[H, T, D]` for one row; the fields of `tables` have no axis R here."""
     _, query_blocks, key_blocks = tables.runs.shape
     by_query_mask, by_key_mask, next_by_query, next_by_key = None, None, None, None
     if tables.mask is not None:

@@ -1,9 +1,9 @@
-"""Exact attention in tiles, in plain JAX: tiles of a row in which no query sees a key are never computed.
+"""Exact attention in tiles, in plain JAX: a tile of a row in which no query sees a key is skipped.
 
-The pairs of a row see nothing of each other, so most of its T² (query, key) products are masked, and the dense path
-computes them all. Here a loop runs over tiles of queries and keys with a running softmax (arXiv:1805.02867), a tile
-costs nothing where nothing is seen in it, and the backward pass makes the weights again from the kept normaliser.
-Tiles follow one another, which suits the few cores of a CPU; on a TPU `splash.py` does the same.
+The pairs of a row do not see each other, so most of its T² (query, key) products are masked, and the dense path
+computes them all. Here a loop runs over tiles of queries and keys with a running softmax (arXiv:1805.02867). The
+backward pass computes the weights again from the normaliser that the forward pass kept. Tiles run one after the other,
+which suits the few cores of a CPU; on a TPU `splash.py` does the same.
 """
 
 import dataclasses
@@ -19,10 +19,10 @@ from sr_dpo_jax.parallel.mesh import partition_spec
 Array = jax.Array
 
 TILE = 64
-"""Of 64 to 256 the fastest on HH-RLHF's pairs: the smaller, the less is computed in vain."""
+"""Queries and keys of a tile. Of 64 to 256, 64 is fastest on HH-RLHF's pairs: small tiles hold few masked products."""
 
 Tiles = tuple[Visible, Array]
-"""The rows in whole tiles, and `[R, T / TILE, T / TILE]` bool: the tiles that are computed, queries by keys."""
+"""The rows padded to whole tiles, and `[R, T / TILE, T / TILE]` bool, queries by keys: whether a tile is computed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +49,11 @@ TILED = AttentionPath("tiled", _on_rows)
 
 
 def _attend_rows(query: Array, key: Array, value: Array, tiles: Tiles, *, scale: float, cap: float | None) -> Array:
-    """`[R, T, H, D]` as `DenseAttention.attend`, one row after the other."""
+    """Computes `[R, T, H, D]` as `DenseAttention.attend` does, row by row."""
     length = query.shape[1]
 
     def heads_first(heads: Array) -> Array:
-        """`[R, T, H, D]` -> `[R, K, H / K, T, D]`, T filled up to whole tiles."""
+        """Turns `[R, T, H, D]` into `[R, K, H / K, T, D]`, T padded to whole tiles."""
         rows, _, count, head_dim = heads.shape
         padded = jnp.pad(heads, ((0, 0), (0, -length % TILE), (0, 0), (0, 0)))
         return padded.reshape(rows, -1, key.shape[2], count // key.shape[2], head_dim).transpose(0, 2, 3, 1, 4)
@@ -68,19 +68,19 @@ def _attend_rows(query: Array, key: Array, value: Array, tiles: Tiles, *, scale:
 def _attend_row(
     query: Array, key: Array, value: Array, visible: Visible, runs: Array, scale: float, cap: float | None
 ) -> Array:
-    """One row: query `[K, G, T, D]`, key and value `[K, T, D]`, runs `[T / TILE, T / TILE]` bool."""
+    """Computes one row: query `[K, G, T, D]`, key and value `[K, T, D]`, runs `[T / TILE, T / TILE]` bool."""
     return _forward(query, key, value, visible, runs, scale, cap)[0]
 
 
 def _tile(array: Array, number: Array) -> Array:
-    """The tile of that number along the axis before the last."""
+    """Cuts the tile of that number out along the axis before the last."""
     return jax.lax.dynamic_slice_in_dim(array, number * TILE, TILE, axis=-2)
 
 
 def _scores(
     query: Array, key: Array, visible: Visible, tile: tuple[Array, Array], scale: float, cap: float | None
 ) -> tuple[Array, Array]:
-    """Scores of a tile `[K, G, TILE, TILE]`, −inf where unseen, and what the cap lets through of their gradient."""
+    """Computes the scores of a tile `[K, G, TILE, TILE]`, −inf where masked, and the derivative of the cap there."""
     raw = scale * jnp.einsum("kgqd,ksd->kgqs", query, key, preferred_element_type=at_least_float32(query.dtype))
     capped, slope = raw, jnp.ones((), raw.dtype)
     if cap is not None:
@@ -109,7 +109,7 @@ def _forward(
                 largest, total, mixed = carry
                 scores, _ = _scores(of_tile, _tile(key, j), visible, (i, j), scale, cap)
                 larger = jnp.maximum(largest, scores.max(axis=-1))
-                # A query that has seen nothing yet has −inf on both sides, and −inf − −inf is no number.
+                # A trap: a query that has seen no key yet has −inf on both sides, and −inf − −inf is NaN.
                 safe = jnp.where(larger == -jnp.inf, 0, larger)
                 weights, shrunk = jnp.exp(scores - safe[..., None]), jnp.exp(largest - safe)
                 more = jnp.einsum("kgqs,ksd->kgqd", weights.astype(value.dtype), _tile(value, j))
@@ -129,7 +129,7 @@ def _forward(
 
 
 def _joined(tiles: Array) -> Array:
-    """`[tiles, ..., TILE, D]` -> `[..., T, D]`."""
+    """Joins tiles, `[tiles, ..., TILE, D]` -> `[..., T, D]`."""
     joined = jnp.moveaxis(tiles, 0, -3)
     return joined.reshape(*joined.shape[:-3], -1, joined.shape[-1])
 
@@ -180,6 +180,7 @@ def _backward(
 
 
 def _added(total: Array, more: Array, at: tuple[int, Array, int]) -> Array:
+    """Adds `more` to the part of `total` that starts at `at`."""
     part = jax.lax.dynamic_slice(total, at, more.shape)
     return jax.lax.dynamic_update_slice(total, part + more.astype(total.dtype), at)
 

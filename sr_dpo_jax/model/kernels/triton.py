@@ -1,15 +1,20 @@
-"""Fused attention on NVIDIA GPUs, Ampere and newer: tokamax's Triton kernels, fed with the rows' masks.
+"""Fused attention on NVIDIA GPUs, Ampere and newer: tokamax's Triton kernels, given the rows' masks.
 
-tokamax (https://github.com/openxla/tokamax) streams keys past each block of queries with a running softmax, forward and
-backward, so no [T, T] of scores is in memory; the mask is, as bool `[R, T, T]` once a step for all heads and layers.
-Its public function takes no ranges, so blocks in which nothing is seen are computed all the same. Its Mosaic kernels
-for Hopper and Blackwell are not used: they cannot be tested without such a GPU.
+tokamax (https://github.com/openxla/tokamax) computes each block of queries with a running softmax over the keys,
+forward and backward, so the scores `[T, T]` are never in memory. The masks are: bool `[R, T, T]`, made once a step for
+all heads and layers. Blocks without a visible key are computed too, because tokamax's public function takes no ranges
+of keys. Its Mosaic kernels for Hopper and Blackwell are not used, because they cannot be tested without such a GPU.
 
-Traps: the gradient knows no cap on the scores, so those models stay dense (`paths.py`); the kernels scale keys in their
-own type for one gradient and queries for the others, so queries come scaled; its gradient keeps inputs as if they were
-results, which a scan over layers stacks, masks too, and recomputation runs the kernel for, so they are put back;
-tokamax parses `sys.argv` as absl flags the first time it reads an option, and ends the process at the first flag of
-ours; and it warns of every shape that it has no tuned block sizes for.
+Traps, each with its remedy:
+
+* The kernels have no gradient for capped scores. Models with a cap use the dense path (`paths.py`).
+* Given a `scale`, the kernels scale (and round) keys for one gradient and queries for the others. So queries are scaled
+  beforehand, and the kernels' scale is 1.
+* The kernels' gradient keeps its four inputs with its results, so a scan over layers would store every layer's masks,
+  and recomputation would run the kernel to get them. `_forward` takes them out, and `_backward` puts them back.
+* tokamax parses `sys.argv` as absl flags when it first reads an option, and would end the process at an option of ours.
+  The flags are marked as parsed before.
+* tokamax logs a warning for every shape that it has no tuned block sizes for. A filter drops it.
 """
 
 import dataclasses
@@ -31,11 +36,11 @@ from sr_dpo_jax.parallel.mesh import partition_spec
 Array = jax.Array
 
 BLOCK = 128
-"""Rows are filled up to whole blocks: the kernels' own are 32 to 128 tokens, and their backward reads whole ones."""
+"""Rows are padded to a multiple of it: the kernels' blocks have 32 to 128 tokens, and the backward reads whole ones."""
 INPUTS = 4
-"""What the kernel's gradient keeps begins with these: query, key, value and mask."""
+"""The number of inputs (query, key, value, mask) that stand first in what the kernel's gradient keeps."""
 LARGEST_MASK = 2**31
-"""Entries of one device's masks: the kernels reach them by 32-bit offsets."""
+"""The most entries of one device's masks, which the kernels address by 32-bit offsets."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +79,7 @@ def _on_rows(visible: Visible, *, scale: float, cap: float | None) -> TritonAtte
 
 
 def _attend_rows(query: Array, key: Array, value: Array, mask: Array) -> Array:
-    """`[R, T, H, D]` of one device's rows and heads, `query` scaled."""
+    """Computes `[R, T, H, D]` for one device's rows and heads; `query` is scaled."""
     length = query.shape[1]
     if mask.size > LARGEST_MASK:
         raise UsageError(
@@ -92,7 +97,7 @@ def _kernel(query: Array, key: Array, value: Array, *, mask: Array) -> Array:
         value,
         mask=mask[:, None],
         scale=1.0,
-        # Of float32 the tensor cores would read 10 bits of mantissa.
+        # A trap: the tensor cores would round float32 to 10 bits of mantissa.
         precision=jax.lax.Precision.HIGHEST if query.dtype == jnp.float32 else None,
         implementation="triton",
     )
@@ -106,8 +111,8 @@ def _fused(query: Array, key: Array, value: Array, mask: Array) -> Array:
 def _forward(query: Array, key: Array, value: Array, mask: Array) -> tuple[Array, Any]:
     _, pull_back = jax.vjp(partial(_kernel, mask=mask), query, key, value)
     leaves, tree = jax.tree.flatten(pull_back)
-    # Only the kernel can give its output and the two sums of its softmax again, and `dots` is to keep those; the
-    # output that goes on must be the one that is kept, or the next matmul's gradient runs the kernel for it.
+    # A trap: under remat `dots` the kernel would run again for its output and the two sums of its softmax, so they are
+    # named to be kept. The output that is returned must be the kept one, or the next matmul's gradient runs the kernel.
     results = [checkpoint_name(leaf, "attention") for leaf in leaves[INPUTS:]]
     kept = jax.tree.unflatten(tree, [jnp.zeros(()) for _ in range(INPUTS)] + results)
     return results[0], (kept, (query, key, value, mask))

@@ -1,0 +1,195 @@
+"""Checkpoints of a tiny state: saved, verified, kept, passed over when damaged, and restored bit by bit on any mesh."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sr_dpo_jax.durable import integrity
+from sr_dpo_jax.durable.checkpoint import Checkpoints
+from sr_dpo_jax.errors import RunError, UsageError
+
+METRIC = {"metric": "eval/loss", "mode": "min", "counted_from": 1.0, "waited": 0}
+
+
+def state_of(step, *, devices=8, size=64):
+    """A state whose every value tells its step, sharded over so many devices."""
+    mesh = jax.make_mesh((devices,), ("fsdp",), devices=jax.devices()[:devices])
+    sharding = jax.NamedSharding(mesh, jax.P("fsdp"))
+    matrix = jax.device_put(jnp.arange(size, dtype=jnp.float32) + step, sharding)
+    return {
+        "step": jnp.int32(step),
+        "params": {"layer": {"matrix": matrix}},
+        "optimizer_state": {"moment": matrix * 0.5},
+    }
+
+
+def shapes_of(state):
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    opened = []
+
+    def open_them(**options):
+        opened.append(Checkpoints(tmp_path / "run", **options))
+        return opened[-1]
+
+    yield open_them
+    for one in opened:
+        one.close()
+
+
+def save(checkpoints, *steps, best=None):
+    """Saves and verifies steps; the position of each names the best of the run so far."""
+    for step in steps:
+        position = {"next_step": step, "selection": None if best is None else {**METRIC, "step": best, "value": 1.0}}
+        checkpoints.save(step, state_of(step), position=position, config={"seed": 0}, best=best)
+        assert not checkpoints.await_save()
+
+
+def damage(checkpoints, step):
+    files = [path for path in (checkpoints.directory / str(step) / "state").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+
+
+def names_in(checkpoints):
+    return {path.name for path in checkpoints.directory.iterdir()}
+
+
+def test_a_state_comes_back_bit_by_bit_on_another_mesh(checkpoints):
+    with checkpoints() as writer:
+        save(writer, 3)
+    reader = checkpoints(read_only=True)
+    assert reader.newest_good() == 3
+    restored, position = reader.restore(shapes_of(state_of(0, devices=2)), step=3)
+    assert position == {"next_step": 3, "selection": None}
+    for ours, saved in zip(jax.tree.leaves(restored), jax.tree.leaves(state_of(3)), strict=True):
+        assert np.asarray(ours).tobytes() == np.asarray(saved).tobytes() and ours.dtype == saved.dtype
+    assert len(restored.params["layer"]["matrix"].sharding.device_set) == 2
+
+
+def test_another_model_is_refused(checkpoints):
+    writer = checkpoints()
+    save(writer, 1)
+    with pytest.raises(UsageError, match="does not fit the configured model"):
+        writer.restore(shapes_of(state_of(0, size=128)), step=1)
+    writer.check_params({"layer.matrix": (64,)}, step=1)
+    with pytest.raises(UsageError, match=r"layer\.matrix: \(64,\), the model has \(128,\)"):
+        writer.check_params({"layer.matrix": (128,)}, step=1)
+
+
+def test_nothing_saved_is_no_checkpoint_and_reading_makes_no_directory(checkpoints):
+    reader = checkpoints(read_only=True)
+    assert reader.newest_good() is None and not reader.directory.exists()
+    with pytest.raises(UsageError, match="no checkpoint"):
+        reader.existing(None)
+    with pytest.raises(UsageError, match="no checkpoint of step 4"):
+        reader.existing(4)
+
+
+def test_a_damaged_step_is_passed_over_kept_and_said(checkpoints, caplog):
+    writer = checkpoints()
+    save(writer, 1, 2)
+    damage(writer, 2)
+    with pytest.raises(UsageError, match=r"checkpoint\.strict"):
+        checkpoints(strict=True).newest_good()
+    assert names_in(writer) == {"1", "2", "last_verified"}
+    assert writer.newest_good() == 1 and "2: passed over" in caplog.text
+    assert names_in(writer) == {"1", "2.damaged", "last_verified"}
+    damage(writer, 1)
+    (writer.directory / "last_verified").rename(writer.directory / "hidden")
+    with pytest.raises(UsageError, match="none of the checkpoints"):
+        writer.newest_good()
+    (writer.directory / "hidden").rename(writer.directory / "last_verified")
+    assert names_in(writer) == {"1.damaged", "2.damaged", "last_verified"}
+    with pytest.raises(UsageError, match="none of the checkpoints"):
+        writer.newest_good()  # there was one: to start from step 0 would hide the loss
+
+
+def test_older_ones_are_deleted_but_never_the_best(checkpoints):
+    writer = checkpoints(keep=2)
+    save(writer, 1, 2, 3, best=1)
+    assert writer.verified_steps() == [1, 2, 3]
+    save(writer, 4, best=1)
+    assert writer.verified_steps() == [1, 3, 4]
+    assert writer.best() == 1
+    save(writer, 5, best=5)
+    assert writer.verified_steps() == [4, 5], "an older best goes when its successor is verified"
+
+
+def test_a_run_without_a_best_says_so(checkpoints):
+    writer = checkpoints()
+    save(writer, 1)
+    with pytest.raises(UsageError, match=r"checkpoint\.best_metric was not set"):
+        writer.best()
+    position = {"selection": {**METRIC, "step": None, "value": None}}
+    writer.save(2, state_of(2), position=position, config={})
+    writer.await_save()
+    with pytest.raises(UsageError, match="eval/loss was never measured"):
+        writer.best()
+
+
+def test_a_save_that_fails_is_tried_once_more_and_then_fatal(checkpoints, monkeypatch):
+    writer = checkpoints(keep=1)
+    save(writer, 1)
+
+    def dishonest(step_directory, shards):
+        raise integrity.Damaged("the disk gives back something else")
+
+    monkeypatch.setattr(integrity, "check_shards", dishonest)
+    writer.save(2, state_of(2), position={}, config={})
+    assert writer.await_save(), "save it again"
+    writer.save(3, state_of(3), position={}, config={})
+    with pytest.raises(RunError, match=r"saving step 3 failed .*something else.* before it are untouched"):
+        writer.await_save()
+    monkeypatch.undo()
+    assert writer.verified_steps() == [1], "nothing is deleted before its successor is verified"
+    assert writer.newest_good() == 1
+    save(writer, 2)
+    assert "2.unverified" in names_in(writer) and writer.verified_steps() == [2]
+
+
+def test_what_cannot_be_mended_is_fatal_at_once(checkpoints, monkeypatch):
+    writer = checkpoints()
+    state = state_of(1)
+    state["params"]["layer"]["matrix"] = jnp.full(64, jnp.nan)
+    writer.save(1, state, position={}, config={})
+    with pytest.raises(RunError, match="not finite"):
+        writer.await_save()
+    monkeypatch.setattr(integrity, "check_shards", lambda *arguments: 1 / 0)
+    again = checkpoints()
+    again.save(2, state_of(2), position={}, config={}, best=2)
+    with pytest.raises(RunError, match="saving step 2 failed"):
+        again.await_save()  # the best one, whose state is gone at the next step
+
+
+def test_finishing_asks_for_a_verified_last_step(checkpoints):
+    writer = checkpoints(keep=1)
+    save(writer, 1, 2)
+    writer.finish(2)
+    assert writer.verified_steps() == [2]
+    with pytest.raises(RunError, match="step 3 was not verified"):
+        writer.finish(3)
+
+
+def test_a_second_save_waits_to_be_asked_about_the_first(checkpoints):
+    writer = checkpoints()
+    writer.save(1, state_of(1), position={}, config={})
+    with pytest.raises(RuntimeError, match="await_save"):
+        writer.save(2, state_of(2), position={}, config={})
+    assert not writer.await_save() and not writer.await_save()
+
+
+def test_half_deleted_directories_are_deleted_at_the_next_start(checkpoints):
+    writer = checkpoints()
+    save(writer, 1)
+    (writer.directory / "0.deleting").mkdir()
+    checkpoints(read_only=True)
+    assert "0.deleting" in names_in(writer), "reading changes nothing"
+    checkpoints()
+    assert names_in(writer) == {"1", "last_verified"}
