@@ -70,7 +70,7 @@ def test_a_state_comes_back_bit_by_bit_on_another_mesh(checkpoints):
     assert position == {"next_step": 3, "selection": None}
     for ours, saved in zip(jax.tree.leaves(restored), jax.tree.leaves(state_of(3)), strict=True):
         assert np.asarray(ours).tobytes() == np.asarray(saved).tobytes() and ours.dtype == saved.dtype
-    assert len(restored.params["layer"]["matrix"].sharding.device_set) == 2
+    assert len(restored["params"]["layer"]["matrix"].sharding.device_set) == 2
 
 
 def test_another_model_is_refused(checkpoints):

@@ -1,7 +1,6 @@
 """Damaged, half-written and foreign checkpoints: the promises P2, P3, P4 and P5 of the README, bit by bit."""
 
 import contextlib
-import logging
 import os
 import random
 import shutil
@@ -344,35 +343,3 @@ def test_p3_other_versions_are_said_and_with_strict_refused(run, world, monkeypa
     assert f"jax: {now['jax']} -> 99.0" in caplog.text
     with pytest.raises(UsageError, match=r"checkpoint\.strict=true asks for the same versions"):
         train(make_config(run.parent, *world, checkpoint={"strict": True}))
-
-
-def logged(logger, message, *arguments, error=None):
-    """A record as a logger makes it, through the filters of that logger; None where one keeps it back."""
-    info = None if error is None else (type(error), error, None)
-    record = logging.LogRecord(logger, logging.ERROR, "future.py", 1, message, arguments, info)
-    return record if logging.getLogger(logger).filter(record) else None
-
-
-def test_p5_what_orbax_says_of_a_failed_save_is_said_once_in_a_line(tmp_path):
-    """Each array and thread has its own traceback; what is no repetition passes untouched."""
-    Checkpoints(tmp_path / "run").close()
-    thread = "[process=%d][thread=%s] _SignalingThread.run() raised an exception: %s"
-
-    def full(name, size):
-        return ValueError(f'Error writing "{name}": Failed to write {size} bytes: no inodes left\nand more')
-
-    first = logged("absl", thread, 0, "a", "x", error=full("a", 70))
-    assert first.getMessage() == 'checkpoint: Error writing "a": Failed to write 70 bytes: no inodes left'
-    assert first.exc_info is None
-    assert logged("absl", thread, 0, "b", "x", error=full("b", 71)) is None, "the same of another array"
-    never = "Task exception was never retrieved\nfuture: <Task coro=<f() defined at /x/orbax/checkpoint/y.py:1>>"
-    assert logged("asyncio", never, error=full("c", 72)) is None
-    other = logged("absl", thread, 0, "c", "x", error=ValueError("another reason"))
-    assert other.getMessage() == "checkpoint: another reason"
-    for logger, message, error in (
-        ("absl", "something else went wrong", full("a", 70)),
-        ("absl", thread.replace("raised", "finished without"), None),
-        ("asyncio", never.replace("orbax", "grain"), full("a", 70)),
-    ):
-        record = logged(logger, message, *(0, "a", "x")[: message.count("%")], error=error)
-        assert record.msg == message and bool(record.exc_info) is (error is not None)
