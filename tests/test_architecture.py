@@ -1,6 +1,7 @@
 """The house rules, read from the source: who imports what, what is never called, how long things may be."""
 
 import ast
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -21,15 +22,26 @@ def module_of(file: str) -> str:
 
 
 def imports_of(tree: ast.AST) -> set[str]:
-    """Every module that is imported anywhere in the file, in functions too; `from a import b` is a and a.b."""
+    """Every module that is imported anywhere in the file, in functions too; `from a import b` is a and a.b.
+
+    What a type checker alone imports is left out.
+    """
     found = set()
-    for node in ast.walk(tree):
+    for node in running(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"relative import in line {node.lineno}"
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return found
+
+
+def running(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but those below `if TYPE_CHECKING`."""
+    for node in ast.iter_child_nodes(tree):
+        if not (isinstance(node, ast.If) and dotted(node.test) == "TYPE_CHECKING"):
+            yield node
+            yield from running(node)
 
 
 def importers_of(library: str) -> set[str]:
@@ -164,6 +176,60 @@ def test_sizes(file):
 @pytest.mark.parametrize("file", FILES)
 def test_every_module_says_what_it_is(file):
     assert ast.get_docstring(tree_of(file))
+
+
+SEES: dict[str, set[str]] = {
+    "errors": set(),
+    "redaction": set(),
+    "losses": set(),
+    "batch": set(),
+    "config": {"errors", "redaction"},
+    "parallel": {"errors"},
+    "durable": {"errors", "parallel"},
+    "model": {"batch", "errors", "parallel"},
+    "data": {"batch", "durable", "errors", "model", "parallel"},
+    "weights": {"errors", "model", "parallel"},
+    "generation": {"errors", "model", "parallel", "weights"},
+}
+"""The rooms that each room may import from. Above them stand train, which sees all of these, and commands, which see
+train too."""
+SEES["train"] = {*SEES}
+SEES["commands"] = {*SEES}
+SEES["cli"] = {*SEES}
+
+
+def room_of(file: str) -> str:
+    return Path(file).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file != "__init__.py"])
+def test_no_import_runs_upward(file):
+    seen = {name.split(".")[1] for name in imports_of(tree_of(file)) if name.startswith("sr_dpo_jax.")}
+    rooms = {room_of(other) for other in FILES}
+    assert seen & rooms - {room_of(file), "__init__"} <= SEES[room_of(file)]
+
+
+def test_the_configuration_ends_in_setup_and_loop():
+    """Below, the core takes arrays and keyword numbers."""
+    holders = {
+        file for file in FILES if any(name.startswith("sr_dpo_jax.config") for name in imports_of(tree_of(file)))
+    }
+    core = {file for file in holders if room_of(file) not in ("config", "commands", "cli", "__init__")}
+    assert core == {"train/setup.py", "train/loop.py"}
+
+
+def test_nobody_asks_for_the_name_of_an_objective():
+    """What an objective is stands in `train/objective.py`: no comparison with a name, no set of names elsewhere."""
+    names = {"sft", "dpo", "ipo", "ipo_mean", "sr_dpo", "sr_ipo"}
+    askers = {
+        f"{file}:{node.lineno}"
+        for file in FILES
+        for node in ast.walk(tree_of(file))
+        if isinstance(node, ast.Compare)
+        for constant in ast.walk(node)
+        if isinstance(constant, ast.Constant) and constant.value in names
+    }
+    assert not askers
 
 
 def test_no_import_cycle():

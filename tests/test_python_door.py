@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from runs import REPOSITORY, make_config, model_directory, preference_file
 
 import sr_dpo_jax
@@ -72,6 +73,7 @@ def check(tmp_path: Path, code: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
+@pytest.mark.slow
 def test_a_users_program_is_typed(tmp_path):
     code, output = check(tmp_path, USER)
     assert code == 0, output

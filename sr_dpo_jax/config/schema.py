@@ -8,7 +8,7 @@ Next: `data/rows.py`, where `data.path` becomes checked pairs.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -95,11 +95,14 @@ class EvalSet(Section):
     """Evaluates on so many pairs, the first; null takes all."""
 
 
-EvalSets = Annotated[
-    dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$")], EvalSet],
-    AfterValidator(lambda sets: tuple(sets.items())),  # frozen like all else
-    PlainSerializer(lambda sets: {name: one.model_dump(mode="json") for name, one in sets}, return_type=dict),
-]
+if TYPE_CHECKING:
+    EvalSets = tuple[tuple[str, EvalSet], ...]
+else:
+    EvalSets = Annotated[
+        dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$")], EvalSet],
+        AfterValidator(lambda sets: tuple(sets.items())),  # frozen like all else
+        PlainSerializer(lambda sets: {name: one.model_dump(mode="json") for name, one in sets}, return_type=dict),
+    ]
 
 
 class Data(Section):
@@ -128,7 +131,7 @@ class Data(Section):
     @property
     def held_out(self) -> tuple[tuple[str, EvalSet], ...]:
         """Every held-out set behind what its metrics' names begin with: `eval`, or `eval/NAME`."""
-        unnamed = ()
+        unnamed: tuple[tuple[str, EvalSet], ...] = ()
         if self.eval_path is not None:
             unnamed = (("eval", EvalSet(path=self.eval_path, split=self.eval_split, pairs=self.eval_pairs)),)
         return (*unnamed, *((f"eval/{name}", one) for name, one in self.eval_sets))
@@ -220,7 +223,7 @@ class Rmsprop(Section):
 class Adamw(Rmsprop):
     """AdamW with epsilon 1e-8; the keys of rmsprop, and these."""
 
-    name: Literal["adamw"]
+    name: Literal["adamw"]  # type: ignore[assignment]
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled decay, on matrices only: never on norms and biases."""
     b1: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -359,4 +362,5 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """Every key with its value, in the order of this file; `load` reads it back to an equal object."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return text

@@ -38,7 +38,7 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     """Puts the value of `section.key=value`, itself YAML, into a nested mapping; raises UsageError on another form."""
     key_path, equals, value = override.partition("=")
     if not equals or not key_path:
-        shown = re.match(r"[\w.]*", override)[0]  # not all of it: what was meant as a value may be a secret
+        shown = re.split(r"[^\w.]", override, maxsplit=1)[0]  # not all of it: a value may be a secret
         raise UsageError(f"override {shown!r} is not of the form section.key=value")
     *sections, key = key_path.split(".")
     node: Any = raw

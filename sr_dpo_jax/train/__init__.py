@@ -4,6 +4,7 @@ The package can be called: `sr_dpo_jax.train(config)` is `train.loop.train`. A t
 name into its parent once it is imported, over any function of that name there; so the subpackage is the function too.
 """
 
+import importlib
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -16,9 +17,7 @@ if TYPE_CHECKING:
 class _Train(ModuleType):
     def __call__(self, config: "Config", *, allowed_changes: Sequence[str] = ()) -> int:
         """Runs or resumes training; see `sr_dpo_jax.train.loop.train`."""
-        from sr_dpo_jax.train.loop import train
-
-        return train(config, allowed_changes=allowed_changes)
+        return importlib.import_module(f"{__name__}.loop").train(config, allowed_changes=allowed_changes)
 
 
 sys.modules[__name__].__class__ = _Train

@@ -36,14 +36,14 @@ def _quarter(beta: float) -> float:
     return 1 / (4 * beta**2)
 
 
-REFINED = {"arguments": ("margin", "augmented_margin"), "refined": True}
+BOTH = ("margin", "augmented_margin")
 LENGTHS = ("chosen_log_ratio", "rejected_log_ratio", "chosen_tokens", "rejected_tokens")
 OBJECTIVES = {
     "sft": Kind(("chosen_logprob",), "likelihood", needs_rejected=False, needs_reference=False),
     "dpo": Kind(("margin",), "logistic", loss_at_zero=_ln_2),
-    "sr_dpo": Kind(**REFINED, family="logistic", loss_at_zero=_ln_2),
+    "sr_dpo": Kind(BOTH, "logistic", refined=True, loss_at_zero=_ln_2),
     "ipo": Kind(("margin",), "squared", loss_at_zero=_quarter),
-    "sr_ipo": Kind(**REFINED, family="squared", loss_at_zero=_quarter),
+    "sr_ipo": Kind(BOTH, "squared", refined=True, loss_at_zero=_quarter),
     "ipo_mean": Kind(LENGTHS, "squared, per token", loss_at_zero=_quarter),
 }
 """Every objective by its name, which is that of its function in `losses.py` too."""
