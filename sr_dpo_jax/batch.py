@@ -55,7 +55,7 @@ class Rows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """One step: the same pairs in plain and augmented rows, and what the frozen reference says of them."""
+    """One step: the same pairs in plain and augmented rows, and their scores by the frozen reference."""
 
     plain: Rows
     augmented: Rows | None

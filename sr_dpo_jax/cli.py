@@ -56,7 +56,7 @@ def _traceback(error: BaseException | None) -> str:
 
 
 def _end(code: int) -> int:
-    """One process of several that fails leaves at once: at exit it would wait for the others, and they for it."""
+    """Ends one process of several at once where it fails: at exit it would wait for the others, and they for it."""
     jax = sys.modules.get("jax")
     if jax is not None and jax.distributed.is_initialized():
         sys.stdout.flush()
@@ -66,7 +66,7 @@ def _end(code: int) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Every command with its options."""
+    """Makes the parser of every command with its options."""
     made = argparse.ArgumentParser(prog="sr-dpo", description=__doc__)
     commands = made.add_subparsers(dest="command", required=True)
 

@@ -1,4 +1,4 @@
-"""DPO, IPO and their self-refined forms: pure functions of margins, one loss per pair.
+"""DPO, IPO and their self-refined forms: pure functions of margins, one loss a pair.
 
     log-ratio         log π(y|x) − log π_ref(y|x), summed over the response's tokens, nats
     margin            m  = log-ratio of chosen − log-ratio of rejected

@@ -51,9 +51,9 @@ class Model(Section):
     """Type of the trained parameters and of the optimizer's moments. A frozen reference is kept in `dtype`.
     bfloat16 parameters lose every update below about 1/256 of their value, as the paper's learning rate gives."""
     remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes: nothing, all but the matmuls, or whole layers."""
+    """The backward pass recomputes nothing, all but the matmuls, or whole layers."""
     attention: Literal["auto", "dense", "tiled", "splash", "triton"] = "auto"
-    """How attention is computed; all ways give the same numbers to float order, and the log says which it is. `splash`
+    """The way to compute attention; all give the same numbers to float order, and the log says which it is. `splash`
     is a TPU kernel and `tiled` plain JAX for CPUs; both skip what no token sees. `triton` is tokamax's fused kernels
     for NVIDIA GPUs (extra `cuda`, Ampere or newer), which keep no scores in memory but skip nothing, and take no model
     with capped scores; `dense` computes all of a row and runs anywhere. `auto` is splash on TPUs, tiled on CPUs, triton
@@ -64,7 +64,7 @@ class Source(Section):
     path: str
     """A .jsonl, .jsonl.gz or .parquet file, or a hub name."""
     weight: Rate = 1.0
-    """How often one epoch draws a pair of this source: 0.5 takes a fresh half each epoch, 2 takes each pair twice."""
+    """An epoch draws each pair of this source this often: 0.5 takes a fresh half each time, 2 takes each pair twice."""
     revision: str | None = None
     """Pin of a hub name."""
 
@@ -86,13 +86,13 @@ Format = Literal["hh_rlhf", "ultrafeedback", "preference"]
 
 class EvalSet(Section):
     path: Sources
-    """One path or several, without weights."""
+    """A path, or a list of paths, without weights."""
     format: Format | None = None
     """Null: that of `data.format`."""
     split: str = "test"
     """Split of a hub data set; files have none."""
     pairs: Positive | None = None
-    """Evaluates on so many pairs, the first; null takes all."""
+    """Evaluates the first pairs, this many; null takes all."""
 
 
 if TYPE_CHECKING:
@@ -107,11 +107,11 @@ else:
 
 class Data(Section):
     path: Sources
-    """One path, or a list of paths and of {path, weight, revision}. Without weights each pair comes once an epoch."""
+    """A path, or a list of paths and of {path, weight, revision}. Without weights each pair comes once an epoch."""
     eval_path: Sources | None = None
     """Held-out pairs for `sr-dpo eval` and for evaluation while training, without weights."""
     eval_pairs: Positive | None = None
-    """Evaluates on so many pairs, the first of `eval_path`; null takes all."""
+    """Evaluates the first pairs of `eval_path`, this many; null takes all."""
     eval_sets: EvalSets = ()
     """More held-out sets, a mapping of name -> {path, format, split, pairs}; the metrics of each stand under
     `eval/NAME/`. A name begins with a letter and has a-z, 0-9, _ and - in it."""
@@ -122,15 +122,15 @@ class Data(Section):
     max_length: Positive = 512
     """Most tokens of prompt + longer response, end-of-sequence included; p is not counted and never cut."""
     max_prompt_length: Positive = 256
-    """What a prompt is cut to where `max_length` is passed; responses are then cut to the difference of the two."""
+    """A prompt is cut to this where `max_length` is passed; responses are then cut to the difference of the two."""
     prompt_truncation: Literal["keep_end", "keep_start"] = "keep_end"
-    """Which end of a cut prompt stays. The newest turn stands at the end."""
+    """The end of a cut prompt that stays. The newest turn stands at the end."""
     max_bad_rows: NonNegative = 0
-    """How many unusable rows may be skipped, in `path` and again in each held-out set, before the run refuses."""
+    """More unusable rows than this are refused, in `path` and again in each held-out set; fewer are skipped."""
 
     @property
     def held_out(self) -> tuple[tuple[str, EvalSet], ...]:
-        """Every held-out set behind what its metrics' names begin with: `eval`, or `eval/NAME`."""
+        """The held-out sets, each behind the name that its metrics begin with: `eval`, or `eval/NAME`."""
         unnamed: tuple[tuple[str, EvalSet], ...] = ()
         if self.eval_path is not None:
             unnamed = (("eval", EvalSet(path=self.eval_path, split=self.eval_split, pairs=self.eval_pairs)),)
@@ -215,7 +215,7 @@ class Rmsprop(Section):
     warmup_steps: NonNegative = 150
     """Linear warm-up: update number n (from 0) is scaled by min(1, (n + 1) / (warmup_steps + 1))."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After the warm-up: flat, or down towards zero, which would be reached one update after the last."""
+    """After the warm-up the rate stays, or falls towards zero, which it would reach one update after the last."""
     max_grad_norm: Rate = 10.0
     """Gradients are clipped to this global norm."""
 
@@ -250,7 +250,7 @@ class Batch(Section):
     row_multiple: Positive = 128
     """Row lengths are multiples of this: 128 suits the lanes of a TPU, 8 wastes less on a CPU."""
     accumulation_steps: Positive = 1
-    """In how many parts a step's rows pass through the model. Changes memory, not the numbers."""
+    """A step's rows pass through the model in this many parts. Changes memory, not the numbers."""
 
 
 class Mesh(Section):
@@ -264,15 +264,15 @@ class Mesh(Section):
 
 class Distributed(Section):
     processes: Positive = 1
-    """How many processes make up the run; the start fails if jax.distributed finds another number."""
+    """The number of processes of the run; the start fails if jax.distributed finds another number."""
     coordinator_address: str | None = None
     """host:port of process 0. Null lets jax detect a TPU pod, Slurm or MPI by itself."""
     process_id: NonNegative | None = None
     """This process's number; goes with `coordinator_address`."""
     join_timeout_s: Positive = 300
-    """How long a process waits at the start for all others; a run whose processes do not all come ends then."""
+    """A process waits this long at the start for all others; a run whose processes do not all come ends then."""
     heartbeat_timeout_s: Annotated[int, Field(ge=5)] = 20
-    """A process that has been silent for so long is dead, and all others end, to be started again together."""
+    """A process that has been silent for this long is dead, and all others end, to be started again together."""
 
 
 class Train(Section):
@@ -281,18 +281,18 @@ class Train(Section):
     """Stops earlier than `epochs` would; schedules end here too."""
     log_every_steps: Positive = 1
     profile_steps: NonNegative = 0
-    """Traces so many steps for XProf, from the third that a process takes, into `output_dir`/profile."""
+    """Traces this many steps for XProf, from the third that a process takes, into `output_dir`/profile."""
     eval_every_steps: Positive | None = None
-    """Evaluates on the held-out sets so often; the end of a run is always evaluated where there is one."""
+    """Evaluates the held-out sets every this many steps, and always after the last step."""
     samples: NonNegative = 0
-    """At each evaluation, responses to the first so many prompts of each held-out set, drawn as `generation` says. They
-    go to `samples.jsonl`, to TensorBoard and, asked for texts, to the report; never to the console."""
+    """Each evaluation writes responses to this many prompts of each held-out set, as `generation` says. They go to
+    `samples.jsonl`, to TensorBoard and, asked for texts, to the report; never to the console."""
     early_stopping_patience: Positive | None = None
-    """So many evaluations in a row without a better `checkpoint.best_metric` end the run: with exit code 0, its last
-    step saved, and the same command does not go on. The schedule knows nothing of it: the learning rate is on its way
-    to the end of `epochs` or `max_steps`, and linear and cosine have not come down where the run ends early."""
+    """The run ends after this many evaluations in a row without a better `checkpoint.best_metric`: its last step is
+    saved, the exit code is 0, and the same command does not go on. The learning rate is planned for the whole of
+    `epochs` or `max_steps`, so with `linear` and `cosine` it has not come down where the run ends early."""
     early_stopping_min_delta: Annotated[float, Field(ge=0)] = 0.0
-    """Better means better by more than this than the evaluation that was counted from."""
+    """A metric counts as better where it exceeds the last one that counted as better by more than this."""
     wandb_project: str | None = None
     """Numbers and this configuration also go to this project of Weights & Biases (`pip install 'sr_dpo_jax[wandb]'`;
     the key comes from WANDB_API_KEY), texts never do. Resuming continues the same W&B run. Only a missing package and a
@@ -306,13 +306,13 @@ class Train(Section):
 
 
 class Generation(Section):
-    """For `sr-dpo generate` and `train.samples`."""
+    """Settings of `sr-dpo generate` and `train.samples`."""
 
     max_new_tokens: Positive = 512
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """0 takes the likeliest token at each place."""
     top_k: Positive | None = None
-    """Draws from so many of the likeliest tokens."""
+    """Draws from this many of the likeliest tokens."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     """Draws from the likeliest tokens that together have this probability."""
     stop: tuple[str, ...] = ()
@@ -325,13 +325,13 @@ class Checkpoint(Section):
     every_steps: Positive = 100
     """The last step is always saved too."""
     keep: Positive = 2
-    """How many verified ones stay. None is deleted before its successor is verified, so there is room for one more."""
+    """The newest verified ones that stay. None is deleted before its successor is verified: leave room for one."""
     best_metric: str | None = None
     """Metric of an evaluation, such as eval/rewards/accuracies: an evaluation that is better than all before it is
     saved at once, and that checkpoint stays beside the newest ones until a better one is verified. Of equal ones the
     first is best. For `--best` of export, eval, generate and lm-eval."""
     best_mode: Literal["max", "min"] = "max"
-    """Whether the highest or the lowest `best_metric` is best."""
+    """The highest or the lowest `best_metric` is best."""
     strict: bool = False
     """Refuses to go back to an older checkpoint where a newer one is damaged, and to go on with other versions of the
     libraries than before; both are only said where it is false."""
@@ -361,6 +361,6 @@ class Config(Section):
         return Path(self.cache_dir) if self.cache_dir else Path(self.output_dir) / "cache"
 
     def to_yaml(self) -> str:
-        """Every key with its value, in the order of this file; `load` reads it back to an equal object."""
+        """Writes every key with its value, in the order of this file; `load_config` reads back an equal object."""
         text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         return text

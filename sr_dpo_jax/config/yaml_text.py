@@ -1,4 +1,4 @@
-"""YAML as a configuration is written in, and `section.key=value` overrides: text -> nested mapping, nothing checked."""
+"""The YAML of configurations and `section.key=value` overrides -> a nested mapping, of which nothing is checked."""
 
 import re
 from typing import Any
@@ -23,7 +23,7 @@ _Loader.add_implicit_resolver(
 
 
 def parse(text: str, *, where: str) -> Any:
-    """What a YAML text holds; raises UsageError, which names the place and quotes nothing."""
+    """Reads a YAML text; raises UsageError, which names the place and quotes nothing."""
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader with one more number format)
     except yaml.MarkedYAMLError as error:  # its own text quotes the line, which may hold what nobody should see

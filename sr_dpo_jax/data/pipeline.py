@@ -46,16 +46,16 @@ class Pairs(Protocol):
 
 
 class StepSource:
-    """Random access to the steps of a plan, for grain.
+    """Gives random access to the steps of a plan, for grain.
 
     Args:
       pairs: the tokenised data.
-      plan: which pairs stand where.
+      plan: the place of every pair.
       micro_batches: A; the plan's rows are cut into A equal parts.
-      local_rows: which rows of each micro-batch this process builds, ascending.
+      local_rows: the rows of each micro-batch that this process builds, ascending.
       with_rejected: False lays out the chosen side alone (sft).
       augmented: whether to build the rows with p too.
-      row_multiple: what the length of augmented rows is a multiple of.
+      row_multiple: the length of augmented rows is a multiple of this.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class Feed:
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """How pairs are packed into rows for a mesh: the numbers that every plan and feed of a run share."""
+    """The rule by which pairs are packed into rows for a mesh; every plan and feed of a run share it."""
 
     mesh: Mesh
     pairs_per_step: int

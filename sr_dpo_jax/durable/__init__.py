@@ -1,1 +1,1 @@
-"""What makes a run survive: checkpoints and their digests, the lease, signals, the watchdog, files written whole."""
+"""The parts that let a run survive: checkpoints, their digests, the lease, signals, watchdog, files written whole."""

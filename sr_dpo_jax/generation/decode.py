@@ -28,14 +28,14 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn: by temperature, of the k likeliest, of the likeliest of total probability p."""
+    """The rule for drawing a token: temperature, then the k likeliest, then the likeliest of total probability p."""
 
     temperature: float
     """0 takes the likeliest token."""
     top_k: int | None
     top_p: float | None
     end_tokens: tuple[int, ...]
-    """Ids after any of which a sequence is finished."""
+    """A sequence is finished after any of these ids."""
 
 
 @jax.tree_util.register_dataclass
@@ -57,7 +57,7 @@ class State:
 
 
 def make_state(decoder_graph: nnx.GraphDef, params: Any, *, slots: int, positions: int, mesh: Mesh) -> State:
-    """All slots free."""
+    """Makes the state in which all slots are free."""
     decoder = nnx.merge(decoder_graph, params)
     shape = cache_shape(decoder.architecture, slots=slots, positions=positions)
     where = sharding(mesh, CACHE_AXES, shape, "generation cache (generation.slots over rows)")
@@ -70,7 +70,7 @@ def make_state(decoder_graph: nnx.GraphDef, params: Any, *, slots: int, position
 def make_programs(
     graph: nnx.GraphDef, sampling: Sampling, state: State, *, tokens_a_call: int, mesh: Mesh
 ) -> tuple[Callable, Callable]:
-    """`read` and `proceed`, both jitted, for states laid out as this one; each consumes the state that it is given.
+    """Makes `read` and `proceed`, both jitted, for states laid out as this one; each consumes the state that it gets.
 
     read(params, state, prompts `[B, P]`, lengths `[B]`, slots `[B]`, limits `[B]`, seeds `[B]`) -> (state, tokens)
         puts B prompts into slots, filled up on the right, and draws the first token of each, `[B]`. A slot number of S
@@ -127,7 +127,7 @@ def make_programs(
 
 
 def draw(logits: Array, seeds: Array, positions: Array, sampling: Sampling) -> Array:
-    """`[S]` int32 tokens from logits `[S, V]`; the noise is a function of each sequence's seed and the position."""
+    """Draws tokens `[S]` int32 from logits `[S, V]`; the noise is a function of each sequence's seed and position."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / sampling.temperature
@@ -148,7 +148,7 @@ def draw(logits: Array, seeds: Array, positions: Array, sampling: Sampling) -> A
 
 
 def _logits(decoder: Decoder, hidden: Array) -> Array:
-    """`[S, V]` float32 of hidden states `[S, d]`."""
+    """Computes logits `[S, V]` float32 of hidden states `[S, d]`."""
     matrix = decoder.vocabulary_matrix.astype(hidden.dtype)
     raw = jnp.einsum("sd,vd->sv", hidden, matrix, preferred_element_type=at_least_float32(hidden.dtype))
     return soft_cap(raw, decoder.architecture.logit_cap)

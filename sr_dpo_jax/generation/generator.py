@@ -20,7 +20,7 @@ PROMPT_MULTIPLE = 64
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How responses are drawn, and how many side by side."""
+    """The way in which responses are drawn."""
 
     sampling: Sampling
     slots: int
@@ -35,7 +35,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """One prompt to respond to."""
+    """A prompt that waits for a response."""
 
     index: int
     """Its place in the file."""

@@ -17,7 +17,7 @@ COUNTED_BY = {
     "OMPI_COMM_WORLD_SIZE": int,
     "TPU_WORKER_HOSTNAMES": lambda names: len(names.split(",")),
 }
-"""What Slurm, Open MPI and GKE set in every process that they start, and how it tells how many there are. Not
+"""Variables that Slurm, Open MPI and GKE set in every process that they start, each with a reader of the count. Not
 SLURM_NTASKS, which an interactive allocation and a batch script have too, where one process runs."""
 
 
@@ -68,7 +68,7 @@ def start_distributed(
 
 
 def _warn_of_others() -> None:
-    """Before jax is asked for devices: on a TPU that may wait for the other hosts for ever."""
+    """Warns before jax is asked for devices: on a TPU that may wait for the other hosts for ever."""
     for variable, count in COUNTED_BY.items():
         try:
             started = count(os.environ.get(variable, "1"))
@@ -85,14 +85,14 @@ def _warn_of_others() -> None:
 
 
 def largest(value: int) -> int:
-    """The largest of all processes' values, on all of them: how they agree. Every process must ask."""
+    """Gives all processes the largest of their values, so that they agree. Every process must ask."""
     if jax.process_count() == 1:
         return value
     return int(multihost_utils.process_allgather(np.int32(value)).max())
 
 
 def from_leader(value: float) -> float:
-    """Process 0's value on all processes, to the bit. Every process must ask."""
+    """Gives all processes the value of process 0, to the bit. Every process must ask."""
     if jax.process_count() == 1:
         return value
     bits = np.array([value], np.float64).view(np.uint32)  # jax would round a float64

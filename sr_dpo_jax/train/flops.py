@@ -17,7 +17,7 @@ from sr_dpo_jax.model.architecture import Architecture
 
 
 def body_weights(architecture: Architecture) -> int:
-    """N_b: weights of the layers that take part in matmuls."""
+    """Counts N_b, the weights of the layers that take part in matmuls."""
     a = architecture
     attention = a.hidden * a.head_dim * (2 * a.heads + 2 * a.kv_heads)
     return a.layers * (attention + (3 if a.gated else 2) * a.hidden * a.mlp)
@@ -31,10 +31,10 @@ def pair_flops(
     rejected_tokens: np.ndarray,
     prefix_tokens: int,
 ) -> np.ndarray:
-    """Flops of one forward over each pair with its prompt run once, `[N]` float64.
+    """Counts the flops of one forward over each pair with its prompt run once, `[N]` float64.
 
     Args:
-      architecture: of the model.
+      architecture: the model's.
       prompt_tokens, chosen_tokens, rejected_tokens: `[N]`; zeros for the rejected ones of SFT.
       prefix_tokens: tokens of p, which every pair sees; they run once a row and are not counted themselves.
     """
@@ -51,6 +51,6 @@ def pair_flops(
 
 
 def _seen(tokens: np.ndarray, window: int | None) -> np.ndarray:
-    """(query, key) pairs of causal attention over so many tokens."""
+    """Counts the (query, key) pairs of causal attention over this many tokens."""
     inside = tokens if window is None else np.minimum(tokens, window)
     return inside * (inside + 1.0) / 2 + (tokens - inside) * (window or 0.0)

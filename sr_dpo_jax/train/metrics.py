@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard, W&B and a progress bar. Process 0 alone writes.
+"""The numbers of a run on their way to metrics.jsonl, TensorBoard, W&B and a progress bar. Process 0 alone writes.
 
 Sample responses hold texts of the data: they go to samples.jsonl and TensorBoard, which stay in the run directory.
 """
@@ -59,7 +59,7 @@ class MetricsWriter:
         self._tensorboard = SummaryWriter(str(tensorboard_dir), purge_step=first_step + 1)
 
     def write(self, line: dict[str, Any]) -> None:
-        """One line; numbers that are not finite become strings, which JSON has no number for."""
+        """Writes one line; numbers that are not finite become strings, as JSON has no number for them."""
         if not self._active:
             return
         exact = {key: value if math.isfinite(value) else str(value) for key, value in line.items()}
@@ -72,7 +72,7 @@ class MetricsWriter:
             self._wandb.log(line)
 
     def write_samples(self, step: int, samples: Sequence[dict[str, str]]) -> None:
-        """Responses from `samples.Samples`, one JSON line each, with the step in front."""
+        """Writes responses from `samples.Samples`, one JSON line each, with the step in front."""
         if not self._active or not samples:
             return
         with self._samples_file.open("a", encoding="utf-8") as file:
@@ -83,7 +83,7 @@ class MetricsWriter:
             self._tensorboard.add_text(f"samples/{number}, {sample['set']} {sample['id']}", f"    {indented}", step)
 
     def write_skipped(self, step: int, pair_ids: list[str], numbers: dict[str, float]) -> None:
-        """Which pairs, by id, stood in a step that changed nothing, and which numbers were not finite."""
+        """Names the pairs of a step that changed nothing, and the numbers that were not finite."""
         if not self._active:
             return
         bad = {name: str(value) for name, value in numbers.items() if not math.isfinite(value)}

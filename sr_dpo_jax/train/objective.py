@@ -1,4 +1,4 @@
-"""What an objective is: one table. A new objective is a function in `losses.py`, its keys in the schema and a row here.
+"""The one table of objectives. A new objective is a function in `losses.py`, its keys in the schema and a row here.
 
 Nothing else in the package asks for an objective's name to decide what to do. Imports no jax: reports read it too.
 
@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What is true of an objective whatever its numbers are."""
+    """The facts of an objective, whatever its numbers are."""
 
     arguments: tuple[str, ...]
     """The arrays that its function in `losses.py` takes, named as `train_step.pair_metrics` names them."""
@@ -23,7 +23,7 @@ class Kind:
     needs_rejected: bool = True
     needs_reference: bool = True
     refined: bool = False
-    """Whether the augmented margin shifts the margin, so that training needs the rows with p."""
+    """The augmented margin shifts the margin, so training needs the rows with p."""
     loss_at_zero: Callable[[float], float] | None = None
     """The loss where policy and reference are the same, as a function of β; None where the weights decide."""
 

@@ -1,4 +1,4 @@
-"""From a configuration to the objects that a command works with, and all that precedes the first step of training.
+"""Makes the objects that a command works with from its configuration, and prepares the first step of training.
 
 The configuration ends here and in `loop.py`: what is made below takes arrays and numbers. Data is read and checked
 before any device is touched.
@@ -223,7 +223,7 @@ def set_up_on(mesh: Mesh, config: Config, directory: weights.ModelDirectory) -> 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """All that the loop works with and never changes."""
+    """The things that the loop works with and never changes."""
 
     config: Config
     objective: Objective
@@ -232,7 +232,7 @@ class Job:
     work: Work
     pairs: TokenizedPairs
     record: dict[str, Any]
-    """What a checkpoint holds besides state and step, for the start that goes on from it."""
+    """The part of a checkpoint besides the state: the next start compares it with its own."""
     feed: Feed
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     """Compiled: a batch of another shape raises instead of compiling again."""

@@ -29,10 +29,10 @@ def require_wandb() -> None:
 
 
 class WandbRun:
-    """One W&B run, the same one again after every start of the same run.
+    """A W&B run; every start of the same run continues the same one.
 
-    What W&B lacks of the steps before, as after a kill, is sent to it from metrics.jsonl. Where W&B cannot be reached
-    or ends on the way, the log says so once, and the run goes on without it: metrics.jsonl and TensorBoard hold all.
+    Steps that W&B lacks, as after a kill, are sent to it from metrics.jsonl. Where W&B cannot be reached or ends on the
+    way, the log says so once, and the run goes on without it: metrics.jsonl and TensorBoard hold all.
 
     Args:
       root: the run directory; its name is the run's.
@@ -48,7 +48,7 @@ class WandbRun:
         wandb = _module()
         from wandb.sdk import mailbox
 
-        # What its calls raise where its service has died, which sends everything, besides its own errors.
+        # Besides its own errors, its calls raise these where the service that sends everything has died.
         self._outages = (wandb.Error, OSError, mailbox.MailboxClosedError, mailbox.HandleAbandonedError)
         self._row: tuple[int, dict[str, float]] | None = None
         self._run: Any = None
@@ -68,7 +68,7 @@ class WandbRun:
                 self.log(line)
 
     def log(self, line: dict[str, Any]) -> None:
-        """One line of metrics.jsonl. Steps that W&B has from before the run was resumed are left as they are there.
+        """Logs a line of metrics.jsonl. Steps that W&B has from before the run was resumed stay as they are there.
 
         The lines of one step are sent as one row, when a later step comes: a row that W&B has can get no more numbers.
         """

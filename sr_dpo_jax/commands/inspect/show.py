@@ -24,7 +24,7 @@ NO_TENSORS = {
     False: "none in safetensors: a run needs model.init=random",
     None: "not looked at, see below",
 }
-"""What is said of weights that are not described, by `Inspection.has_weights`."""
+"""The words for weights that are not described, by `Inspection.has_weights`."""
 
 
 def write_json(path: Path, inspection: Inspection) -> None:
