@@ -229,6 +229,6 @@ def place(batch: Batch, mesh: Mesh) -> Batch:
     def put(array: np.ndarray) -> jax.Array:
         if array.ndim == 2:
             return jax.device_put(array, meshes.replicated(mesh))
-        return jax.device_put(array, meshes.sharding(mesh, ("steps", "rows", None), array.shape, "batch"))
+        return jax.device_put(array, meshes.sharding(mesh, ("micro_batches", "rows", None), array.shape, "batch"))
 
     return jax.tree.map(put, batch)

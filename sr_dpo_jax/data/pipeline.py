@@ -1,4 +1,4 @@
-"""Step n of a plan -> this process's rows, through grain -> one global, sharded batch.
+"""Builds this process's rows of step n, through grain, and joins them into one global, sharded batch.
 
 Every process can build any row, so each builds only the rows that its devices hold. The state of the pipeline is the
 number of the next step: nothing is skipped or replayed on resume, and any number of processes sees the same pairs.
@@ -74,7 +74,7 @@ class StepSource:
         if augmented and not len(pairs.augmentation):
             raise ValueError("rows with p were asked for, but the pairs were tokenised without it")
         self._prefix = np.concatenate([pairs.head, pairs.augmentation])
-        # A pair's augmented prompt goes without the head, so p is all that a row can gain.
+        # The head moves from each prompt to the prefix, so a row grows by at most the length of p.
         longest = plan.shape.row_length + len(pairs.augmentation)
         self._augmented_length = -(-longest // row_multiple) * row_multiple
 
@@ -136,7 +136,7 @@ class Feed:
     reference: np.ndarray | None = None
 
     def batches(self, first: int) -> Iterator[tuple[HostStep, Batch]]:
-        """The steps from number `first` on, built ahead in background threads."""
+        """Yields the steps from number `first` on; background threads build them ahead."""
         steps = grain.MapDataset.source(self.source)[first:]
         for step in steps.to_iter_dataset(grain.ReadOptions(THREADS, PREFETCHED_STEPS)):
             yield step, self._to_batch(step)
@@ -167,7 +167,7 @@ class Feed:
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """The rule by which pairs are packed into rows for a mesh; every plan and feed of a run share it."""
+    """The mesh and the sizes with which pairs are packed; `data/plan.py` packs them."""
 
     mesh: Mesh
     pairs_per_step: int
@@ -206,7 +206,7 @@ class Packing:
         """Makes the steps of a plan into batches on the mesh; arguments as for `StepSource` and `Feed`."""
         rows = plan.shape.rows // self.micro_batches
         shape = (self.micro_batches, rows, plan.shape.row_length)
-        row_sharding = sharding(self.mesh, ("steps", "rows", None), shape, "batch.plain.tokens")
+        row_sharding = sharding(self.mesh, ("micro_batches", "rows", None), shape, "batch.plain.tokens")
         source = StepSource(
             pairs,
             plan,

@@ -1,13 +1,13 @@
 """Orbax checkpoints of a run: state, data position and configuration, saved asynchronously and verified.
 
     checkpoints/<step>/state      arrays, sharded as on the mesh
-    checkpoints/<step>/position   JSON: where the data goes on
+    checkpoints/<step>/position   JSON: next step, identity of the run, software, reference digests, selection
     checkpoints/<step>/config     JSON: the resolved configuration
     checkpoints/<step>/digests    the digests that `integrity.py` compares all of it with
 
-A step counts steps of the plan done. Orbax writes to a temporary name and renames; then, still in the background, the
-files are read back and compared with what was on the devices, and only that makes them a checkpoint. Older ones are
-deleted after that and not before, the best one never before a better one is verified. A directory that is damaged, cut
+`<step>` is the number of planned steps done. Orbax writes to a temporary name and renames; then, still in the
+background, the files are read back and compared with what was on the devices, and only that makes them a checkpoint.
+Older ones are deleted after that and not before, the best one never before a better one is verified. A directory that is damaged, cut
 short or foreign is never deleted, at most renamed.
 """
 
@@ -35,10 +35,10 @@ log = logging.getLogger(__name__)
 GOOD, UNVERIFIED, DAMAGED = range(3)
 CONDEMNED = ".deleting"
 LEDGER = "last_verified"
-"""The file that names the newest verified step: where it names one and none is left, starting from step 0 would hide
-the loss."""
+"""The file that names the newest verified step. If it names a step but no usable checkpoint is left, the run refuses to
+start, since starting at step 0 would hide the loss."""
 MOST_STEPS = 1024
-"""Process 0 tells the others of this many checkpoints, the newest: what is broadcast has a fixed size."""
+"""The most checkpoints, the newest, that process 0 reports to the others; a broadcast has a fixed size."""
 Params = Any
 
 
@@ -72,18 +72,21 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Lets a save under way end, but not in a run of several processes that fails: it may wait for a dead one."""
+        """Waits for a save under way, except where one of several processes fails: it might wait for a dead one."""
         if kind is None or jax.process_count() == 1:
             self.close()
 
     def newest_good(self, *, prefix: str = "") -> int | None:
         """Finds the highest step whose bytes are those that were saved; None where nothing was ever saved whole.
 
+        Damaged steps are set aside on the way.
+
         Args:
           prefix: only arrays whose names begin so are checked: "params." where the optimizer's state is not read.
 
         Raises:
-          UsageError: every checkpoint is damaged, or with `strict` the newest.
+          UsageError: no checkpoint is usable although one was damaged or once verified, or with `strict` the newest is
+            damaged.
         """
         damaged = []
         steps = self._listing()
@@ -121,7 +124,7 @@ class Checkpoints:
         Args:
           step: steps of the plan done.
           state: arrays by name, among them `params`.
-          position: where the data goes on, JSON.
+          position: JSON that the next start reads: next step, identity, software, reference digests, selection.
           config: the resolved configuration, JSON.
           best: the step of the best checkpoint so far: older ones than `keep` are deleted once this is verified, but
             not that one.
@@ -157,8 +160,8 @@ class Checkpoints:
 
         Raises:
           RunError: it failed for the second time in a row, held values that are not finite, was the best checkpoint,
-            whose state is gone by now, or failed in a run of several processes, which cannot agree on another attempt:
-            starting the run again is the other attempt.
+            whose state is gone by now, or failed in a run of several processes: these cannot agree on a retry, so the
+            run is to be started again.
         """
         if self._pending is None:
             return False
@@ -193,7 +196,7 @@ class Checkpoints:
         return restored["state"], restored["position"]
 
     def restore_position(self, step: int) -> dict[str, Any]:
-        """Reads the data position alone, as `save` was given it."""
+        """Reads the position alone, as `save` was given it."""
         arguments = ocp.args.Composite(position=ocp.args.JsonRestore())
         return self._checkpointer.restore(self.directory / str(step), args=arguments)["position"]
 

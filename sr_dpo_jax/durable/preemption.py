@@ -1,4 +1,4 @@
-"""SIGTERM, which a preempted machine gets: finish the step in flight, save, and end with exit code 75."""
+"""Notes SIGTERM, which a preempted machine gets, so that `train/loop.py` ends the step, saves and returns 75."""
 
 import ctypes
 import os

@@ -1,4 +1,4 @@
-"""Attention over packed rows, behind the one object that kernels plug into.
+"""Attention over packed rows, behind `AttentionPath`, which every kernel implements.
 
 Each query sees one contiguous range of keys (its pair's prompt and its own response, see `batch.py`) and, in augmented
 rows, the prefix. The dense path here runs anywhere and is the oracle of those in `kernels/`.
@@ -20,9 +20,9 @@ class Visible:
     """The keys that each query of a row may see."""
 
     key_start: Array
-    """`[R, T]` int32."""
+    """`[R, T]` int32, the first key that a query sees, besides the prefix."""
     key_end: Array
-    """`[R, T]` int32."""
+    """`[R, T]` int32, one past the last."""
     positions: Array
     """`[R, T]` int32. A window is measured on positions: neighbours of a pair can lie far apart in a row."""
     prefix_tokens: int = dataclasses.field(metadata={"static": True})
@@ -31,7 +31,7 @@ class Visible:
 
 
 class Attention(Protocol):
-    """Attention over the rows of one step, as layers of one kind see them."""
+    """Attention over the rows of one micro-batch, for the layers of one kind."""
 
     def attend(self, query: Array, key: Array, value: Array) -> Array:
         """Computes softmax attention over each query's visible keys, as `DenseAttention.attend` does."""
@@ -43,7 +43,7 @@ class AttentionPath:
 
     name: str
     on_rows: Callable[..., Attention]
-    """`(visible, *, scale, cap) -> Attention`, called for each kind of layers outside the loop over them."""
+    """`(visible, *, scale, cap) -> Attention`, called once for each kind of layers, before the scan over layers."""
 
 
 @dataclasses.dataclass(frozen=True)

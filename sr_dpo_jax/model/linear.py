@@ -1,6 +1,7 @@
-"""The one matmul of the decoder's layers. Its name is a scope, so that a profile reads by layer part.
+"""Multiplies by a weight matrix; every projection of a layer goes through here. `name` becomes a `jax.named_scope`, which
+profiles show.
 
-What changes how a layer multiplies, such as an adapter beside a matrix or a quantised matrix, is put in here.
+An adapter beside a matrix, or a quantised matrix, belongs in here.
 """
 
 import jax

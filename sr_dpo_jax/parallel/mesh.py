@@ -1,6 +1,6 @@
 """The device mesh, and the one table of logical axis -> mesh axis.
 
-The table is loud: an axis that is not in it, or a size that its mesh axes do not divide, raises and names the array.
+An axis that is not in the table, or a size that its mesh axes do not divide, raises and names the array.
 """
 
 import functools
@@ -16,7 +16,7 @@ from sr_dpo_jax.errors import UsageError
 
 TABLE: Mapping[str, tuple[str, ...]] = {
     # data
-    "steps": (),  # accumulation: one micro-batch after the other
+    "micro_batches": (),  # one after the other
     "rows": ("replica", "fsdp"),
     "scored": ("tensor",),  # every tensor shard scores its share of the positions against the whole vocabulary
     # parameters
@@ -27,8 +27,8 @@ TABLE: Mapping[str, tuple[str, ...]] = {
     "head_dim": (),
     "mlp": ("tensor",),
     "vocabulary": (),
-    "table": ("fsdp", "tensor"),  # the hidden units of embedding and unembedding, apart from `embed`: every device
-    # reads whole rows of these two, and adds up its own columns of their gradients
+    "table": ("fsdp", "tensor"),  # hidden units of embedding and unembedding; separate from `embed` because a look-up
+    # reads whole rows, while each device sums only its own columns of the gradient
 }
 
 
@@ -115,8 +115,8 @@ def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
 def jit_on(mesh: Mesh, function: Callable[..., Any], **options: Any) -> Any:
     """Jits a function with the mesh installed: `constrain` and `jax.shard_map` inside it find the mesh by themselves.
 
-    Every program of the package is made here, so that no signature below has the mesh in it. `options` are those of
-    `jax.jit`.
+    Every program of the package is made here, so that the functions called inside need no mesh argument. `options` are
+    those of `jax.jit`.
     """
 
     @functools.wraps(function)

@@ -1,4 +1,4 @@
-"""The training loop: step, write the metrics of the step before, evaluate, save, stop.
+"""Runs the training loop: step, write the metrics of the step before, evaluate, save, stop.
 
 Next: `train_step.py`, the step itself.
 """
@@ -71,8 +71,8 @@ def train(config: Config, *, allowed_changes: Sequence[str] = ()) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Schedule:
-    """Tells what is due after a step, counted from 1."""
+class DueSteps:
+    """Says after which steps, counted from 1, to save and to evaluate."""
 
     total_steps: int
     save_every: int
@@ -82,10 +82,10 @@ class Schedule:
     def is_last(self, step: int) -> bool:
         return step == self.total_steps
 
-    def save_due(self, step: int) -> bool:
+    def save(self, step: int) -> bool:
         return self.is_last(step) or step % self.save_every == 0
 
-    def evaluation_due(self, step: int) -> bool:
+    def evaluation(self, step: int) -> bool:
         return self.is_last(step) or (self.evaluate_every is not None and step % self.evaluate_every == 0)
 
 
@@ -93,7 +93,7 @@ def run(job: Job, state: TrainState, stop: StopSignal, lease: Lease) -> int:
     """Takes the steps. Step n is on its way to the device before the metrics of step n − 1 are fetched."""
     stop.stepping()
     config, leader, selection = job.config, jax.process_index() == 0, job.selection
-    schedule = Schedule(job.total_steps, config.checkpoint.every_steps, config.train.eval_every_steps)
+    due = DueSteps(job.total_steps, config.checkpoint.every_steps, config.train.eval_every_steps)
     first, root = int(state.step), Path(config.output_dir)
     step, saved, preempted = first, first if first else None, False
     wandb = _wandb(job) if first < job.total_steps and not selection.over else None
@@ -127,8 +127,8 @@ def run(job: Job, state: TrainState, stop: StopSignal, lease: Lease) -> int:
             watchdog.beat()
             preempted = stop.requested()
 
-            evaluate_now = bool(job.held_out) and schedule.evaluation_due(step)
-            save_now = checkpoints.poll_save() or preempted or schedule.save_due(step)
+            evaluate_now = bool(job.held_out) and due.evaluation(step)
+            save_now = checkpoints.poll_save() or preempted or due.save(step)
             if evaluate_now or save_now:
                 lines.flush()
             if evaluate_now:  # before saving: a committed step has all its lines, and a lost one is done again
@@ -152,7 +152,7 @@ def run(job: Job, state: TrainState, stop: StopSignal, lease: Lease) -> int:
 def _evaluate(
     job: Job, step: int, params: Params, selection: Selection, writer: MetricsWriter, beat: Callable[[], None]
 ) -> Selection:
-    """Writes the metrics of every held-out set and the samples; returns the selection with what they say."""
+    """Writes the metrics of every held-out set and the samples; returns the selection updated with these metrics."""
     metrics: dict[str, float] = {}
     for held in job.held_out:
         metrics |= held.metrics(job.objective, held.scores(params, lambda _: beat()))
@@ -184,7 +184,7 @@ def _write_run_files(setup: Setup, job: Job, tokenizer: str) -> None:
 
 
 def _wandb(job: Job) -> WandbRun | None:
-    """Starts the run in W&B on process 0, where the configuration asks for one; what W&B refuses, all refuse."""
+    """Starts the run in W&B on process 0, where the configuration asks for it; all processes raise its errors."""
     started: list[WandbRun] = []
     config = job.config
     if config.train.wandb_project is not None:

@@ -1,6 +1,6 @@
 """The train step of a run and the state that goes through it, as shapes; the plan of its steps and what they cost.
 
-Reads no data and computes nothing, so that the same functions serve to compile for devices that are not there.
+The functions that make programs start no computation, so they also serve to compile for devices that are not there.
 """
 
 import dataclasses

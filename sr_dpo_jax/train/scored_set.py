@@ -1,6 +1,6 @@
 """A data set that is scored: its pairs, the steps that hold them, the scoring step and the reference's scores.
 
-The pairs that the reference scores before step 0 are one; every held-out set is, and the pairs of `sr-dpo score`.
+There is one for the training pairs, one for each held-out set, and one for `sr-dpo score`.
 Every pair counts the same, whatever the batch size, the number of hosts or how full the last step is.
 """
 
@@ -96,7 +96,10 @@ class ScoredSet:
         return {name: ratio[:, CHOSEN] - ratio[:, REJECTED] for name, ratio in ratios.items()}
 
     def fill_reference(self, params: Params, between: Callable[[], None] = lambda: None) -> None:
-        """Scores the pairs that the cache lacks with the reference's parameters; calls `between` after each step."""
+        """Runs the scoring steps from the first with a missing pair on; calls `between` after each.
+
+        Call it only where the reference's scores are not complete.
+        """
         title, leader = f"reference on {self.name} pairs", jax.process_index() == 0
         with Progress(title, total=len(self.plan), active=leader) as progress:
 
@@ -147,7 +150,7 @@ def make_scored_set(
       cache_dir: holds the reference's scores.
       shape: the compiled shape to plan in; None chooses one for these pairs.
       plan: a plan that holds every pair once; None makes one.
-      augmented: whether the rows with p are scored too; None: where the pairs were tokenised with p.
+      augmented: whether the rows with p are scored too; None: if both sides are scored and the pairs have p.
     """
     with_rejected = objective is None or objective.kind.needs_rejected
     sizes = pair_sizes(pairs, with_rejected=with_rejected)

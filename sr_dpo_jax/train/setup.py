@@ -1,10 +1,11 @@
 """Makes the objects that a command works with from its configuration, and prepares the first step of training.
 
-The configuration ends here and in `loop.py`: what is made below takes arrays and numbers. Data is read and checked
-before any device is touched.
+In `train` only this file and `loop.py` read the configuration; everything below them takes arrays and numbers. Data is
+read and checked before any device is touched.
 
-How a run starts, the first that holds: a checkpoint in output_dir is resumed; model.init=random draws the weights from
-the seed; else the weights of model.path are loaded. A reference that the cache does not hold is scored before step 0.
+A run starts from the first of these that applies: the newest good checkpoint in output_dir; with model.init=random,
+weights drawn from the seed; otherwise the weights of model.path. A reference that the cache does not hold is scored
+before step 0.
 
 Next: `data/dataset.py`, which reads the pairs.
 """
@@ -205,7 +206,7 @@ def set_up(config: Config, directory: weights.ModelDirectory) -> Setup:
 
 
 def set_up_on(mesh: Mesh, config: Config, directory: weights.ModelDirectory) -> Setup:
-    """Lays the model out on a mesh that is there already, be it of devices that are described and not present."""
+    """Lays the model out on a mesh that is there already; its devices may be described ones that are not attached."""
     section = config.model
     model = place_model(
         directory,
@@ -232,12 +233,12 @@ class Job:
     work: Work
     pairs: TokenizedPairs
     record: dict[str, Any]
-    """The part of a checkpoint besides the state: the next start compares it with its own."""
+    """Identity, software and reference digests. Each checkpoint stores them, and a start that resumes it compares."""
     feed: Feed
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     """Compiled: a batch of another shape raises instead of compiling again."""
     reference_params: Params | None
-    """The online reference's."""
+    """The parameters of an online reference; None where it is cached."""
     held_out: tuple[ScoredSet, ...]
     samples: Samples | None
     selection: Selection

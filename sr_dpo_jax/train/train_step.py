@@ -1,7 +1,8 @@
 """The compiled programs of training: a train step, a scoring step, and a step that scores continuations.
 
 A step's rows come in A micro-batches. Each gives the sum of the losses of the pairs that stand in it and that sum's
-gradient; sums are added and divided by the number of pairs once, last, so accumulation changes nothing but memory.
+gradient; sums are added and divided by the number of pairs once, last, so accumulation saves memory and changes results
+only in float order.
 
 Next: `model/decoder.py`, which turns the rows into hidden states.
 """
@@ -29,7 +30,7 @@ from sr_dpo_jax.train.state import TrainState
 Array = jax.Array
 
 SAME_ROUNDING = {"xla_allow_excess_precision": False}
-"""XLA may keep a bfloat16 value in float32 where it fuses, and fuses otherwise in a program that has a backward pass.
+"""XLA may keep a bfloat16 value in float32 where it fuses, and it fuses differently in a program with a backward pass.
 Policy and reference would then round differently, and the first margins would be noise instead of zero."""
 
 
@@ -155,12 +156,12 @@ def make_train_step(
 ) -> Callable[[TrainState, Params | None, Batch], tuple[TrainState, dict[str, Array]]]:
     """Makes `(state, reference params or None, batch) -> (state, metrics)`; the state passed in is consumed.
 
-    The reference params are given where the reference is online, and the batch holds its scores otherwise. Metrics
+    With an online reference, pass its parameters; with a cached one, pass None: the batch holds its scores. Metrics
     are means over the step's pairs; `grad_norm` is taken before clipping. Where loss or gradient is not finite,
     `skipped` is 1 and the step changes nothing but its own number: parameters and optimizer stay as they were.
     """
 
-    def loss_sum(params: Params, reference_params: Params | None, micro: Batch) -> tuple[Array, tuple[Scores, Any]]:
+    def loss_sum(params: Params, reference_params: Params | None, micro: Batch) -> tuple[Array, Any]:
         policy = score(graph, params, micro, pairs)
         reference = _reference_scores(graph, reference_params, micro, policy, objective, pairs)
         present = policy.tokens[:, CHOSEN] > 0
@@ -209,7 +210,7 @@ def averages(per_pair: dict[str, Array], tokens: Array) -> dict[str, Array]:
 
 
 def _micro_batches(batch: Batch) -> Batch:
-    """Puts the axis A in front of every array; reference scores are the same for each micro-batch."""
+    """Repeats the reference scores for every micro-batch, so that all arrays begin with the axis A."""
     steps = batch.plain.tokens.shape[0]
 
     def repeat(scores: Array | None) -> Array | None:

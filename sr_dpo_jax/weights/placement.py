@@ -42,7 +42,7 @@ class PlacedModel:
     """The type of activations."""
     param_dtype: jnp.dtype
     seed: int | None
-    """Draws the weights; None reads them from the directory."""
+    """The seed of random weights; None where they are read from the directory."""
 
     @property
     def architecture(self) -> Architecture:
@@ -104,7 +104,7 @@ def place_model(
     attention: str,
     seed: int | None,
 ) -> PlacedModel:
-    """Lays a model out on a mesh, be it of devices that are described and not present; makes no parameters.
+    """Lays a model out on a mesh, whose devices may be described ones that are not attached; makes no parameters.
 
     Args:
       directory: from `weights.directory.open_directory`.
@@ -113,7 +113,7 @@ def place_model(
       param_dtype: type of the parameters.
       remat: what the backward pass recomputes, see `Decoder`.
       attention: the way to compute attention, or `auto`.
-      seed: draws the weights; None reads them.
+      seed: the seed of random weights; None: they are read from the directory.
 
     Raises:
       UsageError: parameters do not divide over the mesh, or the attention path does not run here.

@@ -220,7 +220,7 @@ def share_visited(
 
 def _abstract_batch(mesh: Mesh, step: HostStep, *, augmented: bool, scores: bool) -> Batch:
     def rows(arrays: dict[str, np.ndarray], prefix_tokens: int) -> Rows:
-        axes = ("steps", "rows", None)
+        axes = ("micro_batches", "rows", None)
         shapes = {
             name: jax.ShapeDtypeStruct(
                 array.shape, array.dtype, sharding=meshes.sharding(mesh, axes, array.shape, f"batch.{name}")
