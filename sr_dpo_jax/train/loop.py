@@ -1,7 +1,4 @@
-"""The training loop: step, write the metrics of the step before, evaluate, save, stop.
-
-Next: `train_step.py`, the step itself.
-"""
+"""The training loop: step, write the metrics of the step before, evaluate, save, stop."""
 
 import dataclasses
 import logging
