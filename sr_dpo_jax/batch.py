@@ -14,7 +14,7 @@ prompts go without their copy of the head.
     T  tokens of a row            B  pairs of a step
     M  scored positions of a row  side  0 chosen, 1 rejected
 
-Next: `model/decoder.py`, which turns rows into hidden states.
+Next: `train/train_step.py`, which takes a batch of rows and gives the next state.
 """
 
 import dataclasses

@@ -8,7 +8,7 @@
 Every argument is float32 `[pairs]`; numbers are keyword-only. Nothing is averaged here: the caller divides once, by
 the number of pairs, last.
 
-Next: `train_step.py`, which differentiates these.
+The road from YAML to gradient ends here: `train/train_step.py` differentiates these.
 """
 
 import jax

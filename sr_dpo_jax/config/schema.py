@@ -4,7 +4,7 @@ One file holds every key there is, its type, its default and its meaning. Nothin
 default, and the core functions take arrays and numbers, never this object. Imports no jax, so that a bad
 configuration is refused before any device is touched.
 
-Next: `data/rows.py`, where `data.path` becomes checked pairs.
+Next: `train/setup.py`, which makes a run out of a configuration.
 """
 
 from pathlib import Path

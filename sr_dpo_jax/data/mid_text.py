@@ -4,8 +4,6 @@ SentencePiece tokenizers (Llama 2, Mistral and so Zephyr, Phi-3) put a space bef
 one after every special token. Before a response that follows "<|assistant|>\\n" that space is wrong, for the model has
 not seen it there; after a special token it is right. Some special tokens (Phi-3's) swallow the whitespace after them,
 even where a response starts with it.
-
-Next: `tokens.py`, which tokenises the parts of a pair.
 """
 
 import json

@@ -2,8 +2,6 @@
 
 Every process can build any row, so each builds only the rows that its devices hold. The state of the pipeline is the
 number of the next step: nothing is skipped or replayed on resume, and any number of processes sees the same pairs.
-
-Next: `batch.py`, the layout of a row.
 """
 
 import dataclasses

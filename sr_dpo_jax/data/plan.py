@@ -9,7 +9,7 @@
 Steps of nearly equal size fit one compiled shape with 1 to 3 % of padding. The plan does not depend on hosts, devices
 or history, so resuming at step n needs only n.
 
-Next: `data/pipeline.py`, which turns step n into arrays.
+Next: `batch.py`, which lays pairs out in rows.
 """
 
 import dataclasses

@@ -5,8 +5,6 @@
     preference     text or messages, with or without `prompt`; each row may have another of these forms
 
 Each row becomes a `Pair` or a `BadRow`; no row is repaired or silently dropped.
-
-Next: `data/tokens.py`, which turns a pair into ids.
 """
 
 import gzip

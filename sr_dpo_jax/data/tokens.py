@@ -10,8 +10,6 @@
 
 Prompt and responses are tokenised apart as well. A trap: in the ids of prompt + response a token may span the seam, so
 cutting them at the length of the prompt's ids can lose the response's first letters.
-
-Next: `data/dataset.py`, which tokenises whole data sets and keeps the result.
 """
 
 import dataclasses

@@ -7,8 +7,8 @@
 
 `<step>` is the number of planned steps done. Orbax writes to a temporary name and renames; then, still in the
 background, the files are read back and compared with what was on the devices, and only that makes them a checkpoint.
-Older ones are deleted after that and not before, the best one never before a better one is verified. A directory that is damaged, cut
-short or foreign is never deleted, at most renamed.
+Older ones are deleted after that and not before, the best one never before a better one is verified. A directory that
+is damaged, cut short or foreign is never deleted, at most renamed.
 """
 
 import contextlib

@@ -7,8 +7,6 @@
 
 A `Selection` is a pure function of the evaluations in their order. Each checkpoint keeps its record, so a run that
 resumes at any checkpoint counts on from there. The module imports no jax.
-
-Next: `train/loop.py`, which updates it after every evaluation.
 """
 
 import dataclasses

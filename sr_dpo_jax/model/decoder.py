@@ -9,7 +9,7 @@ Parameters have logical axes in their metadata (`axes`), which `parallel/mesh.py
 
     d  hidden size    H, K  query and key heads    D  head dimension    F  MLP units    V  vocabulary    L  layers
 
-Next: `logprobs.py`, which turns hidden states into log-probs.
+Next: `model/logprobs.py`, which turns hidden states into log-probs.
 """
 
 import dataclasses

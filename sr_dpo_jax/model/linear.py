@@ -1,5 +1,5 @@
-"""Multiplies by a weight matrix; every projection of a layer goes through here. `name` becomes a `jax.named_scope`, which
-profiles show.
+"""Multiplies by a weight matrix; every projection of a layer goes through here. Its name becomes a `jax.named_scope`,
+which profiles show.
 
 An adapter beside a matrix, or a quantised matrix, belongs in here.
 """

@@ -4,7 +4,7 @@ The vocabulary is taken in blocks: the logits of one block exist at a time, in f
 again instead of keeping them. Peak memory is scored positions × VOCABULARY_BLOCK, whatever the vocabulary, and a
 sharded vocabulary matrix is gathered block by block.
 
-Next: `train/objective.py`, which says what becomes of them.
+Next: `train/objective.py`, which says what each objective makes of them.
 """
 
 from functools import partial

@@ -1,7 +1,4 @@
-"""Runs the training loop: step, write the metrics of the step before, evaluate, save, stop.
-
-Next: `train_step.py`, the step itself.
-"""
+"""Runs the training loop: step, write the metrics of the step before, evaluate, save, stop."""
 
 import dataclasses
 import logging

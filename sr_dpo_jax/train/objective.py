@@ -2,7 +2,7 @@
 
 Nothing else in the package asks for an objective's name to decide what to do. Imports no jax: reports read it too.
 
-Next: `losses.py`, the formulas that the rows name.
+Next: `losses.py`, which holds the formulas that the rows name.
 """
 
 import dataclasses
