@@ -170,7 +170,7 @@ def prepare(
         metadata = {"report": report, "sha256": _digest_of_arrays(arrays, report)}
         _write(cached, lambda path: safetensors.numpy.save_file(arrays, path, metadata))
     pairs = _assemble(content, sources, _digest_of(contents))
-    _refuse(pairs.report, max_bad_rows, cache_dir)
+    _refuse(pairs.report, max_bad_rows, cache_dir, pairs.content_digest)
     return pairs
 
 
@@ -316,12 +316,14 @@ def _assemble(content: _Content, sources: Sequence[Source], raw_digest: str) -> 
     )
 
 
-def _refuse(report: Report, max_bad_rows: int, cache_dir: Path) -> None:
+def _refuse(report: Report, max_bad_rows: int, cache_dir: Path, content: str) -> None:
+    """Names all bad rows in a file; refuses more than are allowed, and data without a usable row."""
     bad = report.bad_rows
-    if len(bad) > max_bad_rows:
-        everything = cache_dir / "bad_rows.jsonl"
+    everything = cache_dir / ("bad_rows.jsonl" if len(bad) > max_bad_rows else f"bad_rows-{content[:8]}.jsonl")
+    if bad:
         lines = "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in bad)
         _write(everything, lambda path: path.write_text(lines))
+    if len(bad) > max_bad_rows:
         listed = [f"  {row.file}:{row.line}: {row.reason}" for row in bad[:LISTED_BAD_ROWS]]
         if len(bad) > LISTED_BAD_ROWS:
             listed.append(f"  and {len(bad) - LISTED_BAD_ROWS} more")
@@ -334,7 +336,7 @@ def _refuse(report: Report, max_bad_rows: int, cache_dir: Path) -> None:
     if report.pairs == 0:
         raise UsageError(f"none of {report.rows} rows can be used; correct data.path or data.format")
     if bad:
-        LOG.warning("%d of %d rows cannot be used and are skipped", len(bad), report.rows)
+        LOG.warning("%d of %d rows cannot be used and are skipped; named in %s", len(bad), report.rows, everything)
 
 
 def _load(path: Path) -> _Content | None:
