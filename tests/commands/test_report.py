@@ -250,7 +250,11 @@ def test_runs_of_one_name_get_longer_labels(world, tmp_path):
 
 def test_the_config_difference_holds_the_keys_that_differ(world):
     table = tables.config_difference(read_runs([world / "dpo", world / "sr_dpo"]))
-    assert table.rows == [["objective.name", "dpo", "sr_dpo"], ["objective.lam", "null", "0.3"]]
+    assert table.rows == [
+        ["objective.name", "dpo", "sr_dpo"],
+        ["objective.label_smoothing", "0.0", "–"],
+        ["objective.lam", "–", "0.3"],
+    ]
 
 
 def test_a_run_that_was_never_evaluated_leaves_gaps_that_are_named(world, tmp_path):
