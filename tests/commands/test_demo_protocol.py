@@ -139,7 +139,7 @@ def test_the_page_in_a_browser(finished, tmp_path):
     output, _ = finished
     seen = browser.look_at(output / "results.html", tmp_path)
     assert seen.requests == [] and seen.console == []
-    assert set(seen.images) == set(FIGURES)
+    assert set(seen.images) == {picture.title for picture in FIGURES}
     assert seen.width <= 1220
 
 
