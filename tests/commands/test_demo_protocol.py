@@ -152,8 +152,9 @@ def test_the_protocol_is_the_papers():
     layout, knobs = Layout(Path("x")), Knobs()
     configs = [arm_config(layout, FULL, knobs, 3, arm).model_dump() for arm in FULL.arms if arm.data == "pairs"]
     for config in configs:
-        config["objective"].pop("name"), config["objective"].pop("lam"), config.pop("output_dir")
-        config["objective"].pop("beta")
+        objective = config.pop("objective")
+        assert objective.pop("label_smoothing", 0.0) == 0 and objective.keys() <= {"name", "beta", "lam"}
+        config.pop("output_dir")
     assert all(config == configs[0] for config in configs), "arms differ in the objective and nothing else"
     betas = {arm.name: arm_config(layout, FULL, knobs, 3, arm).objective.beta for arm in FULL.arms}
     controls = {name: betas.pop(name) for name in list(betas) if "-beta-" in name}

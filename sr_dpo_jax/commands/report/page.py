@@ -35,7 +35,7 @@ class Picture:
     needs: str
     """The data that a run must have to be in the figure; the page names it where no run has it."""
     caption: str
-    """What to look for, for a reader who knows the paper's abstract."""
+    """Says what to look for, to a reader who knows the paper's abstract."""
 
 
 SECTIONS = {
