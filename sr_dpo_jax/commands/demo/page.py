@@ -3,8 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-
-from matplotlib.figure import Figure
+from typing import Any
 
 from sr_dpo_jax.commands.demo import figures
 from sr_dpo_jax.commands.demo.results import Results, tables
@@ -18,7 +17,8 @@ class Picture:
     """One figure of the page."""
 
     title: str
-    draw: Callable[[Results], Figure | None]
+    draw: Callable[[Results], Any]
+    """Gives the figure, or None where the results have nothing to show."""
     caption: str
 
 
