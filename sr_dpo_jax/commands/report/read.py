@@ -101,8 +101,8 @@ class Run:
 
 def series(lines: Sequence[Line], name: str) -> tuple[np.ndarray, np.ndarray]:
     """Gives the steps and the values of the lines that have this name, each `[N]`."""
-    found = [(line["step"], line[name]) for line in lines if name in line]
-    return np.array([step for step, _ in found], np.int64), np.array([value for _, value in found], np.float64)
+    points = [(line["step"], line[name]) for line in lines if name in line]
+    return np.array([step for step, _ in points], np.int64), np.array([value for _, value in points], np.float64)
 
 
 def set_title(held_out: str) -> str:
@@ -196,10 +196,10 @@ def _best_step(evaluations: Sequence[Line], config: Line) -> int | None:
 
 def _read_evaluation(path: Path, config: Line, problems: list[str], shown_set: str) -> tuple[Line, Sequence[Line]]:
     has_margins = OBJECTIVES.get(config.get("objective.name"), UNKNOWN).needs_rejected
-    found, pairs_path = (path / "eval.json").exists(), path / pairs_file(shown_set)
-    if not has_margins and not found:
+    was_evaluated, pairs_path = (path / "eval.json").exists(), path / pairs_file(shown_set)
+    if not has_margins and not was_evaluated:
         return {}, []  # the held-out loss is in metrics.jsonl, and there are no margins to show
-    if not found and not pairs_path.exists():
+    if not was_evaluated and not pairs_path.exists():
         problems.append(
             f"eval.json and {pairs_path.name} are missing, so figures of single held-out pairs lack this run: "
             f"`sr-dpo eval {path}/config.yaml` writes them"
@@ -324,13 +324,13 @@ def texts_of(run: Run, ids: Sequence[str]) -> dict[str, tuple[str, str, str]]:
     prefix = "data.eval_" if run.shown_set == "eval" else f"data.eval_sets.{set_title(run.shown_set)}."
     config, own_format = run.config, "data.format" if run.shown_set == "eval" else f"{prefix}format"
     form = {"format": config.get(own_format) or config.get("data.format"), "split": config.get(f"{prefix}split")}
-    found: dict[str, list[Pair]] = {identity: [] for identity in ids}
+    pairs: dict[str, list[Pair]] = {identity: [] for identity in ids}
     for key in (f"{prefix}path.{index}" for index in range(len(config))):
         if f"{key}.path" in config:
             for row in read_rows(config[f"{key}.path"], revision=config.get(f"{key}.revision"), **form):
-                if isinstance(row, Pair) and row.id in found:
-                    found[row.id].append(row)
-    once = {identity: rows[0] for identity, rows in found.items() if len(rows) == 1}
+                if isinstance(row, Pair) and row.id in pairs:
+                    pairs[row.id].append(row)
+    once = {identity: rows[0] for identity, rows in pairs.items() if len(rows) == 1}
     return {identity: (_as_text(row.prompt), row.chosen, row.rejected) for identity, row in once.items()}
 
 
