@@ -1,4 +1,4 @@
-"""Run directories drawn from a seed, without training: what the report reads, in the shapes that real runs give it."""
+"""Makes run directories from a seed, without training, with all files that the report reads of a real run."""
 
 import json
 from pathlib import Path
@@ -29,9 +29,9 @@ def make_run(
     skill: float = 1.0,
     sets: tuple[str, ...] = (),
 ) -> Path:
-    """A preference run of `steps` steps with two evaluations, `sr-dpo eval` done at its end.
+    """Makes a preference run of `steps` steps with two evaluations and the files of `sr-dpo eval` at its end.
 
-    With more `sets`, which learn ever less, it has six evaluations, of which the fourth is best, and samples.
+    With `sets`, each of which learns less than the one before, it has samples and six evaluations, the fourth the best.
     """
     rng, path, beta = np.random.default_rng(seed), root / name, 0.1
     path.mkdir(parents=True)
@@ -57,12 +57,12 @@ def make_run(
         lines.append({"step": step, "epoch": step / steps, **values, "grad_norm": 3.0, "learning_rate": 5e-7})
         lines[-1] |= {"pairs_per_second": speed / 330, "tokens_per_second": speed, **padding}
         if step in evaluated:
-            learnt = 0.9 * mean - (0.7 * mean if sets and step > evaluated[3] else 0)
-            margin, augmented = draw(np.random.default_rng(7), learnt, 300)
-            found = {f"eval/{key}": value for key, value in means(objective, margin, augmented, beta).items()}
-            lines.append({"step": step, **found, "eval/pairs": 300})
+            learned = 0.9 * mean - (0.7 * mean if sets and step > evaluated[3] else 0)
+            margin, augmented = draw(np.random.default_rng(7), learned, 300)
+            evaluation = {f"eval/{key}": value for key, value in means(objective, margin, augmented, beta).items()}
+            lines.append({"step": step, **evaluation, "eval/pairs": 300})
             for number, one in enumerate(sets, 1):
-                of_set = means(objective, *draw(np.random.default_rng(number), learnt / 3**number - 1, 80), beta)
+                of_set = means(objective, *draw(np.random.default_rng(number), learned / 3**number - 1, 80), beta)
                 lines[-1] |= {f"eval/{one}/{key}": value for key, value in of_set.items()} | {f"eval/{one}/pairs": 80}
     write_lines(path / "metrics.jsonl", lines)
     if sets:
@@ -110,7 +110,7 @@ def draw(rng: np.random.Generator, mean: float, pairs: int) -> tuple[np.ndarray,
 
 def means(objective: str, margin: np.ndarray, augmented: np.ndarray, beta: float) -> dict[str, float]:
     delta = beta * augmented
-    found = {
+    metrics = {
         "loss": loss_of(objective, margin, delta, beta).mean(),
         "rewards/margins": beta * margin.mean(),
         "rewards/accuracies": (margin > 0).mean(),
@@ -119,8 +119,8 @@ def means(objective: str, margin: np.ndarray, augmented: np.ndarray, beta: float
         "augmented/accuracies": (augmented > 0).mean(),
     }
     if objective in LAM:
-        found["refinement"] = delta.mean()
-    return {key: float(value) for key, value in found.items()}
+        metrics["refinement"] = delta.mean()
+    return {key: float(value) for key, value in metrics.items()}
 
 
 def write_lines(path: Path, lines: list[dict]) -> None:
@@ -128,9 +128,9 @@ def write_lines(path: Path, lines: list[dict]) -> None:
 
 
 def write_evaluation(
-    path: Path, found: dict[str, float], margin: np.ndarray, augmented: np.ndarray, *, rated: bool
+    path: Path, evaluation: dict[str, float], margin: np.ndarray, augmented: np.ndarray, *, rated: bool
 ) -> None:
-    """eval.json and eval_pairs.jsonl, ratings in halves as UltraFeedback has them."""
+    """Writes eval.json and eval_pairs.jsonl, with ratings in halves as UltraFeedback has them."""
     rng = np.random.default_rng(11)
     difference = np.clip(np.round(2 * (margin / 8 + rng.normal(1.5, 1, len(margin)))) / 2, 0, 8)
     tokens = rng.integers(5, 300, (len(margin), 2))
@@ -148,7 +148,7 @@ def write_evaluation(
     ]
     write_lines(path / "eval_pairs.jsonl", pairs)
     if rated:
-        found = found | rating_metrics(
+        evaluation = evaluation | rating_metrics(
             {"margin": margin, "augmented_margin": augmented}, difference, seed=0, name="eval"
         )
-    (path / "eval.json").write_text(json.dumps(found), encoding="utf-8")
+    (path / "eval.json").write_text(json.dumps(evaluation), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""`sr-dpo demo` in its own process, with a setting too small for the command line: FIELDS.json PAIRS OUTPUT_DIR."""
+"""Runs `sr-dpo demo` in a setting too small for the command line; takes FIELDS.json PAIRS OUTPUT_DIR."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The world: quality against a table made by hand, its properties, the corpus and its knobs, statistics, tokens."""
+"""Tests the demo's world: quality by hand and its properties, the corpus and its knobs, statistics, tokens."""
 
 import json
 import math
@@ -89,7 +89,7 @@ def test_the_edit_distance_is_a_distance(first, second, third):
 
 
 def test_answers_are_right():
-    """Each kind of task solved here in another way from its prompt."""
+    """Solves each kind of task in another way, from its prompt alone."""
     rng = random.Random(0)
     seen = Counter()
     for _ in range(400):
@@ -123,7 +123,7 @@ def test_the_instruction_is_the_papers_at_100_and_names_another_rating_twice():
 
 
 def test_what_the_base_model_reads_is_what_training_puts_before_a_prompt():
-    """p ⊕ x as text has the ids that the pairs' encoder concatenates, and no word of the world is unknown."""
+    """Checks that p ⊕ x as text has the ids that the pairs' encoder concatenates, and that no word is unknown."""
     tokenizer = make_tokenizer()
     encoder = PairEncoder(tokenizer, augmentation_prompt=PAPER_INSTRUCTION)
     augmentation = encoder.encode([_pair(" sort: fig oak answer:")])[0].augmentation
@@ -156,7 +156,7 @@ def test_the_same_seed_draws_the_same_rows_and_another_one_others(tmp_path):
 
 
 def within_chance(count: int, trials: int, share: float) -> bool:
-    """Six standard deviations of the binomial, and exact at 0 and 1."""
+    """Allows six standard deviations of the binomial, and no difference at shares of 0 and 1."""
     return abs(count - trials * share) <= 6 * math.sqrt(trials * share * (1 - share))
 
 
@@ -315,7 +315,7 @@ def test_margins_against_the_gap_by_hand():
 
 
 def test_knowledge_reads_the_rating_and_the_words(tmp_path):
-    """A model that does as it is asked, and one that does the opposite."""
+    """Measures a model that does as it is asked, and one that does the opposite."""
     rng = random.Random(0)
     for name, order in (("does", 1), ("opposes", -1)):
         lines = []

@@ -1,4 +1,4 @@
-"""The protocol end to end in a very small setting, killed and resumed; the tables; the findings page."""
+"""Tests the demo's protocol end to end in a very small setting, stopped and resumed; its tables; the findings page."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def start(output: Path) -> "subprocess.Popen[str]":
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A demo that was terminated in its first preference run, and gone on with by the same command."""
+    """Terminates a demo in its first preference run, and resumes it with the same command."""
     output = tmp_path_factory.mktemp("world") / "demo"
     first = start(output)
     before = ""
@@ -106,7 +106,7 @@ def test_it_goes_on_where_it_was_and_does_nothing_twice(finished):
 
 @pytest.mark.slow
 def test_one_reference_is_scored_once_for_all_arms(finished):
-    """A file for each data set and model: pairs and more of two seeds, and held-out pairs under SFT of each seed."""
+    """Counts one file for each data set and model; held-out pairs have one under the SFT model of each seed."""
     output, _ = finished
     plain = list((output / "cache").glob("reference-plain-*"))
     pairs_and_shuffled = 2 * 2  # other labels, other pairs: sides are swapped
@@ -139,12 +139,12 @@ def test_the_page_in_a_browser(finished, tmp_path):
     output, _ = finished
     seen = browser.look_at(output / "results.html", tmp_path)
     assert seen.requests == [] and seen.console == []
-    assert set(seen.images) == set(FIGURES)
+    assert set(seen.images) == {picture.title for picture in FIGURES}
     assert seen.width <= 1220
 
 
 def test_the_protocol_is_the_papers():
-    """Every objective, every λ, at least five seeds, equal budgets, and the two extra questions."""
+    """Checks objectives, λ, at least five seeds, equal budgets, and the arms on more pairs and on shuffled labels."""
     for objective in ("sr_dpo", "sr_ipo"):
         assert [arm.lam for arm in FULL.arms if arm.objective == objective and arm.data == "pairs"] == list(LAMBDAS)
     assert FULL.seeds >= 5 and {arm.data for arm in FULL.arms} == {"pairs", MORE, SHUFFLED}
@@ -152,8 +152,9 @@ def test_the_protocol_is_the_papers():
     layout, knobs = Layout(Path("x")), Knobs()
     configs = [arm_config(layout, FULL, knobs, 3, arm).model_dump() for arm in FULL.arms if arm.data == "pairs"]
     for config in configs:
-        config["objective"].pop("name"), config["objective"].pop("lam"), config.pop("output_dir")
-        config["objective"].pop("beta")
+        objective = config.pop("objective")
+        assert objective.pop("label_smoothing", 0.0) == 0 and objective.keys() <= {"name", "beta", "lam"}
+        config.pop("output_dir")
     assert all(config == configs[0] for config in configs), "arms differ in the objective and nothing else"
     betas = {arm.name: arm_config(layout, FULL, knobs, 3, arm).objective.beta for arm in FULL.arms}
     controls = {name: betas.pop(name) for name in list(betas) if "-beta-" in name}
@@ -167,7 +168,7 @@ def test_the_protocol_is_the_papers():
 
 
 def made_up(seeds: int) -> measured.Results:
-    """Results with numbers of no meaning, of the form that `collect` gives."""
+    """Makes results of the form that `collect` gives, with random numbers."""
     rng = np.random.default_rng(0)
 
     def drawn(low: float, high: float) -> list[float]:
@@ -239,7 +240,7 @@ def test_tables_and_page_of_any_number_of_seeds(seeds):
 
 
 def test_the_findings_page_holds_the_tables_of_the_committed_results():
-    """`sr-dpo demo --full` writes results.json; the page's tables are made from it, not typed."""
+    """Makes the page's tables from results.json, which `sr-dpo demo --full` writes, and compares them with the page."""
     page = (WORLD / "README.md").read_text(encoding="utf-8")
     embedded = page.partition("<!-- results -->\n")[2].partition("<!-- end of results -->")[0]
     committed = WORLD / "results.json"

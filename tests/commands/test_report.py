@@ -1,4 +1,4 @@
-"""The report: what it reads from whole, damaged, killed and resumed runs, its numbers, and the page in a browser."""
+"""Tests the report: reading of whole, damaged, killed and resumed runs, its numbers, and the page in a browser."""
 
 import html
 import json
@@ -23,7 +23,7 @@ PICTURES = [picture for pictures in SECTIONS.values() for picture in pictures]
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """SFT, the four objectives, and the file of held-out pairs that their texts come from."""
+    """Makes a run of SFT and four preference runs, and the file of held-out pairs that their texts come from."""
     root = tmp_path_factory.mktemp("report")
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("sr_dpo_jax.commands.correlation.RESAMPLES", 20)
@@ -179,7 +179,7 @@ def test_names_and_texts_are_escaped_and_texts_are_shown_on_request_alone(world,
 
 @pytest.fixture(scope="module")
 def several(tmp_path_factory):
-    """Two runs with three held-out sets each, a best evaluation and samples."""
+    """Makes two runs with three held-out sets each, a best evaluation and samples."""
     root = tmp_path_factory.mktemp("several")
     preference_file(root / "held_out.jsonl", 5)
     with pytest.MonkeyPatch.context() as patched:
@@ -250,7 +250,11 @@ def test_runs_of_one_name_get_longer_labels(world, tmp_path):
 
 def test_the_config_difference_holds_the_keys_that_differ(world):
     table = tables.config_difference(read_runs([world / "dpo", world / "sr_dpo"]))
-    assert table.rows == [["objective.name", "dpo", "sr_dpo"], ["objective.lam", "null", "0.3"]]
+    assert table.rows == [
+        ["objective.name", "dpo", "sr_dpo"],
+        ["objective.label_smoothing", "0.0", "–"],
+        ["objective.lam", "–", "0.3"],
+    ]
 
 
 def test_a_run_that_was_never_evaluated_leaves_gaps_that_are_named(world, tmp_path):
@@ -300,7 +304,7 @@ def test_the_page_in_a_browser(world, tmp_path):
 
 @pytest.mark.slow
 def test_real_runs(tmp_path):
-    """DPO, IPO and Sr-DPO on a tiny model: trained, evaluated and compared, with the numbers of their own files."""
+    """Trains and evaluates DPO, IPO and Sr-DPO on a tiny model, and compares them by the numbers of their own files."""
     data, held_out = preference_file(tmp_path / "train.jsonl", 24), preference_file(tmp_path / "held_out.jsonl", 13)
     model = model_directory(tmp_path / "model")
     for name in ("dpo", "ipo", "sr_dpo"):

@@ -1,1 +1,1 @@
-"""A world where the truth is known: small tasks, computed quality of any response, the paper's protocol in it."""
+"""A small world where the truth is known: tasks, the computed quality of any response, the paper's protocol in it."""

@@ -1,14 +1,13 @@
-"""The texts of the world: base text, SFT rows, preference pairs and held-out pairs, each drawn from a seed.
+"""Draws the texts of the small world from seeds: base text, preference pairs and held-out pairs.
 
-    base text    half of it (`rated_share`) with the instruction and a rating k before the task, and a response of
-                 quality k, but for a share of ratings that say nothing (`rating_noise`); the rest without it, answered
-                 at any quality: what the method calls intrinsic knowledge
-    pairs        two responses to one task, better and worse; `gaps` says how far apart, `label_noise` how often they
-                 are labelled the wrong way round
-    SFT rows     pairs of which only the chosen response is learned, as in the paper
-    held out     pairs without label noise, on tasks that are in no seed's pairs (some short ones are in the base text)
+    base text    a share of it (`rated_share`) has the instruction with a rating k before the task, and a response of
+                 quality k, except that a share of these ratings (`rating_noise`) is drawn by chance; the rest has no
+                 instruction and responses of any quality. The model learns from it what quality is
+    pairs        a better and a worse response to one task; `gaps` weighs how far apart they are, and a share of them
+                 (`label_noise`) is labelled the wrong way round; SFT learns the chosen responses
+    held out     pairs without label noise, on tasks that are in no seed's pairs (some are in the base text)
 
-Rows are of the format `preference`; their scores are the true qualities, also where the labels are wrong.
+Rows have the format `preference`; their scores are the true qualities, also where the labels are wrong.
 """
 
 import dataclasses
@@ -19,35 +18,40 @@ from pathlib import Path
 from typing import Any
 
 from sr_dpo_jax.commands.demo.tasks import RATINGS, Task, corrupt, draw_task, instruction, quality, rating_of
+from sr_dpo_jax.durable.files import write_text
 from sr_dpo_jax.errors import UsageError
 
 GAP_KINDS = ("close", "clear", "far")
-"""Up to a third of the scale apart, up to two thirds, and more."""
+"""Pairs up to a third of the scale apart, up to two thirds, and more."""
 RIGHT_SHARE = 0.5
-"""Of the base text's responses, those that are right; the others have one word wrong, two, ... or all."""
+"""The share of the base text's responses that are right; the others have between one and all words wrong."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Knobs:
-    """What a researcher may turn."""
+    """The settings that a researcher may change."""
 
     rated_share: float = 0.5
-    """Share of the base text with the instruction and a rating: how well the base model knows quality."""
+    """The share of the base text with the instruction and a rating: how well the base model knows quality."""
     rating_noise: float = 0.4
-    """Share of the rated text whose rating is drawn by chance: how strictly a rating binds. At 0 the instruction alone
-    decides how good a response is, and what is learned without it need not reach responses with it."""
+    """The share of the rated text whose rating is drawn by chance. At 0 the instruction alone decides how good a
+    response is, and what is learned without it need not change responses with it."""
     label_noise: float = 0.0
-    """Share of preference pairs that are labelled the wrong way round."""
+    """The share of preference pairs that are labelled the wrong way round."""
     gaps: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    """Weights of close, clear and far pairs."""
+    """The weights of close, clear and far pairs."""
     pairs: int = 2048
-    """Size of the preference set."""
+    """The size of the preference set."""
     beta: float = 0.5
     """β of every objective. The paper's 0.1 is for responses of a hundred tokens; margins of five tokens stay below
-    1/0.1, where the weight of a pair is one half whatever its margin and a shift changes nothing."""
+    1/0.1, where the weight of a pair is about one half whatever its margin is, so that a shift changes nothing."""
 
     def check(self) -> None:
-        """Raises UsageError where a knob is out of its range."""
+        """Refuses values out of their range.
+
+        Raises:
+          UsageError: names the option and its value.
+        """
         for name in ("rated_share", "rating_noise", "label_noise"):
             share = getattr(self, name)
             if not 0 <= share <= 1:
@@ -61,7 +65,11 @@ class Knobs:
 
 
 def parse_gaps(text: str) -> tuple[float, float, float]:
-    """The weights of `--gaps`; raises UsageError where they are not three numbers."""
+    """Reads the weights of `--gaps`.
+
+    Raises:
+      UsageError: they are not three numbers.
+    """
     try:
         close, clear, far = map(float, text.split(","))
     except ValueError as error:
@@ -72,7 +80,7 @@ def parse_gaps(text: str) -> tuple[float, float, float]:
 def base_rows(
     count: int, *, kinds: Sequence[str], rated_share: float, rating_noise: float, seed: int
 ) -> list[dict[str, Any]]:
-    """Texts for the base model. `rejected` is a response of another quality, which SFT does not read."""
+    """Draws texts for the base model. `rejected` is a spoiled response, which SFT does not read."""
     rng = random.Random(f"base {seed}")
     rows = []
     for _ in range(count):
@@ -98,15 +106,15 @@ def preference_rows(
     seed: str,
     without: Collection[str] = (),
 ) -> list[dict[str, Any]]:
-    """Pairs of responses.
+    """Draws pairs of responses.
 
     Args:
-      count: how many.
-      kinds: of tasks.
-      gaps: weights of close, clear and far pairs.
-      label_noise: share of pairs whose chosen response is the worse one.
+      count: the number of pairs.
+      kinds: the kinds of tasks.
+      gaps: the weights of close, clear and far pairs.
+      label_noise: the share of pairs whose chosen response is the worse one.
       seed: decides all of it.
-      without: prompts that must not come up.
+      without: prompts that must not occur.
     """
     rng = random.Random(f"pairs {seed}")
     rows: list[dict[str, Any]] = []
@@ -125,7 +133,7 @@ def preference_rows(
 
 
 def gap_kind(edits: int, words: int) -> int:
-    """The kind of a gap of so many edits in an answer of so many words, as an index into `GAP_KINDS`."""
+    """Gives the kind of a gap of `edits` words in an answer of `words` words, as an index into `GAP_KINDS`."""
     return (edits * 3 - 1) // words
 
 
@@ -141,7 +149,5 @@ def _row(task: Task, chosen: tuple[str, ...], rejected: tuple[str, ...], *, prom
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Whole or not there."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    partial.replace(path)
+    """Writes rows as JSON lines, whole."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))

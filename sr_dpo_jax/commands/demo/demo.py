@@ -1,36 +1,37 @@
-"""`sr-dpo demo`: the method in a world where the truth is known, small in minutes or the whole protocol with `--full`.
+"""Runs `sr-dpo demo`: the method in a small world where the truth is known, small or in full (`--full`).
 
 Everything goes through the same code as `sr-dpo train`, on files that stay in the output directory: data, YAML files,
-runs, responses. The same command again resumes what was cut short and measures anew what is there.
+runs, responses. The same command again resumes a demo that was stopped, and measures again what is there.
+
+Next: `protocol.py`, which says which runs there are, and `stages.py`, which takes them through the commands.
 """
 
 import dataclasses
 import json
-import logging
 from pathlib import Path
 
 import jax
-import rich.console
-import rich.table
 
-from sr_dpo_jax.commands.demo import results as measured
+from sr_dpo_jax.commands import console
 from sr_dpo_jax.commands.demo.corpus import Knobs
-from sr_dpo_jax.commands.demo.page import write_page, write_pictures
+from sr_dpo_jax.commands.demo.page import render, write_pictures
 from sr_dpo_jax.commands.demo.protocol import FULL, SMALL, Layout, Setting
+from sr_dpo_jax.commands.demo.results import Results, collect, markdown, tables
 from sr_dpo_jax.commands.demo.stages import Interrupted, make_base, make_sft, run_arm
 from sr_dpo_jax.commands.report.page import report
-from sr_dpo_jax.commands.report.tables import Table
+from sr_dpo_jax.durable.files import write_json, write_text
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.train.loop import EXIT_DONE
 
-log = logging.getLogger(__name__)
+PRINTED_TABLES = 3
+"""The number of tables that are printed at the end, the first ones of the page."""
 
 
 def demo(output_dir: Path, *, full: bool, seeds: int | None, knobs: Knobs) -> int:
-    """`sr-dpo demo`; returns an exit code.
+    """Runs `sr-dpo demo` and returns an exit code.
 
     Raises:
-      UsageError: a knob or the number of seeds is out of range, or the directory was begun with other ones.
+      UsageError: a knob or the number of seeds is out of range, or the directory was begun with others.
     """
     setting = FULL if full else SMALL
     if seeds is not None:
@@ -39,34 +40,36 @@ def demo(output_dir: Path, *, full: bool, seeds: int | None, knobs: Knobs) -> in
 
 
 def run_setting(output_dir: Path, setting: Setting, knobs: Knobs) -> int:
-    """Runs or resumes all that a setting asks for, then writes report, results and page; returns an exit code."""
+    """Runs or resumes all that a setting asks for, writes report, results and page, and returns an exit code."""
     _check(setting, knobs)
     layout = Layout(output_dir)
     _begin(layout, setting, knobs)
     _keep_compiled(output_dir / "cache" / "compiled")
-    console = rich.console.Console(highlight=False, soft_wrap=True)
     try:
-        console.rule("base model")
+        console.say("base model", "bold")
         make_base(layout, setting, knobs)
         for seed in range(setting.seeds):
-            console.rule(f"seed {seed}: sft")
+            console.say(f"seed {seed}: sft", "bold")
             make_sft(layout, setting, knobs, seed)
             for arm in setting.arms:
-                console.rule(f"seed {seed}: {arm.name}")
+                console.say(f"seed {seed}: {arm.name}", "bold")
                 run_arm(layout, setting, knobs, seed, arm)
-            _write_results(layout, setting, knobs, range(seed + 1))
+            results = collect(layout, setting, knobs, range(seed + 1))
+            _write(results, output_dir)
     except Interrupted as interrupted:
         return interrupted.code
     page = output_dir / "report.html"
     report([layout.run(0, name) for name in ("sft", *(arm.name for arm in setting.arms))], page, with_texts=True)
-    found = json.loads((output_dir / "results.json").read_text(encoding="utf-8"))
-    for title, table in _shown(found).items():
-        console.print(_printed(title, table))
-    console.print(
+    for title, table in list(tables(results).items())[:PRINTED_TABLES]:
+        printed = console.table(table.head[0], *(f">{heading}" for heading in table.head[1:]))
+        for cells in table.rows:
+            console.row(printed, *cells)
+        console.section(title, printed)
+    print(
         f"Quality is computed, 0 to 100. Runs, data and YAML files are in {output_dir}, all tables in "
-        f"{output_dir / 'results.md'}"
+        f"{output_dir / 'results.md'}\n"
+        f"Results as a page: {output_dir / 'results.html'}; the runs of seed 0 side by side: {page}"
     )
-    console.print(f"Results as a page: {output_dir / 'results.html'}; the runs of seed 0 side by side: {page}")
     return EXIT_DONE
 
 
@@ -79,41 +82,26 @@ def _check(setting: Setting, knobs: Knobs) -> None:
 
 
 def _begin(layout: Layout, setting: Setting, knobs: Knobs) -> None:
-    """Remembers what the directory was begun with; the number of seeds may grow."""
+    """Writes down what the directory was begun with, and refuses anything else later; only the seeds may grow."""
     layout.root.mkdir(parents=True, exist_ok=True)
     file = layout.root / "world.json"
     decisive = dataclasses.asdict(dataclasses.replace(setting, seeds=0)) | {"knobs": dataclasses.asdict(knobs)}
     text = json.dumps(decisive, indent=1) + "\n"
     if not file.exists():
-        file.write_text(text, encoding="utf-8")
+        write_text(file, text)
     elif file.read_text(encoding="utf-8") != text:
         raise UsageError(f"{file}: was begun with another setting or other knobs; name another --output")
 
 
 def _keep_compiled(directory: Path) -> None:
-    """Runs of one form differ in data alone, so each program is compiled once; a user's own cache stays in use."""
+    """Keeps compiled programs, as most runs differ only in data; leaves a cache that the user has set."""
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(directory))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
-def _write_results(layout: Layout, setting: Setting, knobs: Knobs, seeds: range) -> None:
-    found = measured.collect(layout, setting, knobs, seeds)
-    measured.write(found, layout.root / "results.json")
-    (layout.root / "results.md").write_text(measured.markdown(found), encoding="utf-8")
-    write_page(found, layout.root / "results.html")
-    write_pictures(found, layout.root)
-
-
-def _shown(found: measured.Results) -> dict[str, Table]:
-    """What is printed at the end: the first three tables of the page."""
-    return dict(list(measured.tables(found).items())[:3])
-
-
-def _printed(title: str, table: Table) -> rich.table.Table:
-    printed = rich.table.Table(title=title)
-    for index, heading in enumerate(table.head):
-        printed.add_column(heading, justify="right" if index else "left")
-    for row in table.rows:
-        printed.add_row(*row)
-    return printed
+def _write(results: Results, directory: Path) -> None:
+    write_json(directory / "results.json", results)
+    write_text(directory / "results.md", markdown(results))
+    write_text(directory / "results.html", render(results))
+    write_pictures(results, directory)

@@ -1,4 +1,4 @@
-"""The results page's figures, in the style of the report's; each takes the results and returns the figure."""
+"""Draws the figures of the results page, in the style of the report's, from the results."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,19 +8,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sr_dpo_jax.commands.demo.protocol import MORE, PAIRS, SHUFFLED
-from sr_dpo_jax.commands.demo.results import DECODINGS, Results, label
+from sr_dpo_jax.commands.demo.results import DECODINGS, Results, label, stages_of
 from sr_dpo_jax.commands.demo.statistics import Mean, mean_of
 from sr_dpo_jax.commands.report.figures import COLOURS, HEIGHT, LINE_STYLES, WIDTH
+from sr_dpo_jax.train.objective import OBJECTIVES
 
-FAMILIES = {"DPO and Sr-DPO": ("dpo", "sr_dpo"), "IPO and Sr-IPO": ("ipo", "sr_ipo")}
+FAMILIES = {"logistic": "DPO and Sr-DPO", "squared": "IPO and Sr-IPO"}
+GREY_BROKEN = {"color": "#999999", "linestyle": "--", "linewidth": 1}
 ROW_HEIGHT = 0.3
-"""Inches of a labelled row."""
+"""The height in inches of a labelled row."""
 
 
 def knowledge(results: Results) -> Figure:
     known = results["knowledge"]
-    figure, axes = _axes()
-    axes.plot([0, 100], [0, 100], color="#999999", linestyle="--", linewidth=1, label="as asked")
+    figure, axes = _panel()
+    axes.plot([0, 100], [0, 100], **GREY_BROKEN, label="as asked")
     axes.plot(known["ratings"], known["mean_quality"], marker="o", color=COLOURS[0], label="base model")
     axes.set(xlabel="rating k that the instruction asks for", ylabel="mean true quality", ylim=(0, 100))
     axes.legend()
@@ -28,10 +30,9 @@ def knowledge(results: Results) -> Figure:
 
 
 def quality(results: Results) -> Figure:
-    """A row an arm, sampled and greedy, with intervals."""
-    rows = [("Base model", results["stages"]["base"]), ("SFT", results["stages"]["sft"])]
-    rows += [(label(arm), arm) for arm in results["arms"].values()]
-    figure, axes = _rows([name for name, _ in rows])
+    """Draws a row for each stage and arm: mean quality, sampled and greedy, with intervals."""
+    rows = stages_of(results) + [(label(arm), arm) for arm in results["arms"].values()]
+    figure, axes = _panel([name for name, _ in rows])
     for index, decoding in enumerate(DECODINGS):
         places = np.arange(len(rows)) + (index - 0.5) * 0.25
         means = [mean_of(row[decoding]) for _, row in rows]
@@ -42,16 +43,14 @@ def quality(results: Results) -> Figure:
 
 
 def outcomes(results: Results) -> Figure | None:
-    found = results["outcomes"]
-    if not found:
+    compared, arms = results["outcomes"], results["arms"]
+    if not compared:
         return None
-    arms = results["arms"]
-    names = [f"{label(arms[one['arm']])} – {label(arms[one['against']])}" for one in found]
-    figure, axes = _rows(names)
-    left = np.zeros(len(found))
+    figure, axes = _panel([f"{label(arms[one['arm']])} – {label(arms[one['against']])}" for one in compared])
+    left = np.zeros(len(compared))
     for key, colour in (("win", COLOURS[2]), ("tie", "#cccccc"), ("lose", COLOURS[1])):
-        widths = np.array([100 * np.mean(one["sampled"][key]) for one in found])
-        axes.barh(np.arange(len(found)), widths, left=left, color=colour, label=key, height=0.7)
+        widths = np.array([100 * np.mean(one["sampled"][key]) for one in compared])
+        axes.barh(np.arange(len(compared)), widths, left=left, color=colour, label=key, height=0.7)
         left += widths
     axes.set(xlabel="% of held-out tasks, sampled", xlim=(0, 100))
     figure.legend(loc="outside upper center", ncols=3)
@@ -59,25 +58,26 @@ def outcomes(results: Results) -> Figure | None:
 
 
 def margins(results: Results) -> Figure | None:
-    return _curves(results, ("margin", "augmented/margin"), "margin, nats", PAIRS)
+    return _curves(results, ("margin", "augmented/margin"), "margin, nats")
 
 
 def accuracies(results: Results) -> Figure | None:
-    return _curves(results, ("rewards/accuracies", "augmented/accuracies"), "accuracy", PAIRS)
+    return _curves(results, ("rewards/accuracies", "augmented/accuracies"), "accuracy")
 
 
 def more_pairs(results: Results) -> Figure | None:
-    """True quality against the number of pairs seen: the arms with the seed's own pairs and those with more."""
-    arms = results["arms"]
-    names = [name for name, arm in arms.items() if arm["data"] == MORE]
-    if not names:
+    """Draws true quality over the number of pairs seen: none (SFT), the seed's own pairs, and more."""
+    arms = results["arms"].values()
+    few_of = {_objective(arm): arm for arm in arms if arm["data"] == PAIRS}
+    more = [arm for arm in arms if arm["data"] == MORE]
+    if not more:
         return None
-    figure, axes = _axes()
+    figure, axes = _panel()
     pairs = results["setting"]["pairs"]
     seen = [0, pairs, pairs * results["setting"]["more_factor"]]
-    for index, name in enumerate(names):
-        few = next(arm for arm in arms.values() if (*_form(arm), arm["data"]) == (*_form(arms[name]), PAIRS))
-        means = [mean_of(of["sampled"]) for of in (results["stages"]["sft"], few, arms[name])]
+    for index, arm in enumerate(more):
+        few = few_of[_objective(arm)]
+        means = [mean_of(stage["sampled"]) for stage in (results["stages"]["sft"], few, arm)]
         values = [mean.value for mean in means]
         axes.errorbar(seen, values, yerr=_bars(means), marker="o", capsize=3, color=COLOURS[index], label=label(few))
     axes.set(xlabel="pairs seen, each once", ylabel="mean true quality, sampled")
@@ -86,61 +86,52 @@ def more_pairs(results: Results) -> Figure | None:
 
 
 def shuffled(results: Results) -> Figure | None:
-    """Change of quality from SFT, with the seed's labels and with labels drawn by a coin."""
+    """Draws the change of quality from SFT, with the seed's labels and with labels drawn by a coin."""
     arms = [arm for arm in results["arms"].values() if arm["data"] != MORE]
-    kept = {_form(arm) for arm in arms if arm["data"] == SHUFFLED}
-    rows = [(label(arm), arm) for arm in arms if _form(arm) in kept]
-    if not rows:
+    kept = {_objective(arm) for arm in arms if arm["data"] == SHUFFLED}
+    arms = [arm for arm in arms if _objective(arm) in kept]
+    if not arms:
         return None
-    figure, axes = _rows([name for name, _ in rows])
+    figure, axes = _panel([label(arm) for arm in arms])
     sft = results["stages"]["sft"]["sampled"]
-    changes = [mean_of(np.subtract(arm["sampled"], sft).tolist()) for _, arm in rows]
-    _points(axes, changes, np.arange(len(rows)), colour=COLOURS[0], name="sampled")
-    axes.axvline(0, color="#999999", linestyle="--", linewidth=1)
+    changes = [mean_of(np.subtract(arm["sampled"], sft)) for arm in arms]
+    _points(axes, changes, np.arange(len(arms)), colour=COLOURS[0], name="sampled")
+    axes.axvline(0, **GREY_BROKEN)
     axes.set(xlabel="true quality, change from SFT, points")
     return figure
 
 
-def _form(arm: dict[str, Any]) -> tuple[Any, ...]:
-    """What arms on different pairs have in common."""
+def _objective(arm: dict[str, Any]) -> tuple[Any, ...]:
+    """Gives what arms of the same objective on different pairs have in common."""
     return arm["objective"], arm["lam"], arm["beta"]
 
 
-def _curves(results: Results, keys: tuple[str, str], name: str, data: str) -> Figure | None:
-    """Held-out metrics over steps, a panel a family; the second key, with p, is drawn broken."""
-    if all(len(arm["curves"]["step"]) < 2 for arm in results["arms"].values()):
+def _curves(results: Results, keys: tuple[str, str], name: str) -> Figure | None:
+    """Draws held-out metrics over steps, a panel a family; the second key, with p, has a broken line."""
+    arms = results["arms"].values()
+    if all(len(arm["curves"]["step"]) < 2 for arm in arms):
         return None
     figure = Figure(figsize=(2 * WIDTH, 1.2 * HEIGHT))
-    for place, (title, objectives) in enumerate(FAMILIES.items(), 1):
-        axes = figure.add_subplot(1, 2, place)
-        chosen = [
-            (label(arm), arm["curves"])
-            for arm in results["arms"].values()
-            if arm["objective"] in objectives and arm["data"] == data
-        ]
-        for index, (arm_name, curve) in enumerate(chosen):
-            for key, style in zip(keys, LINE_STYLES, strict=False):
-                described = arm_name if key == keys[0] else None
-                axes.plot(
-                    curve["step"], curve[key], style, marker=".", color=COLOURS[index % len(COLOURS)], label=described
-                )
+    for axes, (family, title) in zip(figure.subplots(1, 2), FAMILIES.items(), strict=True):
+        shown = [arm for arm in arms if OBJECTIVES[arm["objective"]].family == family and arm["data"] == PAIRS]
+        for index, arm in enumerate(shown):
+            colour = COLOURS[index % len(COLOURS)]
+            for key, style, text in zip(keys, LINE_STYLES[:2], (label(arm), None), strict=True):
+                steps, values = arm["curves"]["step"], arm["curves"][key]
+                axes.plot(steps, values, style, marker=".", color=colour, label=text)
         axes.set(title=title, xlabel="step", ylabel=f"held-out {name}")
-        if chosen:
+        if shown:
             axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
     return figure
 
 
-def _axes() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(WIDTH, HEIGHT))
-    return figure, figure.add_subplot()
-
-
-def _rows(names: Sequence[str]) -> tuple[Figure, Axes]:
-    """A figure with a labelled row each, the first on top."""
-    figure = Figure(figsize=(WIDTH, max(HEIGHT, 1 + ROW_HEIGHT * len(names))))
-    axes = figure.add_subplot()
-    axes.set_yticks(np.arange(len(names)), names)
-    axes.invert_yaxis()
+def _panel(rows: Sequence[str] = ()) -> tuple[Figure, Axes]:
+    """Makes a figure of one empty panel, with one labelled row for each name, the first on top."""
+    figure = Figure(figsize=(WIDTH, max(HEIGHT, 1 + ROW_HEIGHT * len(rows))))
+    axes = figure.subplots()
+    if rows:
+        axes.set_yticks(np.arange(len(rows)), rows)
+        axes.invert_yaxis()
     return figure, axes
 
 
@@ -150,7 +141,7 @@ def _points(axes: Axes, means: Sequence[Mean], places: np.ndarray, *, colour: st
 
 
 def _bars(means: Sequence[Mean]) -> np.ndarray | None:
-    """Lengths of error bars, `[2, N]`; none for one seed."""
+    """Gives the lengths of error bars, `[2, N]`; None for one seed."""
     if any(np.isnan(mean.low) for mean in means):
         return None
     return np.array([[mean.value - mean.low for mean in means], [mean.high - mean.value for mean in means]])

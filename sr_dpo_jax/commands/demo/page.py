@@ -1,78 +1,74 @@
-"""results.json -> one self-contained HTML page: no script, no network."""
+"""Makes a self-contained HTML page of results.json (no script, no network) and the pictures of the findings page."""
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sr_dpo_jax import __version__
 from sr_dpo_jax.commands.demo import figures
 from sr_dpo_jax.commands.demo.results import Results, tables
 from sr_dpo_jax.commands.report.figures import svg
-from sr_dpo_jax.commands.report.page import embedded, filled
+from sr_dpo_jax.commands.report.page import fill, image
+from sr_dpo_jax.durable.files import write_text
 
-FIGURES = {
-    "What the base model knows": (
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """One figure of the page."""
+
+    title: str
+    draw: Callable[[Results], Any]
+    """Gives the figure, or None where the results have nothing to show."""
+    caption: str
+
+
+QUALITY = Picture(
+    "True quality of responses",
+    figures.quality,
+    "Greedy responses show what a model can do, sampled ones (temperature 1) what it does. Bars are 95 % intervals "
+    "over seeds.",
+)
+MARGINS = Picture(
+    "Margins over training (figure 1)",
+    figures.margins,
+    "Held-out pairs, without p (full lines) and with it (broken). Means over seeds.",
+)
+FIGURES = (
+    Picture(
+        "What the base model knows",
         figures.knowledge,
         "The instruction asks for a response of rating k; responses that follow it lie on the broken line. Ratings "
         "drawn by chance in the base text, and tasks that were not learned, flatten the climb.",
     ),
-    "True quality of responses": (
-        figures.quality,
-        "Greedy responses show what a model can do, sampled ones (temperature 1) what it does. Bars are 95 % intervals "
-        "over seeds.",
-    ),
-    "Win, tie and lose": (
+    QUALITY,
+    Picture(
+        "Win, tie and lose",
         figures.outcomes,
-        "The first arm of each row against the second, on the same pairs and with the same random draws; those with a "
-        "β of their own are the controls.",
+        "The first arm of each row against the second, on the same pairs and with the same random draws; arms with a β "
+        "of their own are the controls.",
     ),
-    "Margins over training (figure 1)": (
-        figures.margins,
-        "Held-out pairs, without p (full lines) and with it (broken). Means over seeds.",
-    ),
-    "Accuracy over training (figure 1)": (
+    MARGINS,
+    Picture(
+        "Accuracy over training (figure 1)",
         figures.accuracies,
         "The share of held-out pairs whose better response has the larger log-ratio, without p (full lines) and with "
         "it (broken). Means over seeds.",
     ),
-    "More pairs (figure 3)": (figures.more_pairs, "Quality that falls as more pairs are seen is over-fitting."),
-    "Shuffled labels": (figures.shuffled, "Where labels are drawn by a coin nothing can be learned from them."),
-}
-
-
-PICTURES = {"quality": "True quality of responses", "margins": "Margins over training (figure 1)"}
-"""Those of the findings page, by file name."""
+    Picture("More pairs (figure 3)", figures.more_pairs, "Quality that falls as more pairs are seen is overfitting."),
+    Picture("Shuffled labels", figures.shuffled, "Where labels are drawn by a coin nothing can be learned from them."),
+)
 
 
 def write_pictures(results: Results, directory: Path) -> None:
-    """The figures of the findings page as SVG files; one that has nothing to show is left out."""
-    for name, title in PICTURES.items():
-        drawn = svg(lambda _, draw=FIGURES[title][0]: draw(results), [])
+    """Writes the figures of the findings page as SVG files; leaves out one that has nothing to show."""
+    for name, picture in {"quality": QUALITY, "margins": MARGINS}.items():
+        drawn = svg(picture.draw, results)
         if drawn is not None:
-            (directory / f"{name}.svg").write_text(drawn, encoding="utf-8")
-
-
-def write_page(results: Results, path: Path) -> None:
-    """Writes the page whole, or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(render(results), encoding="utf-8")
-    partial.replace(path)
+            write_text(directory / f"{name}.svg", drawn)
 
 
 def render(results: Results) -> str:
-    """The page as HTML."""
-    return filled(
-        "sr_dpo_jax.commands.demo",
-        setting=results["setting"],
-        pictures=[picture for title in FIGURES if (picture := _drawn(title, results)) is not None],
-        tables=tables(results),
-        version=__version__,
-    )
-
-
-def _drawn(title: str, results: Results) -> dict[str, Any] | None:
-    draw, caption = FIGURES[title]
-    drawn = svg(lambda _: draw(results), [])
-    if drawn is None:
-        return None
-    image = embedded(drawn)
-    return {"title": title, "caption": caption, "wide": image["width"] > image["height"] * 2.5, "image": image}
+    """Gives the page as HTML."""
+    drawn = [(picture, image(picture.draw, results)) for picture in FIGURES]
+    shown = [item for item in drawn if item[1] is not None]
+    return fill("demo/page.html", setting=results["setting"], pictures=shown, tables=tables(results))

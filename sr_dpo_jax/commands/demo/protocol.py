@@ -1,9 +1,9 @@
-"""Which runs the demo takes, in which order, and their configurations; imports no jax.
+"""Says which runs the demo makes, in which order, with which configurations; imports no jax.
 
     arm        one preference run of a seed: an objective, with its λ, on one of the seed's preference sets
     seed       draws the preference sets and the order of the pairs; every arm of a seed starts from its SFT model
-    base       one base model for all seeds, as the paper has one Pythia: what differs between seeds is what a
-               researcher with one model can repeat
+    base       one base model for all seeds, as the paper has one Pythia: seeds repeat what a researcher with one model
+               can repeat
 
 Directories under the output directory: `data/`, `base`, `base-run/`, `base-model/`, then for each seed `seed-N/` with
 `sft/`, `sft-model/` and one run directory an arm, each with its YAML file beside it.
@@ -20,26 +20,28 @@ from sr_dpo_jax.config.schema import Config
 
 LAMBDAS = (0.1, 0.3, 0.5, 1.0)
 PAIRS, MORE, SHUFFLED = "pairs", "more", "shuffled"
-"""Preference sets: the seed's own, several times as many, and as many as the first with labels drawn by a coin."""
-PREFERENCE_SETS = (PAIRS, MORE, SHUFFLED)
+"""Preference sets: the seed's own, one of several times its size, and its own with labels drawn by a coin."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
+    """One preference run of a seed."""
+
     name: str
     objective: str
     lam: float | None = None
     data: str = PAIRS
     beta_share: float | None = None
-    """β relative to that of all others; None is theirs."""
+    """β as a share of the β of all others; None for the same β."""
 
     def beta(self, common: float) -> float:
+        """Gives the arm's β from the β of all others."""
         return common * (1.0 if self.beta_share is None else self.beta_share)
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """How large everything is."""
+    """The tasks, the arms and the sizes of a demo."""
 
     name: str
     tasks: tuple[str, ...]
@@ -47,17 +49,17 @@ class Setting:
     seeds: int
     arms: tuple[Arm, ...]
     held_out_pairs: int
-    """Their tasks are also those that responses are sampled for."""
+    """The number of held-out pairs; responses are sampled to their tasks."""
     more_factor: int
-    """Size of the preference set `more` in sizes of `pairs`."""
+    """The size of the preference set `more` as a multiple of that of `pairs`."""
     evaluations: int
-    """Of held-out pairs while an arm trains, the last one at its end."""
+    """The number of evaluations on held-out pairs while an arm trains, the last one at its end."""
     base_pairs_per_step: int = 64
     pairs_per_step: int = 32
 
 
 def _with_beta(objective: str, beta_share: float) -> Arm:
-    """A control: the plain objective with the weight, or the target, that refinement gives it on average."""
+    """Makes a control: the plain objective with the weight, or the target, that refinement gives it on average."""
     return Arm(f"{objective}-beta-{beta_share:g}", objective, beta_share=beta_share)
 
 
@@ -67,7 +69,7 @@ def _refined(objective: str, lam: float, data: str = PAIRS) -> Arm:
 
 SMALL = Setting(
     name="small",
-    tasks=("copy", "reverse", "sort", "count", "sort+reverse"),  # looking up takes longest to learn
+    tasks=("copy", "reverse", "sort", "count", "sort+reverse"),  # without looking up, which takes longest to learn
     base_steps=700,
     seeds=1,
     arms=(Arm("dpo", "dpo"), Arm("ipo", "ipo"), _refined("sr_dpo", 0.5), _refined("sr_ipo", 0.5)),
@@ -85,8 +87,8 @@ FULL = Setting(
         Arm("ipo", "ipo"),
         *(_refined("sr_dpo", lam) for lam in LAMBDAS),
         *(_refined("sr_ipo", lam) for lam in LAMBDAS),
-        # What λ = 1 does on average, without what Δ says of single pairs (README.md): the same mean weight and mean
-        # margin as Sr-DPO, the same mean target as Sr-IPO, and about the same mean margin.
+        # Controls do on average what λ = 1 does, but without what Δ says of single pairs (README.md). The first has
+        # the mean weight and mean margin of Sr-DPO, the second the mean target of Sr-IPO, the third its mean margin.
         _with_beta("dpo", 0.3),
         _with_beta("ipo", 0.7),
         _with_beta("ipo", 0.6),
@@ -104,7 +106,7 @@ LEARNING_RATE = {"base": 4e-3, "sft": 5e-4, "preference": 1e-4}
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where everything stands."""
+    """The paths of all files under the output directory."""
 
     root: Path
 
@@ -131,7 +133,7 @@ class Layout:
 
 
 def base_config(layout: Layout, setting: Setting) -> Config:
-    """The base model, from random weights."""
+    """Configures the base model, from random weights."""
     return _config(
         layout,
         layout.base_run,
@@ -139,16 +141,14 @@ def base_config(layout: Layout, setting: Setting) -> Config:
         layout.data("base"),
         {"name": "sft"},
         init="random",
-        learning_rate=LEARNING_RATE["base"],
         pairs_per_step=setting.base_pairs_per_step,
-        max_steps=setting.base_steps,
-        schedule="cosine",
-        warmup_steps=50,
+        optimizer={"learning_rate": LEARNING_RATE["base"], "warmup_steps": 50, "schedule": "cosine"},
+        train={"max_steps": setting.base_steps},
     )
 
 
 def sft_config(layout: Layout, setting: Setting, seed: int) -> Config:
-    """SFT of the base model on the chosen responses of the seed's pairs."""
+    """Configures SFT of the base model on the chosen responses of the seed's pairs."""
     return _config(
         layout,
         layout.run(seed, "sft"),
@@ -156,15 +156,14 @@ def sft_config(layout: Layout, setting: Setting, seed: int) -> Config:
         layout.data(PAIRS, seed),
         {"name": "sft"},
         seed=seed,
-        learning_rate=LEARNING_RATE["sft"],
         pairs_per_step=setting.pairs_per_step,
+        optimizer={"learning_rate": LEARNING_RATE["sft"]},
     )
 
 
 def arm_config(layout: Layout, setting: Setting, knobs: Knobs, seed: int, arm: Arm) -> Config:
-    """One preference run from the seed's SFT model."""
-    pairs = knobs.pairs * (setting.more_factor if arm.data == MORE else 1)
-    steps = pairs // setting.pairs_per_step
+    """Configures one preference run from the seed's SFT model."""
+    steps = knobs.pairs * (setting.more_factor if arm.data == MORE else 1) // setting.pairs_per_step
     objective = {"name": arm.objective, "beta": arm.beta(knobs.beta)} | ({} if arm.lam is None else {"lam": arm.lam})
     return _config(
         layout,
@@ -173,15 +172,14 @@ def arm_config(layout: Layout, setting: Setting, knobs: Knobs, seed: int, arm: A
         layout.data(arm.data, seed),
         objective,
         seed=seed,
-        learning_rate=LEARNING_RATE["preference"],
         pairs_per_step=setting.pairs_per_step,
-        eval_every_steps=max(1, steps // setting.evaluations),
-        evaluated=True,
+        eval_path=str(layout.data("held_out")),
+        train={"eval_every_steps": max(1, steps // setting.evaluations)},
     )
 
 
 def scoring_config(layout: Layout, setting: Setting, model: Path) -> Config:
-    """Scores of the held-out pairs under a model that has no reference: base and SFT."""
+    """Configures `sr-dpo score` of the held-out pairs with the base or an SFT model, which have no reference."""
     return _config(
         layout,
         model.parent / f"{model.name}-scores",
@@ -189,7 +187,6 @@ def scoring_config(layout: Layout, setting: Setting, model: Path) -> Config:
         layout.data("held_out"),
         {"name": "dpo"},
         pairs_per_step=setting.pairs_per_step,
-        learning_rate=LEARNING_RATE["preference"],
     )
 
 
@@ -200,25 +197,22 @@ def _config(
     data: Path,
     objective: dict[str, Any],
     *,
-    learning_rate: float,
     pairs_per_step: int,
     init: str = "pretrained",
     seed: int = 0,
-    max_steps: int | None = None,
-    eval_every_steps: int | None = None,
-    evaluated: bool = False,
-    schedule: str = "constant",
-    warmup_steps: int = 10,
+    eval_path: str | None = None,
+    optimizer: dict[str, Any] | None = None,
+    train: dict[str, Any] | None = None,
 ) -> Config:
     raw = {
         "output_dir": str(output_dir),
         "cache_dir": str(layout.root / "cache"),
         "seed": seed,
-        # Rows are shorter than two tiles: computing all of one at once is faster.
+        # Rows are shorter than two tiles: computing a whole row at once is faster.
         "model": {"path": str(model), "dtype": "float32", "init": init, "attention": "dense"},
         "data": {
             "path": str(data),
-            "eval_path": str(layout.data("held_out")) if evaluated else None,
+            "eval_path": eval_path,
             "format": "preference",
             "max_length": 48,
             "max_prompt_length": 32,
@@ -226,15 +220,16 @@ def _config(
         "objective": objective,
         "optimizer": {
             "name": "adamw",
-            "learning_rate": learning_rate,
-            "warmup_steps": warmup_steps,
+            "learning_rate": LEARNING_RATE["preference"],
+            "warmup_steps": 10,
             "max_grad_norm": 1.0,
-            "schedule": schedule,
+            "schedule": "constant",
             "b2": 0.98,
+            **(optimizer or {}),
         },
-        # One row length for all runs: then a program is compiled once and found again by the next run.
+        # All runs have one row length, so that a program is compiled once and the next run finds it.
         "batch": {"pairs_per_step": pairs_per_step, "row_length": 64, "row_multiple": 64},
-        "train": {"max_steps": max_steps, "eval_every_steps": eval_every_steps},
+        "train": train or {},
         "checkpoint": {"every_steps": 1000},
         "generation": {"max_new_tokens": 10, "slots": 128},
     }

@@ -1,10 +1,10 @@
-"""Run directories -> results.json, and results.json -> tables: the page's numbers come from that file alone.
+"""Collects results.json from the run directories, and makes tables of it: the page's numbers come from that file alone.
 
-results.json holds for every arm and seed what was measured (lists have one value a seed), and the outcomes of refined
-arms against the plain ones. Imports no jax.
+results.json holds what was measured of every stage and arm, as lists of one value a seed, and the comparisons of arms.
+Imports no jax.
 """
 
-import json
+import dataclasses
 import math
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -18,7 +18,8 @@ from sr_dpo_jax.commands.demo import measure
 from sr_dpo_jax.commands.demo.corpus import Knobs
 from sr_dpo_jax.commands.demo.protocol import LAMBDAS, MORE, PAIRS, SHUFFLED, Arm, Layout, Setting
 from sr_dpo_jax.commands.demo.statistics import Mean, mean_of, outcomes, paired
-from sr_dpo_jax.commands.report.tables import NONE, Table, number, without_empty_columns
+from sr_dpo_jax.commands.report.tables import NONE, Table, number
+from sr_dpo_jax.train.objective import OBJECTIVES
 
 DECODINGS = ("sampled", "greedy")
 DIGITS = 5
@@ -27,45 +28,28 @@ Results = dict[str, Any]
 
 
 def collect(layout: Layout, setting: Setting, knobs: Knobs, seeds: Sequence[int]) -> Results:
-    """Everything that was measured on the seeds that are finished."""
-    arms = {arm.name: _arm(layout, knobs, seeds, arm) for arm in setting.arms}
-    base_scores = layout.base_run / "scores.jsonl"
-    sft = [layout.run(seed, "sft") for seed in seeds]
-    stages = {
-        "base": {**_responses([layout.base_run]), **_columns([measure.stage_measures(base_scores, None)])},
-        "sft": {
-            **_responses(sft),
-            **_columns([measure.stage_measures(run / "scores.jsonl", base_scores) for run in sft]),
-        },
-    }
-    found = {
-        "setting": {
-            "name": setting.name,
-            "seeds": len(seeds),
-            "tasks": list(setting.tasks),
-            "base_steps": setting.base_steps,
-            "base_texts": setting.base_steps * setting.base_pairs_per_step,
-            "held_out_pairs": setting.held_out_pairs,
-            "more_factor": setting.more_factor,
-            "rated_share": knobs.rated_share,
-            "rating_noise": knobs.rating_noise,
-            "label_noise": knobs.label_noise,
-            "gaps": list(knobs.gaps),
-            "pairs": knobs.pairs,
-            "beta": knobs.beta,
-        },
+    """Measures everything on the seeds that are finished."""
+    base, sft = layout.base_run, [layout.run(seed, "sft") for seed in seeds]
+    scores = base / "scores.jsonl"
+    sizes = {name: getattr(setting, name) for name in ("name", "tasks", "base_steps", "held_out_pairs", "more_factor")}
+    texts = setting.base_steps * setting.base_pairs_per_step
+    results = {
+        "setting": {**sizes, **dataclasses.asdict(knobs), "seeds": len(seeds), "base_texts": texts},
         "versions": {"sr_dpo_jax": __version__, "jax": version("jax")},
-        "knowledge": measure.knowledge(layout.base_run / "rated.jsonl"),
+        "knowledge": measure.knowledge(base / "rated.jsonl"),
         "counting_words": measure.counting_words(layout.data("held_out")),
-        "stages": stages,
-        "arms": arms,
+        "stages": {
+            "base": _responses([base]) | _columns([measure.stage_measures(scores, None)]),
+            "sft": _responses(sft) | _columns([measure.stage_measures(run / "scores.jsonl", scores) for run in sft]),
+        },
+        "arms": {arm.name: _arm(layout, knobs, seeds, arm) for arm in setting.arms},
         "outcomes": [_outcomes(layout, seeds, *names) for names in comparisons(setting)],
     }
-    return _rounded(found)
+    return _rounded(results)
 
 
 def comparisons(setting: Setting) -> list[tuple[str, str]]:
-    """Names of arms that are held against each other: against the plain objective, and λ = 1 against its control."""
+    """Names the arms that are compared: each with the plain objective, and λ = 1 with its controls."""
     found = [(arm.name, against) for arm in setting.arms if (against := baseline_of(setting, arm)) is not None]
     for control in setting.arms:
         if control.beta_share is not None:
@@ -75,7 +59,7 @@ def comparisons(setting: Setting) -> list[tuple[str, str]]:
 
 
 def baseline_of(setting: Setting, arm: Arm) -> str | None:
-    """The arm without refinement, and with everybody's β, on the same pairs; None for that arm itself."""
+    """Names the arm of the plain objective, with the common β, on the same pairs; None for that arm itself."""
     if arm.lam is None and arm.beta_share is None:
         return None
     sought = (arm.objective.removeprefix("sr_"), arm.data, None)
@@ -83,16 +67,10 @@ def baseline_of(setting: Setting, arm: Arm) -> str | None:
     return found[0] if found else None
 
 
-def write(results: Results, path: Path) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(results, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
 def _arm(layout: Layout, knobs: Knobs, seeds: Sequence[int], arm: Arm) -> dict[str, Any]:
     runs = [layout.run(seed, arm.name) for seed in seeds]
-    ipo = arm.objective in ("ipo", "sr_ipo")
-    numbers = _columns([measure.arm_measures(run, beta=knobs.beta, lam=arm.lam, ipo=ipo) for run in runs])
+    scale = knobs.beta if OBJECTIVES[arm.objective].family == "logistic" else 1.0
+    numbers = _columns([measure.arm_measures(run, beta=knobs.beta, lam=arm.lam, scale=scale) for run in runs])
     histories = [measure.curves(run) for run in runs]
     means = {name: np.mean([history[name] for history in histories], axis=0).tolist() for name in histories[0]}
     about = {"objective": arm.objective, "lam": arm.lam, "data": arm.data}
@@ -105,18 +83,16 @@ def _responses(runs: Sequence[Path]) -> dict[str, list[float]]:
 
 
 def _outcomes(layout: Layout, seeds: Sequence[int], arm: str, baseline: str) -> dict[str, Any]:
-    found: dict[str, Any] = {"arm": arm, "against": baseline}
+    compared: dict[str, Any] = {"arm": arm, "against": baseline}
     for name in DECODINGS:
-        shares = [
-            outcomes(*(measure.qualities(layout.run(seed, which) / f"{name}.jsonl") for which in (arm, baseline)))
-            for seed in seeds
-        ]
-        found[name] = {key: [share[place] for share in shares] for place, key in enumerate(("win", "tie", "lose"))}
-    return found
+        pairs = [[layout.run(seed, which) / f"{name}.jsonl" for which in (arm, baseline)] for seed in seeds]
+        shares = [outcomes(*map(measure.qualities, pair)) for pair in pairs]
+        compared[name] = dict(zip(("win", "tie", "lose"), zip(*shares, strict=True), strict=True))
+    return compared
 
 
 def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Dictionaries of one form, one a seed -> one dictionary of lists."""
+    """Turns dictionaries of one form, one a seed, into one dictionary of lists."""
     return {
         key: _columns([row[key] for row in rows]) if isinstance(value, dict) else [row[key] for row in rows]
         for key, value in rows[0].items()
@@ -124,7 +100,7 @@ def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _rounded(value: Any) -> Any:
-    """Floats to five digits, NaN as null: what stands in the file is what the tables are made from."""
+    """Rounds floats to five digits and makes NaN null, so that the tables are made from what is in the file."""
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -135,7 +111,7 @@ def _rounded(value: Any) -> Any:
 
 
 def tables(results: Results) -> dict[str, Table]:
-    """Every table of the page, by its title."""
+    """Makes every table of the page, by its title."""
     return {
         "What the base model knows": knowledge_table(results),
         "True quality of responses": quality_table(results),
@@ -149,7 +125,7 @@ def tables(results: Results) -> dict[str, Table]:
 
 
 def markdown(results: Results) -> str:
-    """The tables as Markdown, each under its title."""
+    """Gives the tables as Markdown, each under its title."""
     setting = results["setting"]
     knobs = ", ".join(f"{name.replace('_', ' ')} {setting[name]}" for name in KNOBS)
     intro = (
@@ -174,132 +150,148 @@ def knowledge_table(results: Results) -> Table:
 
 
 def quality_table(results: Results) -> Table:
-    head = ["", "sampled", "greedy", "accuracy of m", "accuracy of m̂"]
-    rows = [[name, *(_cell(stage[key], 1) for key in DECODINGS), NONE, NONE] for name, stage in _stages(results)]
-    for arm in results["arms"].values():
-        quality = [_cell(arm[key], 1) for key in DECODINGS]
-        rows.append([label(arm), *quality, _cell(arm["accuracy"]), _cell(arm["augmented_accuracy"])])
-    return Table(head, rows)
+    rows = []
+    for name, row in stages_of(results) + [(label(arm), arm) for arm in results["arms"].values()]:
+        accuracies = {"accuracy of m": "accuracy", "accuracy of m̂": "augmented_accuracy"}
+        cells = {heading: _mean_cell(row[key]) if key in row else NONE for heading, key in accuracies.items()}
+        rows.append({"": name, **{key: _mean_cell(row[key], 1) for key in DECODINGS}, **cells})
+    return Table.of(rows)
 
 
 def outcome_table(results: Results) -> Table:
-    head = ["", "against", "win %", "tie %", "lose %", "win − lose", "p of it", "difference in quality", "p of that"]
     rows = []
-    for found in results["outcomes"]:
-        arm, baseline = results["arms"][found["arm"]], results["arms"][found["against"]]
-        shares = found["sampled"]
-        balance = paired(shares["win"], shares["lose"])
+    for arm, baseline, shares in _compared(results):
+        percent = {key: np.multiply(100, shares[key]) for key in ("win", "tie", "lose")}
+        balance = paired(percent["win"], percent["lose"])
         difference = paired(arm["sampled"], baseline["sampled"])
         rows.append(
-            [
-                label(arm),
-                label(baseline),
-                *(number(100 * float(np.mean(shares[key])), 1) for key in ("win", "tie", "lose")),
-                _mean(_scaled(balance.difference, 100), 1),
-                _p(balance.p),
-                _mean(difference.difference, 1),
-                _p(difference.p),
-            ]
+            {
+                "": label(arm),
+                "against": label(baseline),
+                **{f"{key} %": number(float(values.mean()), 1) for key, values in percent.items()},
+                "win − lose": _interval(balance.difference, 1),
+                "p of it": _p(balance.p),
+                "difference in quality": _interval(difference.difference, 1),
+                "p of that": _p(difference.p),
+            }
         )
-    return without_empty_columns(head, rows)  # one seed has no p
+    return Table.of(rows)
 
 
 def correlation_table(results: Results) -> Table:
-    names = {"Pearson": "pearson", "Spearman": "spearman", "Kendall": "kendall"}
-    head = ["", *(f"m: {name}" for name in names), *(f"m̂: {name}" for name in names)]
-    rows = []
-    for arm in results["arms"].values():
-        plain = [_cell(arm[key]) for key in names.values()]
-        rows.append([label(arm), *plain, *(_cell(arm[f"augmented_{key}"]) for key in names.values())])
-    return Table(head, rows)
+    keys = {"m: ": "", "m̂: ": "augmented_"}
+    return Table.of(
+        [
+            {"": label(arm)}
+            | {
+                f"{kind}{name.capitalize()}": _mean_cell(arm[f"{prefix}{name}"])
+                for kind, prefix in keys.items()
+                for name in measure.STATISTICS
+            }
+            for arm in results["arms"].values()
+        ]
+    )
 
 
 def paired_table(results: Results) -> Table:
-    """Differences arm − the other one, and p of their paired t tests."""
+    """Has the differences arm − baseline, and p of their paired t tests."""
     compared = {"accuracy of m": "accuracy", "Spearman of m and the gap": "spearman", "greedy quality": "greedy"}
-    head = ["", "against", *(heading for name in compared for heading in (name, f"p of {name}"))]
     rows = []
-    for found in results["outcomes"]:
-        arm, baseline = results["arms"][found["arm"]], results["arms"][found["against"]]
-        tests = [paired(arm[key], baseline[key]) for key in compared.values()]
-        digits = [1 if key == "greedy" else 3 for key in compared.values()]
-        cells = [
-            cell for test, n in zip(tests, digits, strict=True) for cell in (_mean(test.difference, n), _p(test.p))
-        ]
-        rows.append([label(arm), label(baseline), *cells])
-    return without_empty_columns(head, rows)  # one seed has no p
+    for arm, baseline, _ in _compared(results):
+        row = {"": label(arm), "against": label(baseline)}
+        for heading, key in compared.items():
+            test = paired(arm[key], baseline[key])
+            row[heading] = _interval(test.difference, 1 if key == "greedy" else 3)
+            row[f"p of {heading}"] = _p(test.p)
+        rows.append(row)
+    return Table.of(rows)
 
 
 def stage_table(results: Results) -> Table:
-    accuracy = f"accuracy, gap ≥ {measure.LEAST_GAP:g}"
-    head = ["", "what", "accuracy", accuracy, "Spearman with the gap", "the same, given what is said without p"]
     kinds = {
         "plain": "d: no reference",
         "augmented": "d̂: no reference, with p",
         "plain_margin": "m: reference base",
         "augmented_margin": "m̂: reference base, with p",
     }
-    rows = []
-    for name, stage in _stages(results):
-        for key, what in kinds.items():
-            if key in stage:
-                found = stage[key]
-                columns = (found["accuracy"], found["accuracy_of_clear"], found["spearman"])
-                given = _cell(found["given_plain"], 2) if "given_plain" in found else NONE
-                rows.append([name, what, *map(_cell, columns), given])
+    measured = [
+        (name, what, stage[key]) for name, stage in stages_of(results) for key, what in kinds.items() if key in stage
+    ]
     for arm in results["arms"].values():
-        columns = (arm["augmented_accuracy"], arm["augmented_accuracy_of_clear"], arm["augmented_spearman"])
-        rows.append([label(arm), "m̂: reference SFT, with p", *map(_cell, columns), _cell(arm["given_plain"], 2)])
-    counted = [number(results["counting_words"][key]) for key in ("accuracy", "accuracy_of_clear", "spearman")]
-    rows.append(["no model", "words that stand in the task, counted", *counted, NONE])
-    return Table(head, rows)
+        columns = {key: arm[f"augmented_{key}"] for key in ("accuracy", "accuracy_of_clear", "spearman")} | {
+            "given_plain": arm["given_plain"]
+        }
+        measured.append((label(arm), "m̂: reference SFT, with p", columns))
+    counted = {key: [value] for key, value in results["counting_words"].items()}
+    measured.append(("no model", "words that stand in the task, counted", counted))
+    return Table.of(
+        [
+            {
+                "": name,
+                "what": what,
+                "accuracy": _mean_cell(columns["accuracy"]),
+                f"accuracy, gap ≥ {measure.LEAST_GAP:g}": _mean_cell(columns["accuracy_of_clear"]),
+                "Spearman with the gap": _mean_cell(columns["spearman"]),
+                "the same, given what is said without p": _mean_cell(columns.get("given_plain", [None]), 2),
+            }
+            for name, what, columns in measured
+        ]
+    )
 
 
 def shift_table(results: Results) -> Table:
-    head = ["", "margin m", "augmented margin m̂", "Pearson of m and m̂", "λΔ relative to what it is taken from"]
-    rows = []
-    for arm in results["arms"].values():
-        share = _cell(arm["shift_share"], 2) if "shift_share" in arm else NONE
-        of_pairs = [_cell(arm["margin"], 1), _cell(arm["augmented_margin"], 1), _cell(arm["margins_agree"], 2)]
-        rows.append([label(arm), *of_pairs, share])
-    return Table(head, rows)
+    return Table.of(
+        [
+            {
+                "": label(arm),
+                "margin m": _mean_cell(arm["margin"], 1),
+                "augmented margin m̂": _mean_cell(arm["augmented_margin"], 1),
+                "Pearson of m and m̂": _mean_cell(arm["margins_agree"], 2),
+                "λΔ relative to what it is taken from": _mean_cell(arm.get("shift_share", [None]), 2),
+            }
+            for arm in results["arms"].values()
+        ]
+    )
 
 
 def cost_table(results: Results) -> Table:
-    """Of the fastest seed: another user of the machine makes a run slower, never faster."""
+    """Has the step times of the fastest seed: another user of the machine makes a run slower, never faster."""
     rows = []
-    for found in results["outcomes"]:
-        arm, baseline = results["arms"][found["arm"]], results["arms"][found["against"]]
+    for arm, baseline, _ in _compared(results):
         if arm["lam"] is not None and arm["data"] == PAIRS and baseline["beta"] is None:
-            fastest, plain = min(arm["step_time_s"]), min(baseline["step_time_s"])
-            rows.append([label(arm), number(fastest), number(plain), number(fastest / plain, 2)])
-    return Table(["", "step, s", "step of the plain objective, s", "ratio"], rows)
+            refined, plain = min(arm["step_time_s"]), min(baseline["step_time_s"])
+            cells = {"step, s": number(refined), "step of the plain objective, s": number(plain)}
+            rows.append({"": label(arm), **cells, "ratio": number(refined / plain, 2)})
+    return Table.of(rows)
 
 
 def label(arm: dict[str, Any]) -> str:
-    """How an arm is called in tables and figures."""
+    """Names an arm in tables and figures."""
     objective = {"dpo": "DPO", "ipo": "IPO", "sr_dpo": "Sr-DPO", "sr_ipo": "Sr-IPO"}[arm["objective"]]
     text = objective if arm["lam"] is None else f"{objective}, λ = {arm['lam']:g}"
     text += "" if arm["beta"] is None else f", β = {arm['beta']:g}"
     return text + {PAIRS: "", MORE: ", more pairs", SHUFFLED: ", shuffled labels"}[arm["data"]]
 
 
-def _stages(results: Results) -> list[tuple[str, dict[str, Any]]]:
+def stages_of(results: Results) -> list[tuple[str, dict[str, Any]]]:
+    """Gives the models before preference training, with their names in tables and figures."""
     return [("Base model", results["stages"]["base"]), ("SFT", results["stages"]["sft"])]
 
 
-def _cell(values: Sequence[float | None], digits: int = 3) -> str:
-    return _mean(mean_of([math.nan if value is None else value for value in values]), digits)
+def _compared(results: Results) -> list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
+    """Gives arm, baseline and shares of sampled outcomes of each comparison."""
+    arms = results["arms"]
+    return [(arms[one["arm"]], arms[one["against"]], one["sampled"]) for one in results["outcomes"]]
 
 
-def _mean(mean: Mean, digits: int) -> str:
+def _mean_cell(values: Sequence[float | None], digits: int = 3) -> str:
+    return _interval(mean_of([math.nan if value is None else value for value in values]), digits)
+
+
+def _interval(mean: Mean, digits: int) -> str:
     text = number(mean.value, digits)
     return text if math.isnan(mean.low) else f"{text} [{number(mean.low, digits)}, {number(mean.high, digits)}]"
 
 
 def _p(value: float) -> str:
     return "< 0.001" if value < 0.0005 else number(value)
-
-
-def _scaled(mean: Mean, factor: float) -> Mean:
-    return Mean(factor * mean.value, factor * mean.low, factor * mean.high)

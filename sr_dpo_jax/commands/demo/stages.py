@@ -1,7 +1,7 @@
 """Takes the runs of the protocol through `train`, `export`, `eval`, `score` and `generate`, as a user would.
 
-What is on disk is not done again: every stage leaves its last file when it is whole, and a run that was cut short goes
-on from its checkpoint. So the same command resumes the demo.
+Every file is written whole, a file that is there is not made again, and a run that was stopped resumes at its
+checkpoint: so the same command resumes the demo.
 """
 
 import logging
@@ -12,7 +12,6 @@ from sr_dpo_jax.commands.demo.corpus import Knobs, base_rows, preference_rows, w
 from sr_dpo_jax.commands.demo.protocol import (
     MORE,
     PAIRS,
-    PREFERENCE_SETS,
     SHUFFLED,
     Arm,
     Layout,
@@ -27,20 +26,20 @@ from sr_dpo_jax.commands.evaluate import evaluate_command, score_command
 from sr_dpo_jax.commands.export import export
 from sr_dpo_jax.commands.generate import generate_command
 from sr_dpo_jax.config.schema import Config
-from sr_dpo_jax.durable.files import read_lines
+from sr_dpo_jax.durable.files import read_lines, write_text
 from sr_dpo_jax.train.loop import EXIT_DONE, train
 
 log = logging.getLogger(__name__)
 
 GREEDY, SAMPLED, RATED, SCORES = "greedy.jsonl", "sampled.jsonl", "rated.jsonl", "scores.jsonl"
 DECODING = {GREEDY: 0.0, SAMPLED: 1.0}
-"""File of responses -> temperature."""
+"""Files of responses, and their temperatures."""
 RATED_PROMPTS = 64
-"""Held-out tasks that the base model is asked for at every rating."""
+"""The number of held-out tasks that the base model does at every rating."""
 
 
 class Interrupted(Exception):
-    """A stage ended with another exit code than 0; the same command goes on."""
+    """A stage ended with another exit code than 0; the same command resumes it."""
 
     def __init__(self, code: int):
         super().__init__(code)
@@ -48,7 +47,7 @@ class Interrupted(Exception):
 
 
 def make_base(layout: Layout, setting: Setting, knobs: Knobs) -> None:
-    """Held-out data and the base model, with what it knows: responses at every rating, scores of held-out pairs."""
+    """Makes held-out data and the base model, its responses at every rating and its scores of held-out pairs."""
     layout.data("held_out").parent.mkdir(parents=True, exist_ok=True)
     write_base_model(layout.base)
     held_out = preference_rows(
@@ -61,30 +60,24 @@ def make_base(layout: Layout, setting: Setting, knobs: Knobs) -> None:
         for row in held_out[:RATED_PROMPTS]
     ]
     _write_once(layout.data("rated"), rated)
-    base = base_config(layout, setting)
+    config = base_config(layout, setting)
     if not layout.data("base").exists():
         count = setting.base_steps * setting.base_pairs_per_step
         rows = base_rows(
             count, kinds=setting.tasks, rated_share=knobs.rated_share, rating_noise=knobs.rating_noise, seed=0
         )
         write_rows(layout.data("base"), rows)
-    if not layout.base_model.exists():
-        _train(base)
-        export(layout.base_run, layout.base_model)
-    _score(layout, setting, layout.base_model, layout.base_run / SCORES)
-    _respond(base, layout.data("rated"), layout.base_run / RATED, temperature=1.0)
-    _respond_to_all(base, layout)
+    _make_model(layout, setting, config, layout.base_model)
+    _respond(config, layout.data("rated"), layout.base_run / RATED, temperature=1.0)
 
 
 def make_sft(layout: Layout, setting: Setting, knobs: Knobs, seed: int) -> None:
-    """The seed's preference sets and its SFT model."""
+    """Makes the seed's preference sets and its SFT model."""
     held_out = {row["prompt"] for row in read_lines(layout.data("held_out"))}
-    sizes = {PAIRS: 1, MORE: setting.more_factor, SHUFFLED: 1}
-    needed = {PAIRS} | {arm.data for arm in setting.arms}
-    for name in PREFERENCE_SETS:
-        if name in needed and not layout.data(name, seed).exists():
+    for name in dict.fromkeys([PAIRS, *(arm.data for arm in setting.arms)]):
+        if not layout.data(name, seed).exists():
             rows = preference_rows(
-                knobs.pairs * sizes[name],
+                knobs.pairs * (setting.more_factor if name == MORE else 1),
                 kinds=setting.tasks,
                 gaps=knobs.gaps,
                 label_noise=0.5 if name == SHUFFLED else knobs.label_noise,
@@ -92,16 +85,11 @@ def make_sft(layout: Layout, setting: Setting, knobs: Knobs, seed: int) -> None:
                 without=held_out,
             )
             write_rows(layout.data(name, seed), rows)
-    config = sft_config(layout, setting, seed)
-    if not layout.sft_model(seed).exists():
-        _train(config)
-        export(layout.run(seed, "sft"), layout.sft_model(seed))
-    _score(layout, setting, layout.sft_model(seed), layout.run(seed, "sft") / SCORES)
-    _respond_to_all(config, layout)
+    _make_model(layout, setting, sft_config(layout, setting, seed), layout.sft_model(seed))
 
 
 def run_arm(layout: Layout, setting: Setting, knobs: Knobs, seed: int, arm: Arm) -> None:
-    """Trains one arm, evaluates it on held-out pairs and lets it respond to their tasks."""
+    """Trains one arm, evaluates it on held-out pairs and samples responses to their tasks."""
     config = arm_config(layout, setting, knobs, seed, arm)
     run = Path(config.output_dir)
     if not (run / "eval.json").exists():
@@ -115,20 +103,26 @@ def _write_once(path: Path, rows: list) -> None:
         write_rows(path, rows)
 
 
+def _make_model(layout: Layout, setting: Setting, config: Config, model: Path) -> None:
+    """Trains and exports a model without a reference, scores the held-out pairs with it and samples its responses."""
+    run = Path(config.output_dir)
+    if not model.exists():
+        _train(config)
+        export(run, model)
+    if not (run / SCORES).exists():
+        score_command(scoring_config(layout, setting, model), run / SCORES)
+    _respond_to_all(config, layout)
+
+
 def _train(config: Config) -> None:
     run = Path(config.output_dir)
     run.parent.mkdir(parents=True, exist_ok=True)
     file = run.with_name(run.name + ".yaml")
-    file.write_text(config.to_yaml(), encoding="utf-8")
+    write_text(file, config.to_yaml())
     log.info("sr-dpo train %s", file)
     code = train(config)
     if code != EXIT_DONE:
         raise Interrupted(code)
-
-
-def _score(layout: Layout, setting: Setting, model: Path, output: Path) -> None:
-    if not output.exists():
-        score_command(scoring_config(layout, setting, model), output)
 
 
 def _respond_to_all(config: Config, layout: Layout) -> None:
@@ -139,5 +133,5 @@ def _respond_to_all(config: Config, layout: Layout) -> None:
 def _respond(config: Config, prompts: Path, output: Path, *, temperature: float) -> None:
     if not output.exists():
         section = config.generation.model_copy(update={"temperature": temperature})
-        # One seed for all runs: the same draws for the same task, so that runs are compared pair by pair.
+        # All runs take one seed, hence the same random draws for the same task: they are compared task by task.
         generate_command(config.model_copy(update={"generation": section, "seed": 0}), prompts, output)

@@ -1,10 +1,10 @@
-"""Means over seeds with intervals, and paired tests. Plain NumPy and SciPy.
+"""Gives means over seeds with intervals, and paired tests.
 
-Seeds, not prompts, are what repeats: all arms of a seed share its SFT model, so arms are compared seed by seed.
+Seeds, not prompts, are the repetitions: all arms of a seed share its SFT model, so arms are compared seed by seed.
 """
 
-import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import scipy.stats
@@ -12,34 +12,33 @@ import scipy.stats
 CONFIDENCE = 0.95
 
 
-@dataclasses.dataclass(frozen=True)
-class Mean:
-    """A mean with its 95 % interval by Student's t; NaN ends where one value gives none."""
+class Mean(NamedTuple):
+    """A mean with its 95 % interval by Student's t; the ends are NaN for a single value."""
 
     value: float
     low: float
     high: float
 
 
-@dataclasses.dataclass(frozen=True)
-class Paired:
-    """Mean of the differences first − second, its interval, and p of the paired t test (NaN for one pair)."""
+class Paired(NamedTuple):
+    """The mean of the differences first − second with its interval, and p of the paired t test (NaN for one pair)."""
 
     difference: Mean
     p: float
 
 
 def mean_of(values: Sequence[float]) -> Mean:
-    """Mean of one value or more."""
+    """Gives the mean of one value or more, with its interval."""
     array = np.asarray(values, np.float64)
+    mean = float(array.mean())
     if len(array) < 2:
-        return Mean(float(array.mean()), np.nan, np.nan)
-    half = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, len(array) - 1) * array.std(ddof=1) / np.sqrt(len(array))
-    return Mean(float(array.mean()), float(array.mean() - half), float(array.mean() + half))
+        return Mean(mean, np.nan, np.nan)
+    half = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, len(array) - 1) * scipy.stats.sem(array)
+    return Mean(mean, float(mean - half), float(mean + half))
 
 
 def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
-    """The same seeds in both, in the same order."""
+    """Compares two arms; both have the same seeds in the same order."""
     differences = np.subtract(first, second, dtype=np.float64)
     if len(differences) < 2:
         return Paired(mean_of(differences), np.nan)
@@ -49,18 +48,18 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float:
-    """Rank correlation; NaN where one of the two never changes."""
+    """Gives the rank correlation; NaN where one of the two is constant."""
     if np.ptp(first) == 0 or np.ptp(second) == 0:
         return np.nan
     return float(scipy.stats.spearmanr(first, second).statistic)
 
 
 def partial_spearman(first: Sequence[float], second: Sequence[float], given: Sequence[float]) -> float:
-    """Rank correlation of two with the linear part of the third's ranks taken out of both."""
+    """Gives the rank correlation of two with the linear part of the third's ranks taken out of both."""
     both, with_first, with_second = spearman(first, second), spearman(first, given), spearman(second, given)
     return float((both - with_first * with_second) / np.sqrt((1 - with_first**2) * (1 - with_second**2)))
 
 
 def outcomes(first: np.ndarray, second: np.ndarray) -> tuple[float, float, float]:
-    """Shares of prompts on which the first response is better, as good, and worse."""
+    """Gives the shares of prompts on which the first response is better, as good, and worse."""
     return float((first > second).mean()), float((first == second).mean()), float((first < second).mean())

@@ -1,15 +1,16 @@
-"""Small tasks on words, and the quality of any response to them, 0 to 100, computed and not judged.
+"""Draws small tasks on words, and computes the quality of any response to them, 0 to 100; nothing is judged.
 
     quality    100 · (1 − D / max(words of the response, words of the answer)), D the edit distance in words: 100 for
-               the right answer and for nothing else, 0 for what shares no word with it, as any garbage
-    edits      a response that was spoiled in e of its n words, as `corrupt` does it, has quality 100 · (1 − e / n)
-    rating     what the instruction names: the quality, and 1, the least that p knows, in place of 0
+               the right answer alone, 0 for a text that shares no word with it
+    edits      a response of which `corrupt` has spoiled e of n words has quality 100 · (1 − e / n)
+    rating     the number that the instruction names: the quality, and 1, the lowest rating of p, in place of 0
 
 The instruction p of the paper asks for a rating of 100; `instruction(rating)` asks for another one in the same words.
 """
 
 import dataclasses
 import random
+import re
 from collections.abc import Sequence
 
 from sr_dpo_jax.config.schema import PAPER_INSTRUCTION
@@ -22,21 +23,20 @@ _WORDS = """
     thyme tulip violet walnut willow
 """
 WORDS = tuple(_WORDS.split())
-"""In alphabetical order, none twice."""
+"""The words of lists, in alphabetical order, none twice."""
 NUMBERS = ("one", "two", "three")
 TASKS = ("copy", "reverse", "sort", "count", "lookup", "sort+reverse", "lookup+reverse")
 LIST_WORDS = 4
-"""Of the list that a task is done on, and of every right answer: what stands where is then learned in minutes."""
+"""The number of words in a task's list and in every right answer; constant, so that the model learns in minutes."""
 TABLE_ENTRIES = 3
 RATINGS = (1, 25, 50, 75, 100)
 IN, ANSWER = "in", "answer:"
 OTHER_WORDS = (IN, ANSWER, *NUMBERS, *(f"{kind}:" for kind in TASKS), *map(str, RATINGS))
-"""Words of prompts that are no words of lists; wrong responses hold some, so that a model knows them as wrong."""
+"""Other words of prompts. Some wrong responses hold them, so that a model learns that they are wrong."""
 OTHER_SHARE = 0.2
-"""Of the words that are put in where a response is spoiled."""
-_ASKED = " 100"
-_MENTIONS = (f"rating of{_ASKED} out", f"The term{_ASKED} indicates")
-"""Where p names the rating; its other 100s name the end of the scale."""
+"""The share of them among the words that are put into spoiled responses."""
+RATING_IN_P = re.compile(r"(?<=rating of) 100(?= out)|(?<=The term) 100(?= indicates)")
+"""Finds the places where p names the rating; the other 100s in it name the end of the scale."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Task:
 
 
 def draw_task(rng: random.Random, kinds: Sequence[str]) -> Task:
-    """A task of one of these kinds of `TASKS`, on random words."""
+    """Draws a task of one of these kinds, a subset of `TASKS`, on random words."""
     kind = rng.choice(kinds)
     match kind:
         case "count":
@@ -72,16 +72,16 @@ def draw_task(rng: random.Random, kinds: Sequence[str]) -> Task:
 
 
 def _counts(words: Sequence[str]) -> list[str]:
-    """Each word with how often it stands there, in the order of first sight."""
+    """Gives each word with the number of times that it occurs, in the order of first occurrence."""
     return [part for word in dict.fromkeys(words) for part in (word, NUMBERS[words.count(word) - 1])]
 
 
 def quality(response: str, answer: Sequence[str]) -> float:
-    """Quality of a response, 0 to 100; the formula stands above. White space separates words.
+    """Computes the quality of a response, 0 to 100, by the formula above. White space separates words.
 
     Args:
       response: any text.
-      answer: the words of the right answer, one at least.
+      answer: the words of the right answer, at least one.
     """
     words = response.split()
     most = max(len(words), len(answer))
@@ -89,7 +89,7 @@ def quality(response: str, answer: Sequence[str]) -> float:
 
 
 def edit_distance(first: Sequence[str], second: Sequence[str]) -> int:
-    """Fewest insertions, deletions and replacements of words that turn one into the other (Levenshtein)."""
+    """Counts the fewest insertions, deletions and replacements of words that turn one into the other (Levenshtein)."""
     row = list(range(len(second) + 1))
     for place, word in enumerate(first, 1):
         diagonal, row[0] = row[0], place
@@ -99,10 +99,10 @@ def edit_distance(first: Sequence[str], second: Sequence[str]) -> int:
 
 
 def corrupt(answer: Sequence[str], edits: int, rng: random.Random) -> tuple[str, ...]:
-    """The answer with `edits` of its words spoiled: the last ones cut off, the others replaced by foreign ones.
+    """Spoils `edits` words of an answer: cuts the last ones off and replaces others by words that are not in it.
 
-    Half of the time nothing is cut off. At least one word is left. The edit distance from the answer is `edits`
-    exactly, for no word that is put in stands in the answer.
+    Half of the time nothing is cut off, and at least one word is left. The edit distance from the answer is exactly
+    `edits`, as no word that is put in is in the answer.
     """
     foreign = {words: [word for word in words if word not in answer] for words in (WORDS, OTHER_WORDS)}
     cut = rng.randint(0, min(edits, len(answer) - 1)) if rng.random() < 0.5 else 0
@@ -113,33 +113,21 @@ def corrupt(answer: Sequence[str], edits: int, rng: random.Random) -> tuple[str,
 
 
 def rating_of(quality: float) -> int:
-    """The rating that the instruction names for a response of this quality; one of `RATINGS` for `corrupt`'s."""
+    """Gives the rating that the instruction names for this quality; one of `RATINGS` if `corrupt` made the response."""
     return max(RATINGS[0], round(quality))
 
 
 def instruction(rating: int) -> str:
-    """The paper's p with another rating in place of its 100; p itself, letter by letter, at 100.
+    """Gives the paper's p with another rating in place of its 100; p itself, letter by letter, at 100.
 
     Raises:
-      UsageError: the rating is none of `RATINGS`.
+      UsageError: the rating is not in `RATINGS`.
     """
     if rating not in RATINGS:
-        raise UsageError(f"rating {rating}: the world knows {', '.join(map(str, RATINGS))}")
-    text = PAPER_INSTRUCTION
-    for mention in _MENTIONS:
-        text = text.replace(mention, mention.replace(_ASKED, f" {rating}"))
-    return text
+        raise UsageError(f"rating {rating}: this world has the ratings {', '.join(map(str, RATINGS))}")
+    return RATING_IN_P.sub(f" {rating}", PAPER_INSTRUCTION)
 
 
-def instruction_parts() -> tuple[str, ...]:
-    """The pieces of the instruction around the rating, in their order."""
-    parts = [PAPER_INSTRUCTION]
-    for mention in _MENTIONS:
-        before, after = mention.split(_ASKED)
-        parts = [piece for part in parts for piece in _cut(part, before, after)]
-    return tuple(parts)
-
-
-def _cut(text: str, before: str, after: str) -> tuple[str, ...]:
-    left, found, right = text.partition(before + _ASKED + after)
-    return (left + before, after + right) if found else (text,)
+def instruction_parts() -> list[str]:
+    """Gives the pieces of the instruction around the rating, in their order."""
+    return RATING_IN_P.split(PAPER_INSTRUCTION)

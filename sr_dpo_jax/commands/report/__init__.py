@@ -1,1 +1,1 @@
-"""`sr-dpo report`: run directories -> one HTML page. `read.py` reads, `figures.py` draws, `page.py` joins."""
+"""`sr-dpo report`: run directories -> one HTML page. Read `read.py`, `tables.py`, `figures.py`, then `page.py`."""

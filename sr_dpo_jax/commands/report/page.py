@@ -1,10 +1,13 @@
-"""One self-contained HTML page from runs: no script, no network, and the same bytes for the same runs."""
+"""Makes one self-contained HTML page from runs: no script, no network, and the same bytes for the same runs.
+
+Each figure is an SVG image of its own, which a reader can save. `page.html` is the layout of the demo's page too.
+"""
 
 import base64
 import dataclasses
 import logging
+import re
 from collections.abc import Callable, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,9 @@ from matplotlib.figure import Figure
 
 from sr_dpo_jax import __version__
 from sr_dpo_jax.commands.report import figures, pair_figures, tables
+from sr_dpo_jax.commands.report.figures import curve
 from sr_dpo_jax.commands.report.read import Run, read_runs, texts_of
-from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.durable.files import require_output, write_text
 
 PIXELS_AN_INCH, PIXELS_A_POINT = 96, 96 / 72
 
@@ -29,202 +33,179 @@ class Picture:
     title: str
     draw: Callable[[Sequence[Run]], Figure | None]
     needs: str
-    """What a run must have to be in it; said where none has."""
+    """The data that a run must have to be in the figure; the page names it where no run has it."""
     caption: str
-    """What a reader who knows the paper's abstract should look for."""
+    """Says what to look for, to a reader who knows the paper's abstract."""
 
 
-LEARNING = (
-    Picture(
-        "loss",
-        "Loss",
-        figures.loss,
-        "a step or an evaluation",
-        "Falls while the run learns; a marker well above the end of its line means overfitting. Only "
-        "runs of one panel compare, and Δ is part of a refined loss, so Sr-DPO may lie above DPO and yet rank better.",
+SECTIONS = {
+    "Does it learn?": (
+        Picture(
+            "loss",
+            "Loss",
+            figures.loss,
+            "a step or an evaluation",
+            "Falls while the run learns; a marker well above the end of its line means overfitting. Only runs of one "
+            "panel compare, and Δ is part of a refined loss, so Sr-DPO may lie above DPO and yet rank better.",
+        ),
+        Picture(
+            "margin",
+            "Margin m",
+            curve("margin", "mean margin m (nats)"),
+            "margins (preference runs)",
+            "How much further than the reference the policy prefers the chosen response. It starts at 0 and should "
+            "grow. The method claims separation where it matters, not the largest margin.",
+        ),
+        Picture(
+            "accuracy",
+            "Accuracy",
+            curve("rewards/accuracies", "share of pairs with m > 0", is_share=True),
+            "margins (preference runs)",
+            "The share of pairs that the policy orders as people did; 0.5 is chance. Compare the markers, held-out "
+            "pairs, rather than the lines.",
+        ),
+        Picture(
+            "augmented-accuracy",
+            "Accuracy with the instruction p in front",
+            curve("augmented/accuracies", "share of pairs with m̂ > 0", is_share=True),
+            "augmented margins (refinement.prompt)",
+            "The same when the policy is first asked for a good response. Higher than plain accuracy means that the "
+            "policy can judge more than it shows, and the refinement Δ draws on that.",
+        ),
     ),
-    Picture(
-        "margin",
-        "Margin m",
-        figures.margin,
-        "margins (preference runs)",
-        "How much further than the reference the policy prefers the chosen response. It starts at 0 and should "
-        "grow. The method claims separation where it matters, not the largest margin.",
+    "What the refinement does": (
+        Picture(
+            "refinement",
+            "Refinement Δ = β·m̂",
+            curve("refinement", "mean refinement Δ"),
+            "an objective with Δ (sr_dpo, sr_ipo)",
+            "The policy's own verdict on how far apart the two responses are. 0 at the start; it grows as the policy "
+            "learns to judge.",
+        ),
+        Picture(
+            "share",
+            "Share of the loss that Δ takes back",
+            figures.share,
+            "an objective with Δ (sr_dpo, sr_ipo)",
+            "λΔ relative to what it is subtracted from, βm (m in Sr-IPO). At the broken line, λ (λβ in Sr-IPO), m̂ is "
+            "as large as m. Near 0 the run is plain DPO or IPO; towards 1 Δ cancels the margin, and λ is too large.",
+        ),
     ),
-    Picture(
-        "accuracy",
-        "Accuracy",
-        figures.accuracy,
-        "margins (preference runs)",
-        "The share of pairs that the policy orders as people did; 0.5 is chance. Compare the markers, held-out "
-        "pairs, rather than the lines.",
+    "Held-out pairs, one by one": (
+        Picture(
+            "distributions",
+            "Distribution of m and m̂ over held-out pairs",
+            pair_figures.distributions,
+            "eval_pairs.jsonl (`sr-dpo eval`)",
+            "Right of 0 the policy agrees with the label. A good run moves the bulk to the right without a long tail "
+            "on the left. The outermost bins also hold the pairs beyond them, half a per cent on each side.",
+        ),
+        Picture(
+            "rating",
+            "Margin against rating",
+            pair_figures.rating,
+            "rated pairs in eval_pairs.jsonl",
+            "The paper's table 4 as a picture: where raters saw a larger difference, the margin should be larger. "
+            "Points are means of an eighth of the pairs with 95 % intervals; a steadier climb is a better judge.",
+        ),
+        Picture(
+            "rating-gap",
+            "Accuracy by rating gap",
+            pair_figures.rating_gap,
+            "rated pairs in eval.json",
+            "Pairs that differ clearly should almost always be ordered correctly, close ones little better than by "
+            "chance. Bars are 95 % intervals of a quarter of the pairs each.",
+        ),
+        Picture(
+            "length",
+            "Length effects",
+            pair_figures.length,
+            "eval_pairs.jsonl (`sr-dpo eval`)",
+            "Length alone should not decide the margin. A line that climbs to the right means that the policy prefers "
+            "longer responses.",
+        ),
     ),
-    Picture(
-        "augmented-accuracy",
-        "Accuracy with the instruction p in front",
-        figures.augmented_accuracy,
-        "augmented margins (refinement.prompt)",
-        "The same when the policy is first asked for a good response. Higher than plain accuracy means that the "
-        "policy can judge more than it shows, and that is what the refinement Δ draws on.",
+    "What it costs": (
+        Picture(
+            "cost",
+            "Throughput, step time, padding",
+            figures.cost,
+            "training steps",
+            "The refinement needs one forward pass more than plain DPO or IPO. Padding is computed in vain. Lines are "
+            "running means; compare only runs on the same devices.",
+        ),
     ),
-)
-REFINING = (
-    Picture(
-        "refinement",
-        "Refinement Δ = β·m̂",
-        figures.refinement,
-        "an objective with Δ (sr_dpo, sr_ipo)",
-        "The policy's own verdict on how far apart the two responses are. 0 at the start; it grows as the policy "
-        "learns to judge.",
-    ),
-    Picture(
-        "share",
-        "Share of the loss that Δ takes back",
-        figures.share,
-        "an objective with Δ (sr_dpo, sr_ipo)",
-        "λΔ relative to what it is subtracted from, βm (m in Sr-IPO). At the broken line, λ (λβ in Sr-IPO), m̂ is as "
-        "large as m. Near 0 the run is plain DPO or IPO; towards 1 Δ cancels the margin, and λ is too large.",
-    ),
-)
-JUDGING = (
-    Picture(
-        "distributions",
-        "Distribution of m and m̂ over held-out pairs",
-        pair_figures.distributions,
-        "eval_pairs.jsonl (`sr-dpo eval`)",
-        "Right of 0 the policy agrees with the label. A good run moves the bulk to the right without a long tail "
-        "on the left. The outermost bins also hold the pairs beyond them, half a per cent on each side.",
-    ),
-    Picture(
-        "rating",
-        "Margin against rating",
-        pair_figures.rating,
-        "rated pairs in eval_pairs.jsonl",
-        "The paper's table 4 as a picture: where raters saw a larger difference, the margin should be larger. "
-        "Points are means of an eighth of the pairs with 95 % intervals; a steadier climb is a better judge.",
-    ),
-    Picture(
-        "rating-gap",
-        "Accuracy by rating gap",
-        pair_figures.rating_gap,
-        "rated pairs in eval.json",
-        "Pairs that differ clearly should be ordered rightly almost always, close ones little better than chance. "
-        "Bars are 95 % intervals of a quarter of the pairs each.",
-    ),
-    Picture(
-        "length",
-        "Length effects",
-        pair_figures.length,
-        "eval_pairs.jsonl (`sr-dpo eval`)",
-        "Margins should not follow from length alone. A line that climbs to the right means that the policy "
-        "prefers longer responses.",
-    ),
-)
-COST = (
-    Picture(
-        "cost",
-        "Throughput, step time, padding",
-        figures.cost,
-        "training steps",
-        "The refinement needs one forward pass more than plain DPO or IPO. Padding is what a step computes in "
-        "vain. Running means; compare only runs on the same devices.",
-    ),
+}
+SETS = Picture(
+    "held-out-sets",
+    "Held-out sets, one by one",
+    figures.held_out_sets,
+    "more than one held-out set (data.eval_sets)",
+    "All panels have one scale. A run that gains on one set and loses on another has learned to tell the two sets "
+    "apart, not what people prefer.",
 )
 GUIDE = (
     "Each run has one colour, line style and marker throughout. Lines are running means over training steps, with the "
     "single steps pale behind them; markers without a line are held-out pairs. Broken grey lines are what an untrained "
     "policy gives: the loss at m = 0, or chance. A ring marks the best evaluation, by checkpoint.best_metric."
 )
-SETS = Picture(
-    "held-out-sets",
-    "Held-out sets, one by one",
-    figures.held_out_sets,
-    "more than one held-out set (data.eval_sets)",
-    "All panels have one scale. A run that gains on one set and loses on another has learned what tells the two "
-    "apart, not what people prefer.",
-)
-SECTIONS = {
-    "Does it learn?": LEARNING,
-    "What the refinement does": REFINING,
-    "Held-out pairs, one by one": JUDGING,
-    "What it costs": COST,
-}
 
 
 def report(directories: Sequence[Path], output: Path, *, with_texts: bool) -> int:
-    """`sr-dpo report`: writes the page and returns how many runs it compares. All that is amiss is logged too."""
-    if not output.parent.is_dir() or output.is_dir():
-        raise UsageError(f"--output {output}: names a directory, or stands in one that does not exist; name a file")
+    """Runs `sr-dpo report`: writes the page, logs every problem, and returns the number of runs that it compares.
+
+    Raises:
+      UsageError: a directory is no run, the output cannot be written, or the data of `with_texts` cannot be read.
+    """
+    require_output(output)
     runs = read_runs(directories)
     for run in runs:
         for problem in run.problems:
             log.warning("%s: %s", run.label, problem)
-    partial = output.with_name(output.name + ".partial")
-    partial.write_text(render(runs, with_texts=with_texts), encoding="utf-8")
-    partial.replace(output)
+    write_text(output, render(runs, with_texts=with_texts))
     return len(runs)
 
 
-def filled(package: str, **values: Any) -> str:
-    """`page.html` of a package with these values, in the style that all pages share."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    template = environment.from_string(files(package).joinpath("page.html").read_text(encoding="utf-8"))
-    style = files("sr_dpo_jax.commands.report").joinpath("page.css").read_text(encoding="utf-8")
-    return template.render(style=style, **values)
+def fill(template: str, **values: Any) -> str:
+    """Fills a template of the commands, `report/page.html` or one that extends it, with these values."""
+    loader = jinja2.PackageLoader("sr_dpo_jax.commands", "")
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    return environment.get_template(template).render(version=__version__, **values)
 
 
 def render(runs: Sequence[Run], *, with_texts: bool) -> str:
-    """The page as HTML."""
+    """Gives the page as HTML."""
     ids, samples = tables.sample_pairs(runs)
-    texts: dict[str, tuple[str, str, str]] = {}
-    if with_texts:
-        scored = next((run for run in runs if run.pairs), None)
-        texts = texts_of(scored, ids) if scored is not None else {}
-    final = tables.final_metrics(runs)
-    return filled(
-        "sr_dpo_jax.commands.report",
+    scored = next((run for run in runs if run.pairs), None)
+    return fill(
+        "report/page.html",
         runs=runs,
-        looks=[_swatch(index) for index in range(len(runs))],
+        swatches=[data_uri(figures.svg(figures.swatch, run)) for run in runs],
         headline=tables.headline(runs),
-        final=final,
+        final=tables.final_metrics(runs),
         difference=tables.config_difference(runs),
-        sections={title: [_drawn(picture, runs) for picture in pictures] for title, pictures in SECTIONS.items()},
+        sections={title: [(item, image(item.draw, runs)) for item in items] for title, items in SECTIONS.items()},
         guide=GUIDE,
-        sets=_drawn(SETS, runs),
+        sets=(SETS, image(SETS.draw, runs)),
         set_metrics=tables.held_out_sets(runs),
         sampled=[run for run in runs if run.samples],
         completions=tables.samples(runs) if with_texts else [],
         samples=samples,
-        texts=texts,
+        texts=texts_of(scored, ids) if with_texts and scored is not None else {},
         with_texts=with_texts,
-        version=__version__,
     )
 
 
-def _drawn(picture: Picture, runs: Sequence[Run]) -> dict[str, object]:
-    """The figure as an image of its own, which a reader can save; `wide` where it takes both columns."""
-    drawn = figures.svg(picture.draw, runs)
+def image(draw: Callable[..., Figure | None], *arguments: Any) -> dict[str, Any] | None:
+    """Draws a figure for the template: source, width and height in CSS pixels, and whether it is wide."""
+    drawn = figures.svg(draw, *arguments)
     if drawn is None:
-        return {"picture": picture, "image": None, "wide": False}
-    image = embedded(drawn)
-    return {"picture": picture, "image": image, "wide": image["width"] > 1.5 * figures.WIDTH * PIXELS_AN_INCH}
+        return None
+    points = re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', drawn).groups()
+    width, height = (round(float(number) * PIXELS_A_POINT) for number in points)
+    wide = width > 1.5 * figures.WIDTH * PIXELS_AN_INCH
+    return {"source": data_uri(drawn), "width": width, "height": height, "wide": wide}
 
 
-def embedded(drawn: str) -> dict[str, Any]:
-    """An SVG as `source` of an image, with `width` and `height` in CSS pixels."""
-    width, height = (float(drawn.partition(f'{name}="')[2].partition("pt")[0]) for name in ("width", "height"))
-    return {
-        "source": _data_uri(drawn),
-        "width": round(width * PIXELS_A_POINT),
-        "height": round(height * PIXELS_A_POINT),
-    }
-
-
-def _data_uri(drawn: str) -> str:
+def data_uri(drawn: str) -> str:
     return f"data:image/svg+xml;base64,{base64.b64encode(drawn.encode()).decode()}"
-
-
-def _swatch(index: int) -> str:
-    """A run's line and marker as a small image, for the tables."""
-    drawn = figures.svg(lambda _: figures.swatch(index), [])
-    return _data_uri(drawn)
