@@ -1,14 +1,14 @@
-"""A cloud for the tests of tpu_scripts/: plays gcloud and kubectl, records every call, and fails when told to.
+"""Plays gcloud and kubectl for the tests of tpu_scripts/, records every call, and fails where a test wants it to.
 
     python fake_cloud.py gcloud|kubectl ARGUMENT...
 
 Its state is `world.json` in the directory $FAKE_CLOUD, which the test writes:
 
-    requests    one list of states for each queued resource to come; every look moves on by one, and the last stays
+    requests    one list of states for each queued resource to come; every describe moves on by one, and the last stays
     launches    one exit code for each launch to come, {node: code} where the slices differ, and `then`, the state that
                 the queued resource has afterwards, and `gone`, as below
     fail        {"GROUP VERB": [exit codes of the next such calls]}
-    lost        {"GROUP VERB": [exit codes of the next such calls, which do their work none the less]}
+    lost        {"GROUP VERB": [exit codes of the next such calls, which do their work all the same]}
     gone        names of TPUs that are no longer there, though their queued resource still names them
     hosts       workers of a TPU
     node_state  of every TPU
@@ -127,7 +127,7 @@ def tpu_vm(verb: str, names: list[str], options: dict[str, str]) -> int:
 
 
 def shell(homes: list[Path], command: str) -> int:
-    """Runs it in all these homes at once, and ends as gcloud does: with the first code that is not 0."""
+    """Runs the command in all these homes at once; like gcloud, gives the first exit code that is not 0."""
     import subprocess  # takes longer than most calls
 
     environments = [{"HOME": str(home), "PATH": os.environ["PATH"]} for home in homes]
