@@ -100,23 +100,28 @@ PATHS = {
     "tiled": tiled.tiled_path,
     "triton": triton.triton_path,
 }
-CASES = [(0, None, None), (20, None, 3.0), (20, 7, None), (0, 64, 3.0)]
-MORE_CASES = [case for case in itertools.product((0, 20), (None, 1, 7, 64), (None, 3.0)) if case not in CASES]
+MESHES = {"one device": (1, 1, 1), "rows and heads sharded": (1, 2, 2)}
+QUICK = {
+    "one device": [(0, None, None), (20, None, 3.0), (20, 7, None), (0, 64, 3.0)],
+    "rows and heads sharded": [(20, None, 3.0), (20, 7, None)],
+}
+"""The cases of prefix, window and cap that the quick loop runs; each shard of a mesh computes as one device does."""
+CASES = [
+    pytest.param(mesh, *case, marks=[] if case in QUICK[mesh] else pytest.mark.slow)
+    for mesh in MESHES
+    for case in itertools.product((0, 20), (None, 1, 7, 64), (None, 3.0))
+]
 
 
 def make_path(name: str, shape: tuple[int, int, int]):
     return PATHS[name](tiny.make_mesh(*shape), row_axes=("replica", "fsdp"), head_axes=("tensor",))
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 2)], ids=["one device", "rows and heads sharded"])
-@pytest.mark.parametrize(
-    ("prefix_tokens", "window", "cap"),
-    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_CASES)],
-)
+@pytest.mark.parametrize(("mesh", "prefix_tokens", "window", "cap"), CASES)
 @pytest.mark.parametrize("name", PATHS)
-def test_kernels_are_the_dense_path(monkeypatch, on_a_cpu, name, shape, prefix_tokens, window, cap):
+def test_kernels_are_the_dense_path(monkeypatch, on_a_cpu, name, mesh, prefix_tokens, window, cap):
     monkeypatch.setattr(splash, "LARGEST_BLOCK", 128)  # three blocks of a row, so that some are skipped
-    path = make_path(name, shape)
+    path = make_path(name, MESHES[mesh])
     visible = dataclasses.replace(packed_rows(prefix_tokens), window=window)
     if name == "triton" and cap is not None:
         with pytest.raises(UsageError, match=r"model.attention=triton: .* capped at 3"):
@@ -307,9 +312,12 @@ def test_bfloat16_gradients_are_as_good_as_of_other_kernels(on_a_cpu, head_dim):
     path = make_path("triton", (1, 1, 1))
 
     def gradients(attend, prepared, arrays):
-        *qkv, weight = arrays
-        mixed, pull_back = jax.vjp(lambda *qkv: attend(*qkv, prepared, scale=head_dim**-0.5, cap=None), *qkv)
-        return mixed, *pull_back(weight)
+        @jax.jit
+        def values(*qkv, weight):
+            mixed, pull_back = jax.vjp(lambda *qkv: attend(*qkv, prepared, scale=head_dim**-0.5, cap=None), *qkv)
+            return mixed, *pull_back(weight)
+
+        return values(*arrays[:3], weight=arrays[3])
 
     ours = gradients(path.attend, path.prepare(visible), given)
     with jax.enable_x64(True):
