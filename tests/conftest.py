@@ -1,18 +1,26 @@
 """Eight CPU devices and no network, set before anything imports jax; and fixtures that several files use."""
 
+import importlib.metadata
 import os
-import tempfile
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit what the session has set
     _KEPT = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in flag]
-    # Tests compile far longer than they compute: LLVM's optimisations are off, which halves their time.
+    # Tests compile far longer than they compute. Without LLVM's optimisations that takes half of the time, and without
+    # fusion emitters (jaxlib 0.11 and newer do not know the flag, and end the process at it) again a third less.
     _FAST_COMPILE = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+    if importlib.metadata.version("jaxlib").startswith("0.10."):
+        _FAST_COMPILE.append("--xla_cpu_use_fusion_emitters=false")
     os.environ["XLA_FLAGS"] = " ".join([*_FAST_COMPILE, *_KEPT, "--xla_force_host_platform_device_count=8"])
-    # Runs of the same shapes compile once a session, also those in processes of their own.
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="sr_dpo_jax_compiled_")
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    # The same program is compiled once for all tests and all their processes, also in sessions to come. jax knows a
+    # program by its content, its versions and its flags; pytest --cache-clear removes the directory.
+    os.environ.setdefault(
+        "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "compiled")
+    )
+    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(10**9))  # bytes; the longest unused go first
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
 import pytest

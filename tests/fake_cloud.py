@@ -1,31 +1,30 @@
-"""A cloud for the tests of tpu_scripts/: plays gcloud and kubectl, records every call, and fails when told to.
+"""Plays gcloud and kubectl for the tests of tpu_scripts/, records every call, and fails where a test wants it to.
 
     python fake_cloud.py gcloud|kubectl ARGUMENT...
 
 Its state is `world.json` in the directory $FAKE_CLOUD, which the test writes:
 
-    requests    one list of states for each queued resource to come; every look moves on by one, and the last stays
+    requests    one list of states for each queued resource to come; every describe moves on by one, and the last stays
     launches    one exit code for each launch to come, {node: code} where the slices differ, and `then`, the state that
                 the queued resource has afterwards, and `gone`, as below
     fail        {"GROUP VERB": [exit codes of the next such calls]}
-    lost        {"GROUP VERB": [exit codes of the next such calls, which do their work none the less]}
+    lost        {"GROUP VERB": [exit codes of the next such calls, which do their work all the same]}
     gone        names of TPUs that are no longer there, though their queued resource still names them
     hosts       workers of a TPU
     node_state  of every TPU
     execute     run the workers' commands for real, with a home directory for each worker under $FAKE_CLOUD
 
-The options that it knows are those of the real `gcloud compute tpus` that the scripts use; others end it with 2.
+The options that it knows are those of the real `gcloud compute tpus` that the scripts use; others end it with 2. Tests
+start it a thousand times, so it imports little.
 """
 
 import fcntl
 import json
 import os
-import shutil
 import sys
 from contextlib import contextmanager
-from pathlib import Path
 
-ROOT = Path(os.environ["FAKE_CLOUD"])
+ROOT = os.environ["FAKE_CLOUD"]
 PLACE = {"--project", "--zone"}
 OPTIONS = {
     "queued-resources create": {
@@ -43,11 +42,13 @@ OPTIONS = {
 @contextmanager
 def world():
     """The state, locked: slices are served at the same time."""
-    with (ROOT / "lock").open("w") as lock:
+    with open(f"{ROOT}/lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        state = json.loads((ROOT / "world.json").read_text())
+        with open(f"{ROOT}/world.json") as file:
+            state = json.load(file)
         yield state
-        (ROOT / "world.json").write_text(json.dumps(state))
+        with open(f"{ROOT}/world.json", "w") as file:
+            json.dump(state, file)
 
 
 def gcloud(arguments: list[str]) -> int:
@@ -114,20 +115,22 @@ def tpu_vm(verb: str, names: list[str], options: dict[str, str]) -> int:
             print({"value(state)": state["node_state"], "value(networkEndpoints.len())": hosts}[options["--format"]])
             return 0
     workers = range(hosts) if options["--worker"] == "all" else [int(options["--worker"])]
-    homes = [ROOT / f"{node}-{worker}" for worker in workers]
+    homes = [f"{ROOT}/{node}-{worker}" for worker in workers]
     if not execute:
         return launch(node, options["--command"]) if verb == "ssh" else 0
     if verb == "scp":
+        import shutil
+
         for home in homes:
-            target = home / names[-1].split(":")[1]
+            target = f"{home}/{names[-1].split(':')[1]}"
             for source in names[:-1]:
                 shutil.copy(source, target)  # as scp: into a directory, or under a new name; both must be possible
         return 0
     return 0 if "worker_setup.sh" in options["--command"] else shell(homes, options["--command"])
 
 
-def shell(homes: list[Path], command: str) -> int:
-    """Runs it in all these homes at once, and ends as gcloud does: with the first code that is not 0."""
+def shell(homes: list[str], command: str) -> int:
+    """Runs the command in all these homes at once; like gcloud, gives the first exit code that is not 0."""
     import subprocess  # takes longer than most calls
 
     environments = [{"HOME": str(home), "PATH": os.environ["PATH"]} for home in homes]
@@ -159,13 +162,14 @@ def launch(node: str, command: str) -> int:
 
 
 def kubectl(_arguments: list[str]) -> int:
-    (ROOT / "kubectl_input").write_text(sys.stdin.read())
+    with open(f"{ROOT}/kubectl_input", "w") as file:
+        file.write(sys.stdin.read())
     with world() as state:
         codes = state["fail"].get("kubectl")
         return codes.pop(0) if codes else 0
 
 
 if __name__ == "__main__":
-    with (ROOT / "calls.jsonl").open("a") as calls:
+    with open(f"{ROOT}/calls.jsonl", "a") as calls:
         calls.write(json.dumps(sys.argv[1:]) + "\n")
     sys.exit({"gcloud": gcloud, "kubectl": kubectl}[sys.argv[1]](sys.argv[2:]))

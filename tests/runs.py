@@ -162,15 +162,19 @@ def run_process(
 
 
 def run_processes(
-    arguments: Sequence[str], *, processes: int = 2, faults: Sequence[dict[str, Any] | None] = (None, None)
+    arguments: Sequence[str],
+    *,
+    processes: int = 2,
+    devices: int = 1,
+    faults: Sequence[dict[str, Any] | None] = (None,) * 4,
 ) -> "list[subprocess.Popen[str]]":
-    """The same command in several processes that join through jax.distributed, one device each."""
+    """Starts the same command in several processes that join through jax.distributed, `devices` each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     joined = [f"distributed.processes={processes}", f"distributed.coordinator_address={address}"]
     return [
-        run_process([*arguments, *joined, f"distributed.process_id={number}"], fault=faults[number])
+        run_process([*arguments, *joined, f"distributed.process_id={number}"], devices=devices, fault=faults[number])
         for number in range(processes)
     ]
 

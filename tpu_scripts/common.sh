@@ -1,10 +1,10 @@
 # shellcheck shell=sh disable=SC2034 # what seems unused here is read by the scripts
-# What the scripts share: arguments, --dry-run, and what they ask of gcloud. Sourced, never run.
+# Functions that the scripts share: arguments, --dry-run, and calls of gcloud. This file is sourced, never run.
 
 here=$(dirname "$0") dry_run='' words='' tpu_nodes=''
 exec 3>&1 # --dry-run prints here, also from where a script reads a command's output
 
-# Every option there is. A script names those that it takes, and sets its defaults; nothing comes from the environment.
+# Every option. A script names those that it takes, and sets its defaults; nothing comes from the environment.
 name='' zone='' project='' accelerator_type='' runtime_version='' slices='' spot='' reserved='' service_account=''
 valid_until_duration='' package='' share='' mount='' token_file='' python='' processes='' slice='' worker='' lines=''
 follow='' delete_when_done='' image='' accelerator='' topology='' claim='' chips='' max_restarts='' queue=''
@@ -17,7 +17,7 @@ die() {
   exit 2
 }
 
-quote() ( # the words, as a shell reads them back
+quote() ( # prints the words quoted for a shell
   space=''
   for word in "$@"; do
     case $word in
@@ -28,7 +28,7 @@ quote() ( # the words, as a shell reads them back
   done
 )
 
-json() ( # the words, as the items of a list
+json() ( # prints the words as the items of a JSON list
   comma=''
   for word in "$@"; do
     printf '%s"%s"' "$comma" "$(printf '%s' "$word" | sed 's/\\/\\\\/g; s/"/\\"/g')"
@@ -100,12 +100,12 @@ set_option() { # OPTION VALUE
   eval "$(variable_of "$1")=\$2"
 }
 
-check_length() { # OPTION NAME SUFFIX: what is named so is a label too
+check_length() { # OPTION NAME SUFFIX: names are used as labels, and a label has 63 letters at most
   both=$2$3
   [ "${#both}" -le 63 ] || die "$1: '$2' is too long; a name has 63 letters at most${3:+, and $3 is appended to it}"
 }
 
-check_training() { # CONFIG [section.key=value ...]: refuses here what would fail on the workers, or lose the run
+check_training() { # CONFIG [section.key=value ...]: refuses settings that would fail on the workers or lose the run
   [ $# -gt 0 ] || die "CONFIG: is missing; name the YAML file of the run"
   [ -f "$1" ] || die "CONFIG: '$1' is not a file; name the YAML file of the run"
   output_dir=$(setting output_dir "$1") cache_dir=$(setting cache_dir "$1") model_path=$(model_of "$1")
@@ -128,7 +128,7 @@ check_training() { # CONFIG [section.key=value ...]: refuses here what would fai
   check_model "$model_path"
 }
 
-setting() { # KEY CONFIG: what stands behind `KEY:` at the left margin; `?` where KEY stands in another way
+setting() { # KEY CONFIG: prints the value of a top-level `KEY: value` line; `?` where KEY is written in another way
   if grep -q "^$1:" "$2"; then
     sed -n "s/^$1: *[\"']\{0,1\}\(\([^\"' #][^\"' ]*\)\{0,1\}\).*/\1/p" "$2"
   elif grep -q "^[^#]*$1" "$2"; then
@@ -136,7 +136,7 @@ setting() { # KEY CONFIG: what stands behind `KEY:` at the left margin; `?` wher
   fi
 }
 
-model_of() { # CONFIG: the path in the section `model:`, or within its braces; nothing where it stands in another way
+model_of() { # CONFIG: prints `path` of the section `model:`, indented or in braces; nothing if written otherwise
   sed -n '/^model:/,/^[^ #]/{
     s/^ \{1,\}path: *//p
     s/^model: *{\(.*[, ]\)\{0,1\}path: *//p
@@ -153,12 +153,12 @@ Set $1=$mount/DIRECTORY (sr-dpo writes to mounted disks only, not to gs:// addre
   esac
 }
 
-check_model() { # PATH: names of the hub pass, and directories that the workers have
+check_model() { # PATH: accepts names of the hub and directories that the workers have
   case $1 in
-    '') return ;; # unreadable here; on the workers sr-dpo names what is wrong with it
+    '') return ;; # not readable here; on the workers sr-dpo names the error
     .. | */../* | */..) ;;
     "$mount"/*) return ;;
-    /*) [ -z "$image" ] || return 0 ;; # an image may hold it; a new TPU has an empty disk
+    /*) [ -z "$image" ] || return 0 ;; # an image may contain it; a new TPU has an empty disk
     .* | '~'* | */*/* | models/*) ;;   # the hub has no owner `models`
     *) [ -e "$1" ] || return 0 ;;
   esac
@@ -168,22 +168,22 @@ Export or copy the model to there, and set model.path=$mount/MODEL; for a hub na
 
 # Commands
 
-run() { # the way to every command that another machine sees
+run() { # COMMAND...: runs the command, or prints it in --dry-run; every command that reaches another machine goes here
   if [ -n "$dry_run" ]; then printf '+ %s\n' "$(quote "$@")" >&3; else "$@"; fi
 }
 
-ask() { # ANSWER COMMAND...: what the command prints; in --dry-run, ANSWER
+ask() { # ANSWER COMMAND...: prints the command's output; in --dry-run, ANSWER
   answer=$1
   shift
   run "$@" || return
   [ -z "$dry_run" ] || printf '%s\n' "$answer"
 }
 
-tpus() { # COMMAND...: gcloud compute tpus COMMAND in the project and the zone
+tpus() { # COMMAND...: runs gcloud compute tpus COMMAND in the project and the zone
   run gcloud compute tpus "$@" --project="$project" --zone="$zone" --quiet
 }
 
-insist() ( # COMMAND...: at most $tries times; 2 is bad usage, and final
+insist() ( # COMMAND...: repeats it until it succeeds, at most $tries times; exit code 2 (bad usage) is final
   failures=0
   while :; do
     code=0
@@ -196,18 +196,18 @@ insist() ( # COMMAND...: at most $tries times; 2 is bad usage, and final
   done
 )
 
-pause() { # FAILURES: $poll_s seconds after none or one, then twice as long each time, up to 16 times
+pause() { # FAILURES: sleeps $poll_s seconds after none or one, then twice as long each time, up to 16 times as long
   doublings=$(($1 < 1 ? 0 : $1 > 5 ? 4 : $1 - 1))
   sleep "$((poll_s << doublings))"
 }
 
-# A queued resource and its TPUs, one a slice
+# A queued resource and its TPUs, one for each slice
 
-describe() { # ANSWER KIND NAME FIELD
+describe() { # ANSWER KIND NAME FIELD: prints the field; in --dry-run, ANSWER
   ask "$1" gcloud compute tpus "$2" describe "$3" --format="value($4)" --project="$project" --zone="$zone"
 }
 
-state() ( # [ANSWER]: NONE where there is no such queued resource, PREEMPTED where one of its TPUs is gone
+state() ( # [ANSWER]: prints NONE if there is no such queued resource, PREEMPTED if one of its TPUs is gone
   found=$(or_absent NONE describe "${1-ACTIVE}" queued-resources "$name" state.state) || exit
   if [ "$found" = ACTIVE ]; then
     members=$(nodes) || exit
@@ -219,7 +219,7 @@ state() ( # [ANSWER]: NONE where there is no such queued resource, PREEMPTED whe
   printf '%s\n' "$found"
 )
 
-or_absent() ( # ABSENT COMMAND...: what the command prints, or ABSENT where gcloud says that there is no such thing
+or_absent() ( # ABSENT COMMAND...: prints the command's output, or ABSENT if gcloud reports NOT_FOUND
   absent=$1 code=0
   shift
   errors=$(mktemp)
@@ -230,11 +230,11 @@ or_absent() ( # ABSENT COMMAND...: what the command prints, or ABSENT where gclo
   exit "$code"
 )
 
-give_back() { # the queued resource and its TPUs
+give_back() { # deletes the queued resource and its TPUs
   or_absent "$name is not there" tpus queued-resources delete "$name" --force
 }
 
-nodes() ( # the names of the TPUs
+nodes() ( # prints the names of the TPUs
   found=$(describe "$name" queued-resources "$name" 'tpu.nodeSpec[].nodeId') || exit
   if [ -z "$found" ]; then
     note "queued resource $name names no TPU; status.sh shows it"
@@ -243,7 +243,7 @@ nodes() ( # the names of the TPUs
   printf '%s\n' "$found" | tr ';' '\n'
 )
 
-on_every_node() ( # FUNCTION [WORD...]: FUNCTION NODE WORD... for all at once; the gravest code, 2 over 75 over the rest
+on_every_node() ( # FUNCTION [WORD...]: runs FUNCTION NODE WORD... for all at once; ends with 2, else 75, else another
   jobs='' gravest=0 function=$1
   shift
   for node in $tpu_nodes; do
@@ -258,14 +258,14 @@ on_every_node() ( # FUNCTION [WORD...]: FUNCTION NODE WORD... for all at once; t
   exit "$gravest"
 )
 
-remote() { # NODE WORKERS WORD...: the words as one command on these workers
+remote() { # NODE WORKERS WORD...: runs the words as one command on these workers
   node=$1 workers=$2
   shift 2
   tpus tpu-vm ssh "$node" --worker="$workers" --command="$(quote "$@")" \
     --ssh-flag=-oBatchMode=yes --ssh-flag=-oConnectTimeout=15 --ssh-flag=-oServerAliveInterval=30
 }
 
-upload() { # NODE TARGET FILE...: to all workers
+upload() { # NODE TARGET FILE...: copies the files to all workers
   node=$1 target=$2
   shift 2
   tpus tpu-vm scp "$@" "$node:$target" --worker=all --scp-flag=-oBatchMode=yes --scp-flag=-oConnectTimeout=15

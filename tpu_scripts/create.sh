@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Asks for a TPU with a queued resource, and waits until it is given. A request that fails is made again, --tries times
-# in a row at most: a quota or a type that is wrong fails each time.
+# Requests a TPU with a queued resource, and waits until it is granted. A failed request is made again, --tries times in
+# a row at most, because a wrong quota or type fails each time.
 #
 #   create.sh --name=NAME --zone=ZONE --project=PROJECT --accelerator-type=TYPE --runtime-version=VERSION
 #
-#   --slices=1                  how many TPUs of that type make up the pod; they are NAME, or NAME-0, NAME-1, ...
+#   --slices=1                  the number of TPUs of that type in the pod, named NAME, or NAME-0, NAME-1, ...
 #   --spot                      capacity that may be taken back at any moment; or
-#   --reserved                  capacity of your reservation; without either, on demand
-#   --service-account=EMAIL     whose rights the workers have
+#   --reserved                  capacity of your reservation; the default is on-demand capacity
+#   --service-account=EMAIL     the account with whose rights the workers act
 #   --valid-until-duration=6h   how long one request may wait before it fails
-#   --tries=5 --poll-s=30       how many failures in a row end it, and seconds between looks
+#   --tries=5 --poll-s=30       failures in a row after which it gives up, and seconds between checks
 #   --dry-run                   prints the commands and runs none
 set -euo pipefail
 . "$(dirname "$0")/common.sh"
@@ -28,11 +28,11 @@ request() (
     ${service_account:+--service-account="$service_account"} \
     ${valid_until_duration:+--valid-until-duration="$valid_until_duration"} || code=$?
   case $code in 0 | 2) exit "$code" ;; esac
-  if now=$(state) && [ "$now" != NONE ]; then exit 0; fi # its answer was lost, and it was made
+  if now=$(state) && [ "$now" != NONE ]; then exit 0; fi # the request was made, only its answer was lost
   exit "$code"
 )
 
-before='' requests=0 # how many in a row, of which all but the last have failed
+before='' requests=0 # made in a row; all but the last have failed
 while :; do
   now=$(insist state NONE)
   [ "$now" = "$before" ] || [ -n "$dry_run" ] || note "$name: $now"

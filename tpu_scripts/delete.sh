@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Gives a queued resource and its TPUs back, and all that is on their own disks; the shared disk stays. What is not
-# there counts as given back.
+# Deletes a queued resource and its TPUs with everything on their own disks; the shared disk stays. It also succeeds if
+# there is no such resource.
 #
 #   delete.sh --name=NAME --zone=ZONE --project=PROJECT
 #

@@ -6,15 +6,15 @@
 #
 #   --claim=CLAIM             a ReadWriteMany volume claim, the disk that all workers share
 #   --mount=/mnt/sr_dpo       where it is mounted; output_dir lies below it
-#   --chips=4                 of one host; with the topology they tell how many hosts make up a slice
-#   --slices=1                node pools of that topology
-#   --max-restarts=100        failures that are borne; most preemptions do not count, but some look like failures
+#   --chips=4                 chips of one host; with the topology they give the number of hosts in a slice
+#   --slices=1                number of node pools of that topology
+#   --max-restarts=100        failures that are allowed; most preemptions do not count, but some look like failures
 #   --spot                    on spot nodes only
-#   --queue=QUEUE             of Kueue; multislice-queue in clusters made by XPK
-#   --service-account=NAME    of Kubernetes
-#   --token-secret=SECRET     whose key `token` is a Hugging Face token
-#   --namespace=default       where all these are
-#   --apply                   hands the manifest to kubectl apply
+#   --queue=QUEUE             a queue of Kueue; multislice-queue in clusters made by XPK
+#   --service-account=NAME    a service account of Kubernetes
+#   --token-secret=SECRET     a secret whose key `token` is a Hugging Face token
+#   --namespace=default       the namespace of all these
+#   --apply                   passes the manifest to kubectl apply
 #   --dry-run                 prints the manifest and the command, and runs none
 set -euo pipefail
 . "$(dirname "$0")/common.sh"
@@ -35,7 +35,7 @@ config=$1
 shift
 
 edits='/^#/d'
-fill() { # KEY VALUE ...: what a key becomes; without a value its lines go
+fill() { # KEY VALUE ...: replaces {{KEY}} in the template; deletes its lines where the value is empty
   while [ $# -gt 0 ]; do
     edit="/{{$1}}/d"
     [ -z "$2" ] || edit="s|{{$1}}|$(printf '%s' "$2" | sed 's/[\\&|]/\\&/g')|"
@@ -47,7 +47,7 @@ $edit"
 fill NAME "$name" NAMESPACE "$namespace" QUEUE "$queue" MAX_RESTARTS "$max_restarts" SLICES "$slices" HOSTS "$hosts"
 fill SERVICE_ACCOUNT "$service_account" ACCELERATOR "$accelerator" TOPOLOGY "$topology" SPOT "${spot:+true}"
 fill IMAGE "$image" TOKEN_SECRET "$token_secret" CHIPS "$chips" MOUNT "$mount" CLAIM "$claim"
-# Last, for an argument may hold what looks like a key.
+# Last, because an argument may contain text that looks like a key.
 fill ARGS "[$(json train /etc/sr_dpo/config.yaml "distributed.processes=$((hosts * slices))" "$@")]"
 
 manifest() {

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Creates, sets up and launches, and again after every preemption, until the run is done.
+# Creates a TPU, sets it up and launches the run, again after every preemption, until the run is done.
 #
 #   keep_running.sh --name=NAME --zone=ZONE --project=PROJECT --accelerator-type=TYPE --runtime-version=VERSION
 #                   --package=WHEEL CONFIG [section.key=value ...]
 #
 #   --slices --spot --reserved --service-account --valid-until-duration   as in create.sh
 #   --share --mount --token-file --python                                 as in setup.sh
-#   --tries=5 --poll-s=30   how many failures in a row end it, and seconds before the second try
-#   --delete-when-done      gives the TPU back at the end, whatever the end is; a warning where that fails
+#   --tries=5 --poll-s=30   failures in a row after which it gives up, and seconds before the second try
+#   --delete-when-done      deletes the TPU at the end, however the run ended; warns if that fails
 #   --dry-run               prints the commands of one round and runs none
 #
-# Ends with 0 when the run is done, at once with 2 (bad usage or config), with the last code after too many failures;
-# a preemption, 75 or a TPU that is gone, is no failure. Interrupted, it leaves the run alone, and finds it next time.
+# Ends with 0 when the run is done, at once with 2 (bad usage or config), with the last code after too many failures.
+# A preemption (75, or a TPU that is gone) is no failure. If interrupted, it leaves the run alone, and finds it again.
 set -euo pipefail
 . "$(dirname "$0")/common.sh"
 options "name zone project accelerator_type runtime_version package" \

@@ -4,11 +4,11 @@
 #   launch.sh --name=NAME --zone=ZONE --project=PROJECT CONFIG [section.key=value ...]
 #
 #   --mount=/mnt/sr_dpo   the shared disk, as in setup.sh; output_dir lies below it
-#   --processes=N         how many workers there are in all; counted by default
-#   --tries=3 --poll-s=10 how often a question to gcloud is repeated, and seconds before the second time
+#   --processes=N         the number of workers in all; counted by default
+#   --tries=3 --poll-s=10 tries of each query to gcloud, and seconds before the second
 #   --dry-run             prints the commands and runs none
 #
-# The run goes on when this script, or its connection, ends; the same command finds it again. stop.sh ends it.
+# The run continues when this script or its connection ends; the same command finds it again. stop.sh ends it.
 set -euo pipefail
 . "$(dirname "$0")/common.sh"
 options "name zone project" "mount processes tries poll_s" "" "CONFIG [section.key=value ...]"
@@ -19,7 +19,7 @@ check_training "$@"
 config=$1
 shift
 
-workers() ( # how many there are
+workers() ( # prints the number of workers
   sum=0
   for node in $tpu_nodes; do
     count=$(insist describe 1 tpu-vm "$node" 'networkEndpoints.len()') || exit
@@ -36,7 +36,7 @@ launch() {
 
 tpu_nodes=$(insist nodes)
 [ -n "$processes" ] || processes=$(workers)
-copy=config-$(cksum <"$config" | cut -d' ' -f1).yaml # another content is another command to worker.sh
+copy=config-$(cksum <"$config" | cut -d' ' -f1).yaml # so that worker.sh sees changed contents as another command
 attempt=$(date +%s)-$$
 note "training on $processes workers; logs.sh follows it"
 on_every_node launch sr_dpo/venv/bin/sr-dpo train "sr_dpo/$copy" "distributed.processes=$processes" "$@"

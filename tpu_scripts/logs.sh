@@ -3,9 +3,9 @@
 #
 #   logs.sh --name=NAME --zone=ZONE --project=PROJECT
 #
-#   --slice=0 --worker=0   whose log; worker 0 of slice 0 also shows the progress
-#   --lines=50             how much of it
-#   --follow               goes on until interrupted, which leaves the run alone
+#   --slice=0 --worker=0   the worker; worker 0 of slice 0 also logs the progress
+#   --lines=50             number of lines
+#   --follow               continues until interrupted, which leaves the run alone
 #   --dry-run              prints the commands and runs none
 set -euo pipefail
 . "$(dirname "$0")/common.sh"

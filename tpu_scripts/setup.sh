@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Installs sr_dpo_jax on every worker of a TPU, and mounts a disk that they share. It may run again at any time.
+# Installs sr_dpo_jax on every worker of a TPU and mounts a disk that they share. It can be run again at any time.
 #
 #   setup.sh --name=NAME --zone=ZONE --project=PROJECT --package=WHEEL
 #
 #   --package=WHEEL        made with: pip wheel --no-deps --wheel-dir=dist .
 #   --share=SHARE          gs://BUCKET (through gcsfuse) or HOST:/PATH (NFS); without it, mount one yourself
-#   --mount=/mnt/sr_dpo    where
+#   --mount=/mnt/sr_dpo    where the disk is mounted
 #   --token-file=FILE      a Hugging Face token for the workers; the token appears in no command
 #   --python=3.12          the Python to install
-#   --tries=3 --poll-s=10  how often it is tried, and seconds before the second time
+#   --tries=3 --poll-s=10  tries, and seconds before the second
 #   --dry-run              prints the commands and runs none
 set -euo pipefail
 . "$(dirname "$0")/common.sh"

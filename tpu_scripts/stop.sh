@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Ends the run on every worker: the step in flight is saved, and the same launch.sh goes on from it. The TPU stays, and
-# costs; delete.sh gives it back. Stop keep_running.sh first, or it launches again.
+# Ends the run on every worker: the step in flight is saved, and the same launch.sh resumes from it. The TPU stays and
+# costs; delete.sh deletes it. Stop keep_running.sh first, or it launches the run again.
 #
 #   stop.sh --name=NAME --zone=ZONE --project=PROJECT
 #

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Runs on a worker, where setup.sh puts it: one training run at a time, which outlives the connection that started it.
+# Runs one training run at a time, which outlives the connection that started it. setup.sh copies this file to workers.
 #
-#   worker.sh run ATTEMPT COMMAND...   starts the command, or finds it alive; waits, and ends with its exit code
-#   worker.sh stop                     lets it save the step in flight, and waits for its end
-#   worker.sh status
+#   worker.sh run ATTEMPT COMMAND...   starts the command, or finds it running; waits, and ends with its exit code
+#   worker.sh stop                     lets the run save the step in flight, and waits for its end
+#   worker.sh status                   prints whether it runs, and the last line of its log
 #
-# gcloud repeats a command when its connection breaks. The lock is held as long as the run lives, so a repetition finds
-# it; and what has ended under this ATTEMPT is not started again.
+# gcloud repeats a command when its connection breaks. The run holds the lock while it lives, so the repeated command
+# finds it; a run that has ended is not started again under the same ATTEMPT.
 set -euo pipefail
 cd "$HOME"
 verb=$1 run=sr_dpo/run

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Runs on a worker, where setup.sh puts it: installs the wheel beside it, and mounts the shared disk.
+# Installs the wheel beside it and mounts the shared disk. setup.sh copies this file to the workers and runs it there.
 #
 #   worker_setup.sh WHEEL PYTHON [SHARE MOUNT]
 set -euo pipefail
-trap '[ $? -eq 0 ] || exit 1' EXIT # installers end with 2 too, which here would mean not to try again
+trap '[ $? -eq 0 ] || exit 1' EXIT # installers end with 2 too, which setup.sh would take for bad usage
 cd "$HOME"
 PATH=$HOME/.local/bin:$PATH
 wheel=$1 python=$2 share=${3-} mount=${4-}
@@ -19,7 +19,7 @@ if [ -n "$share" ] && ! mountpoint -q "$mount"; then
       }
       sudo chown "$(id -u):$(id -g)" "$mount"
       gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 \
-        "${share#gs://}" "$mount" # a worker sees at once what another has written
+        "${share#gs://}" "$mount" # so that a worker sees at once what another has written
       ;;
     *)
       command -v mount.nfs >/dev/null || { sudo apt-get update && sudo apt-get install --yes nfs-common; }

@@ -43,7 +43,7 @@ def responses(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 def test_slots_and_order_do_not_matter(model, tmp_path, temperature):
     """19 prompts through 8 slots, with refills, and through 24: the same responses, in the order of the file."""
     prompts = prompts_file(tmp_path / "prompts.jsonl", 19, tag="x")

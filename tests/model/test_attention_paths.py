@@ -101,25 +101,30 @@ PATHS = {
     "tiled": lambda: TILED,
     "triton": triton.triton_path,
 }
-CASES = [(0, None, None), (20, None, 3.0), (20, 7, None), (0, 64, 3.0)]
-MORE_CASES = [case for case in itertools.product((0, 20), (None, 1, 7, 64), (None, 3.0)) if case not in CASES]
+MESHES = {"one device": (1, 1, 1), "rows and heads sharded": (1, 2, 2)}
+QUICK = {
+    "one device": [(0, None, None), (20, None, 3.0), (20, 7, None), (0, 64, 3.0)],
+    "rows and heads sharded": [(20, None, 3.0), (20, 7, None)],
+}
+"""The cases of prefix, window and cap that the quick loop runs; each shard of a mesh computes as one device does."""
+CASES = [
+    pytest.param(mesh, *case, marks=[] if case in QUICK[mesh] else pytest.mark.slow)
+    for mesh in MESHES
+    for case in itertools.product((0, 20), (None, 1, 7, 64), (None, 3.0))
+]
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 2)], ids=["one device", "rows and heads sharded"])
-@pytest.mark.parametrize(
-    ("prefix_tokens", "window", "cap"),
-    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_CASES)],
-)
+@pytest.mark.parametrize(("mesh", "prefix_tokens", "window", "cap"), CASES)
 @pytest.mark.parametrize("name", PATHS)
-def test_kernels_are_the_dense_path(monkeypatch, on_a_cpu, name, shape, prefix_tokens, window, cap):
+def test_kernels_are_the_dense_path(monkeypatch, on_a_cpu, name, mesh, prefix_tokens, window, cap):
     monkeypatch.setattr(splash, "LARGEST_BLOCK", 128)  # three blocks of a row, so that some are skipped
     path = PATHS[name]()
     visible = dataclasses.replace(packed_rows(prefix_tokens), window=window)
     if name == "triton" and cap is not None:
         with pytest.raises(UsageError, match=r"model.attention=triton: .* capped at 3"):
-            both(path, visible, scale=0.7, cap=cap, shape=shape)
+            both(path, visible, scale=0.7, cap=cap, shape=MESHES[mesh])
         return
-    ours, dense = both(path, visible, scale=0.7, cap=cap, shape=shape)
+    ours, dense = both(path, visible, scale=0.7, cap=cap, shape=MESHES[mesh])
     assert_same(ours, dense)
     assert np.abs(dense[1]).max() > 0.1 or window == 1
 

@@ -195,7 +195,11 @@ def test_only_replicas_span_slices():
 
 @pytest.mark.parametrize(
     ("family", "mesh"),
-    [("gpt_neox", "fsdp 8"), ("llama", "fsdp 4 x tensor 2"), ("llama", "2 x 2 x 2")],
+    [
+        ("gpt_neox", "fsdp 8"),
+        ("llama", "fsdp 4 x tensor 2"),
+        pytest.param("llama", "2 x 2 x 2", marks=pytest.mark.slow),  # the next test has this mesh too
+    ],
 )
 def test_eight_devices_train_as_one(family, mesh):
     one, eight = two_steps(family, (1, 1, 1)), two_steps(family, MESHES[mesh])
@@ -213,7 +217,7 @@ def test_eight_devices_train_as_one_with_two_kinds_of_layers(float64):
     assert "all-to-all" not in eight[2]
 
 
-@pytest.mark.parametrize("micro_batches", [2, 4])
+@pytest.mark.parametrize("micro_batches", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_accumulation_changes_nothing(micro_batches):
     assert_same_training(two_steps("llama", (1, 1, 1), micro_batches), two_steps("llama", (1, 1, 1)))
 

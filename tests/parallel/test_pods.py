@@ -1,10 +1,13 @@
-"""The same run on one device, on eight in three meshes, and in two and four real processes: the same five steps."""
+"""The same run on one device, on eight in three meshes, and in four real processes: the same five steps.
 
-import socket
+`test_loop.test_two_processes_equal_one` compares two processes with one.
+"""
 
+import jax
 import pytest
-import yaml
-from runs import metrics_of, model_directory, preference_file, raw_config, run_process
+from runs import metrics_of, model_directory, preference_file, raw_config, run_process, run_processes, written
+
+from sr_dpo_jax.cli import main
 
 pytestmark = pytest.mark.slow
 STEPS = 5
@@ -12,13 +15,15 @@ LAYOUTS = {
     "8 devices": (1, 8, {"fsdp": 8}),
     "4 x 2": (1, 8, {"fsdp": 4, "tensor": 2}),
     "2 x 2 x 2": (1, 8, {"replica": 2, "fsdp": 2, "tensor": 2}),
-    "2 processes": (2, 2, {"fsdp": 4}),
     "4 processes": (4, 1, {"replica": 2, "fsdp": 2}),
 }
 
 
 def losses(root, model, data, processes, devices, mesh):
-    """Losses and learning rates of a run of real processes with this many CPU devices each."""
+    """Gives loss, margin and augmented margin of each step of a run of processes with `devices` CPU devices each.
+
+    One process with as many devices as this one has runs in it.
+    """
     raw = raw_config(
         root,
         model,
@@ -28,19 +33,14 @@ def losses(root, model, data, processes, devices, mesh):
         optimizer={"name": "adamw", "learning_rate": 1e-4, "warmup_steps": 2},
     )
     root.mkdir()
-    (root / "config.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
-    arguments = ["train", str(root / "config.yaml")]
-    if processes > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
-        arguments += [f"distributed.processes={processes}", f"distributed.coordinator_address={address}"]
-    started = [
-        run_process([*arguments, *([f"distributed.process_id={n}"] if processes > 1 else [])], devices=devices)
-        for n in range(processes)
-    ]
-    outputs = [process.communicate(timeout=500)[0] for process in started]
-    assert [process.returncode for process in started] == [0] * processes, "\n".join(outputs)
+    arguments = ["train", written(root, raw)]
+    if (processes, devices) == (1, jax.device_count()):
+        assert main(arguments) == 0
+    else:
+        alone = processes == 1
+        started = [run_process(arguments, devices=devices)] if alone else run_processes(arguments, processes=processes)
+        outputs = [process.communicate(timeout=500)[0] for process in started]
+        assert [process.returncode for process in started] == [0] * processes, "\n".join(outputs)
     return [(line["loss"], line["margin"], line["augmented/margin"]) for line in metrics_of(root / "run")]
 
 

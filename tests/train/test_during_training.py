@@ -264,18 +264,20 @@ class Killed(BaseException):
     pass
 
 
-CUTS = [
-    "between saves",
-    pytest.param("after an evaluation, before its save", marks=pytest.mark.slow),
-    pytest.param("in the samples", marks=pytest.mark.slow),
-]
+CUTS = ["between saves", "after an evaluation, before its save", "in the samples"]
+AFTER_THE_BEST = [(when, (3, 1, 3)) for when in CUTS]
+"""Steps of three cuts, the first counted from the start, the others from the best step."""
 
 
-@pytest.mark.parametrize("when", CUTS)
-def test_a_run_that_is_cut_off_is_the_run_that_is_not(world, golden, tmp_path, monkeypatch, when):
-    """Three times, two of them while it waits for a better one: the same state, lines, samples, best and end."""
+@pytest.mark.parametrize(
+    ("when", "cuts"),
+    [(CUTS[0], (3, 3)), *(pytest.param(*case, marks=pytest.mark.slow) for case in AFTER_THE_BEST)],
+)
+def test_a_run_that_is_cut_off_is_the_run_that_is_not(world, golden, tmp_path, monkeypatch, when, cuts):
+    """Cut once before the best and then while it waits for a better one: the same state, lines, samples and end."""
     config, best = config_of(world, tmp_path), first_best(golden[0])
-    for step in (3, best + 1, best + 3):
+    first, *waiting = cuts
+    for step in (first, *(best + after for after in waiting)):
         with monkeypatch.context() as patched:
             kill(patched, when, step)
             with pytest.raises(Killed):

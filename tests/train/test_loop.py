@@ -1,9 +1,8 @@
-"""Whole runs on a tiny model: what they write, how they resume, how they refuse, and two real processes."""
+"""Whole runs on a tiny model: the files they write, how they resume and refuse, and two real processes."""
 
 import json
 import math
 import signal
-import socket
 import time
 
 import numpy as np
@@ -16,6 +15,7 @@ from runs import (
     preference_file,
     raw_config,
     run_process,
+    run_processes,
     state_of,
     without_times,
 )
@@ -27,11 +27,6 @@ from sr_dpo_jax.train.loop import train
 from sr_dpo_jax.train.metrics import Trace
 from sr_dpo_jax.weights.directory import open_directory
 
-SLOW_AND_QUICK_STARTS = [
-    pytest.param("ipo_mean", "cached", marks=pytest.mark.slow),
-    ("sr_dpo", "cached"),
-    pytest.param("sr_ipo", "online", marks=pytest.mark.slow),
-]
 LOSS_AT_START = {"dpo": math.log(2), "sr_dpo": math.log(2), "ipo": 25.0, "sr_ipo": 25.0, "ipo_mean": 25.0}
 
 
@@ -46,14 +41,20 @@ def world(tmp_path_factory):
     )
 
 
+def config_of(world, root, **sections):
+    """A run of the world's; the reference is scored once for all of them."""
+    model, data, _ = world
+    return make_config(root, model, data, cache_dir=str(model.parent / "cache"), **sections)
+
+
 def write_config(path, raw):
     path.write_text(yaml.safe_dump(raw), encoding="utf-8")
     return path
 
 
 def test_a_run_writes_everything_the_design_names(world, tmp_path):
-    model, data, held_out = world
-    config = make_config(tmp_path, model, data, data={"eval_path": str(held_out)}, train={"eval_every_steps": 4})
+    evaluated = {"data": {"eval_path": str(world[2])}, "train": {"eval_every_steps": 4}}
+    config = config_of(world, tmp_path, **evaluated)
     assert train(config) == 0
     lines = metrics_of(config.output_dir)
     steps = [line for line in lines if "loss" in line]
@@ -75,7 +76,8 @@ def test_a_run_writes_everything_the_design_names(world, tmp_path):
     assert set(manifest["digests"]) == {"data", "tokens", "tokenizer", "weights"}
 
 
-@pytest.mark.parametrize(("name", "mode"), SLOW_AND_QUICK_STARTS)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "mode"), [("ipo_mean", "cached"), ("sr_dpo", "cached"), ("sr_ipo", "online")])
 def test_the_first_step_is_the_analytic_loss(world, tmp_path, name, mode):
     model, data, _ = world
     lam = {"lam": 0.5} if name.startswith("sr") else {"lam": None}
@@ -121,13 +123,12 @@ def test_sft_learns_and_its_export_starts_dpo(world, tmp_path):
 
 
 def test_resuming_is_bitwise(world, tmp_path):
-    """Stopped after 1 and 3 steps and gone on each time, against never stopped: state and metrics, to the bit."""
-    model, data, held_out = world
-    sections = {"data": {"eval_path": str(held_out)}, "optimizer": {"name": "rmsprop", "learning_rate": 1e-3}}
-    golden = make_config(tmp_path / "golden", model, data, **sections)
+    """A run stopped after 1 and 3 steps and resumed equals one never stopped: state and metrics, to the bit."""
+    sections = {"data": {"eval_path": str(world[2])}, "optimizer": {"name": "rmsprop", "learning_rate": 1e-3}}
+    golden = config_of(world, tmp_path / "golden", **sections)
     assert train(golden) == 0
     for steps in (1, 3, None):
-        config = make_config(tmp_path / "stopped", model, data, **sections, train={"max_steps": steps})
+        config = config_of(world, tmp_path / "stopped", **sections, train={"max_steps": steps})
         assert train(config) == 0
     ours, theirs = state_of(config.output_dir), state_of(golden.output_dir)
     assert ours.keys() == theirs.keys() and len(ours) > 20
@@ -140,12 +141,11 @@ def test_resuming_is_bitwise(world, tmp_path):
 
 def test_a_profile_and_mfu(world, tmp_path, monkeypatch):
     """Two steps are traced, even where the run ends before the second; MFU is flops by the formula over peak × time."""
-    model, data, _ = world
     monkeypatch.setattr("sr_dpo_jax.train.program.peak_flops", lambda devices: 1e9 * len(devices))
-    config = make_config(tmp_path, model, data, train={"max_steps": 3, "profile_steps": 2})
+    config = config_of(world, tmp_path, train={"max_steps": 3, "profile_steps": 2})
     assert train(config) == 0
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
-    architecture = open_directory(str(model)).architecture
+    architecture = open_directory(str(world[0])).architecture
     for line in metrics_of(config.output_dir):
         flops = line["mfu"] * 8e9 * line["step_time_s"]
         tokens = line["tokens_per_second"] * line["step_time_s"]
@@ -155,7 +155,7 @@ def test_a_profile_and_mfu(world, tmp_path, monkeypatch):
 
 
 def test_the_last_traced_step_is_waited_for(tmp_path, monkeypatch, caplog):
-    """A step is only on its way when the loop goes on; a trace that ended then would lack it."""
+    """The loop goes on while a step still runs; a trace that ended then would lack the step."""
     said: list[object] = []
     monkeypatch.setattr("jax.profiler.start_trace", lambda where: said.append("start"))
     monkeypatch.setattr("jax.profiler.stop_trace", lambda: said.append("stop"))
@@ -176,15 +176,14 @@ def test_the_last_traced_step_is_waited_for(tmp_path, monkeypatch, caplog):
 
 
 def test_resuming_as_another_run_is_refused(world, tmp_path):
-    model, data, _ = world
-    assert train(make_config(tmp_path, model, data, train={"max_steps": 1})) == 0
+    assert train(config_of(world, tmp_path, train={"max_steps": 1})) == 0
     for change, key in (
         ({"seed": 1}, "seed"),
         ({"objective": {"beta": 0.2}}, "objective"),
         ({"refinement": {"prompt": "Another instruction: "}}, "refinement.prompt"),
     ):
         with pytest.raises(UsageError, match=key):
-            train(make_config(tmp_path, model, data, **change))
+            train(config_of(world, tmp_path, **change))
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(world, tmp_path):
@@ -297,8 +296,7 @@ def test_score_with_an_sft_config_measures_p_too(world, tmp_path):
 
 def test_an_evaluation_cut_short_is_done_again(world, tmp_path, monkeypatch):
     """A run that dies in its last evaluation has not saved the last step, so the same command evaluates."""
-    model, data, held_out = world
-    config = make_config(tmp_path, model, data, data={"eval_path": str(held_out)}, checkpoint={"every_steps": 4})
+    config = config_of(world, tmp_path, data={"eval_path": str(world[2])}, checkpoint={"every_steps": 4})
     with monkeypatch.context() as patched:
         patched.setattr(
             "sr_dpo_jax.train.scored_set.ScoredSet.metrics", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
@@ -311,27 +309,13 @@ def test_an_evaluation_cut_short_is_done_again(world, tmp_path, monkeypatch):
     assert [line["step"] for line in lines if "eval/loss" in line] == [6]
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(world, tmp_path):
-    """jax.distributed over gloo, other rows on each: the metrics and the parameters of a single process."""
+    """Two processes joined by jax.distributed, with different rows, give the metrics and parameters of one process."""
     model, data, held_out = world
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
     sections = {"data": {"eval_path": str(held_out)}, "batch": {"accumulation_steps": 2}}
     path = write_config(tmp_path / "config.yaml", raw_config(tmp_path, model, data, **sections))
-    processes = [
-        run_process(
-            [
-                "train",
-                str(path),
-                "distributed.processes=2",
-                f"distributed.coordinator_address={address}",
-                f"distributed.process_id={number}",
-            ],
-            devices=2,
-        )
-        for number in range(2)
-    ]
+    processes = run_processes(["train", str(path)], devices=2)
     outputs = [process.communicate(timeout=240)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
     alone = make_config(tmp_path / "alone", model, data, **sections)
@@ -340,6 +324,8 @@ def test_two_processes_equal_one(world, tmp_path):
         for name in without_times([ours])[0]:
             if name != "padding_fraction":  # another number of row shards may ask for more rows
                 assert ours[name] == pytest.approx(theirs[name], rel=2e-4, abs=2e-5), name
+        if "loss" in ours:
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
     ours, theirs = state_of(tmp_path / "run"), state_of(alone.output_dir)
     for name in ours:
         np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-3, atol=2e-5, err_msg=name)
