@@ -32,6 +32,8 @@ def test_the_world_is_made_without_the_real_pairs(tmp_path, monkeypatch):
 def test_every_command_end_to_end(tmp_path):
     environment = {**os.environ, "SR_DPO": f"{sys.executable} -m sr_dpo_jax.cli", "PYTHON": sys.executable}
     environment |= {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
+    # Another process may have libtpu loaded: CI compiles for TPUs beside this test.
+    environment |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TMPDIR": str(tmp_path)}
     environment["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")  # as on a laptop
     environment = {name: value for name, value in environment.items() if not name.startswith("OPENAI_")}
     script = REPOSITORY / "tests" / "every_command.sh"
