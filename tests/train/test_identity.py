@@ -1,0 +1,58 @@
+"""A checkpoint goes on only as the run that it was: what is refused, what is allowed, what is only said."""
+
+import json
+import logging
+
+import pytest
+
+from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.train import identity
+
+BEFORE = {"objective.beta": 0.1, "seed": 3, "plan": "a1", "checkpoint.best_metric": None}
+
+
+def same(now, *allowed):
+    identity.require_same_run(BEFORE, BEFORE | now, where="run: step 4", allowed_changes=allowed)
+
+
+def test_a_change_is_refused_by_key_with_the_flag_that_allows_it():
+    same({})
+    with pytest.raises(UsageError, match=r"objective\.beta: 0\.1 -> 0\.2\n.*--allow-change objective\.beta"):
+        same({"objective.beta": 0.2})
+
+
+def test_an_allowed_change_is_said(caplog):
+    same({"objective.beta": 0.2}, "objective.beta")
+    assert "objective.beta: 0.1 -> 0.2" in caplog.text
+    with pytest.raises(UsageError, match=r"no such key; known: objective\.beta, seed"):
+        same({}, "objective.bta")
+
+
+def test_the_plan_is_named_only_where_nothing_else_explains_it():
+    with pytest.raises(UsageError) as both:
+        same({"seed": 4, "plan": "b2"})
+    assert "seed: 3 -> 4" in str(both.value) and "plan" not in str(both.value)
+    with pytest.raises(UsageError, match="plan: a1 -> b2"):
+        same({"plan": "b2"})
+
+
+def test_a_metric_that_is_new_gives_nothing_up():
+    same({"checkpoint.best_metric": "eval/loss, min"})
+
+
+def test_other_software_is_said_and_with_strict_refused(caplog):
+    now = identity.software()
+    before = now | {"jax": "0.1"}
+    identity.report_drift(before, now, where="run: step 4", strict=False)
+    assert f"jax: 0.1 -> {now['jax']}" in caplog.text
+    with pytest.raises(UsageError, match=r"checkpoint\.strict=true asks for the same versions"):
+        identity.report_drift(before, now, where="run: step 4", strict=True)
+    with caplog.at_level(logging.WARNING):
+        identity.report_drift(now | {"processes": 2}, now | {"processes": 1}, where="run", strict=True)
+    assert "processes: 2 -> 1" in caplog.text
+
+
+def test_the_id_of_a_run_is_kept_in_its_manifest(tmp_path):
+    assert identity.run_id_of(tmp_path) != identity.run_id_of(tmp_path)
+    (tmp_path / "manifest.json").write_text(json.dumps({"run_id": "abc"}), encoding="utf-8")
+    assert identity.run_id_of(tmp_path) == "abc"

@@ -1,0 +1,85 @@
+"""The lines of a run: one a step, written when the next is on its way, dropped after the step that is resumed."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from sr_dpo_jax.data.pipeline import HostStep
+from sr_dpo_jax.data.plan import Plan, Shape
+from sr_dpo_jax.errors import RunError
+from sr_dpo_jax.train.metrics import MetricsWriter, Progress, StepLog
+from sr_dpo_jax.train.program import Work
+
+PLAN = Plan(Shape(2, 1, 20, 8), 4, np.array([[0, 1]] * 8), np.zeros((8, 2), int))
+WORK = Work(np.array([7, 9]), np.array([100.0, 300.0]), devices=2, peak_flops=1e3)
+
+
+def writer_of(root, first_step=0):
+    return MetricsWriter(root / "metrics.jsonl", root / "tensorboard", first_step=first_step, active=True)
+
+
+def lines_of(root, name="metrics.jsonl"):
+    return [json.loads(line) for line in (root / name).read_text().splitlines()]
+
+
+@pytest.fixture
+def steps(tmp_path):
+    writer = writer_of(tmp_path)
+    progress = Progress("test", total=4, active=False)
+    log = StepLog(PLAN, WORK, ("a", "b"), writer, progress, every_steps=2, total_steps=3, max_skipped_steps=1)
+    yield log
+    writer.close()
+
+
+def add(steps, step, **metrics):
+    steps.add(step, HostStep(np.array([0, 1]), {}, None, 0), {"loss": np.float32(0.5), "skipped": 0.0} | metrics)
+
+
+def test_a_line_is_written_when_the_next_step_is_on_its_way(steps, tmp_path):
+    for step in (1, 2):
+        add(steps, step)
+    assert lines_of(tmp_path) == []
+    add(steps, 3)
+    (second,) = lines_of(tmp_path)
+    assert second["step"] == 2 and second["loss"] == 0.5 and second["epoch"] == 0.5
+    assert second["padding_fraction"] == pytest.approx(1 - 16 / 20)
+    assert second["mfu"] * second["step_time_s"] == pytest.approx(400 / 1e3)
+    assert second["tokens_per_second_per_chip"] * 2 == pytest.approx(second["tokens_per_second"])
+    steps.flush()
+    assert [line["step"] for line in lines_of(tmp_path)] == [2, 3]  # the last one always, others every second
+
+
+def test_more_skipped_steps_in_a_row_than_allowed_end_the_run(steps, tmp_path):
+    bad = {"skipped": 1.0, "loss": np.float32("nan")}
+    add(steps, 1, **bad)
+    add(steps, 2)
+    add(steps, 3, **bad)
+    add(steps, 4, **bad)
+    with pytest.raises(RunError, match=r"2 steps in a row, the last of them 4, .*max_skipped_steps=1 .*skipped.jsonl"):
+        steps.flush()
+    assert [(line["step"], line["pair_ids"]) for line in lines_of(tmp_path, "skipped.jsonl")] == [
+        (step, ["a", "b"]) for step in (1, 3, 4)
+    ]
+
+
+def test_lines_of_steps_that_are_done_again_are_dropped(tmp_path, caplog):
+    writer = writer_of(tmp_path)
+    for step in (1, 2, 3):
+        writer.write({"step": step, "loss": math.inf if step == 1 else 0.1})
+    writer.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # a kill cut it short
+    writer_of(tmp_path, first_step=2).close()
+    assert lines_of(tmp_path) == [{"step": 1, "loss": "inf"}, {"step": 2, "loss": 0.1}]
+    assert "not a whole metrics line is dropped" in caplog.text
+
+
+def test_another_process_writes_nothing(tmp_path):
+    writer = MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", first_step=0, active=False)
+    writer.write({"step": 1})
+    writer.write_samples(1, [{"set": "eval"}])
+    writer.write_skipped(1, ["a"], {"loss": math.nan})
+    writer.close()
+    assert list(tmp_path.iterdir()) == []
