@@ -113,6 +113,13 @@ def test_a_renamed_kernel_is_known_by_its_metadata():
     assert read(text).kernel_flops == read(LOOPS).kernel_flops
 
 
+def test_what_a_sparse_core_runs_ends_where_it_ends():
+    """The compiler writes the thread of such a computation behind its end."""
+    end = '  ROOT %twice.remat = f32[8]{0} add(%p, %p), backend_config={"estimated_cycles":"1000"}\n}'
+    assert end in LOOPS
+    assert read(LOOPS.replace(end, f'{end}, execution_thread="sparsecore"')) == read(LOOPS)
+
+
 def test_a_known_trip_count_is_taken():
     text = LOOPS.replace("body=%outer_body", 'body=%outer_body, backend_config={"known_trip_count":{"n":"11"}}')
     assert read(text).cycles == 11 * (4 * 10 + 3) + 7

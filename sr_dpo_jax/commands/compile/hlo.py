@@ -18,8 +18,10 @@ from sr_dpo_jax.commands.compile.traced_flops import splash_flops, splash_kernel
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 BITS = re.compile(r"^[a-z]+?(\d+)")
-COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) [^\n]*\{\n(.*?)\n\}$", re.MULTILINE | re.DOTALL)
-"""The mark of the entry computation, the name and the body."""
+COMPUTATION = re.compile(
+    r'^(ENTRY )?%?([\w.\-]+) [^\n]*\{\n(.*?)\n\}(?:, execution_thread="\w+")?$', re.MULTILINE | re.DOTALL
+)
+"""The mark of the entry computation, the name and the body; what a SparseCore runs names its thread at the end."""
 INSTRUCTION = re.compile(r"(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*?)\)(?:, [\w\-]+=|$)", re.DOTALL)
 """The name, shape, opcode and operands; no shape holds ` opcode(`, and no operand holds `), attribute=`."""
 ARRAY = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
