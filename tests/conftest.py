@@ -8,8 +8,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit what the session has set
     _KEPT = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in flag]
-    # Tests compile far longer than they compute. Without LLVM's optimisations that takes half of the time, and without
-    # fusion emitters (jaxlib 0.11 and newer do not know the flag, and end the process at it) again a third less.
+    # Tests compile far longer than they compute. Without LLVM's optimisations that takes half of the time, and less
+    # again without fusion emitters (jaxlib 0.12 does not know the flag, and ends the process at it).
     _FAST_COMPILE = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
     if importlib.metadata.version("jaxlib").startswith("0.10."):
         _FAST_COMPILE.append("--xla_cpu_use_fusion_emitters=false")

@@ -4,8 +4,7 @@
 #   tests/newest_jax.sh VENV_DIR [PYTEST_OPTION ...]
 #
 # Needs a Python of 3.12 or newer ($PYTHON, python3 by default) and a package index. Installs into VENV_DIR, which it
-# makes; tests that need what the newest releases lack skip and say so. It is no part of .ci/run, which would take about
-# eight minutes longer with it on two cores.
+# makes; tests that need what the newest releases lack skip and say so. It is no part of .ci/run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

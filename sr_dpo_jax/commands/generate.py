@@ -22,7 +22,7 @@ from sr_dpo_jax.commands.prompts import PromptLine, read_prompts
 from sr_dpo_jax.config.schema import Config
 from sr_dpo_jax.data.rows import BadRow, Message
 from sr_dpo_jax.data.tokens import PairEncoder
-from sr_dpo_jax.durable.files import lines_of, require_output, whole
+from sr_dpo_jax.durable.files import finished_lines, require_output, whole
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.generation.generator import Generator, Prompt, Response, require_room
 from sr_dpo_jax.train.metrics import Progress
@@ -150,15 +150,11 @@ def _read_partial(output: Path, settings: str) -> Finished:
     path = _partial_path(output)
     if not path.exists():
         return {}
-    lines = lines_of(path.read_text(encoding="utf-8"))
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()  # a kill cut it short
-    records = [json.loads(line) for line in lines]
+    records = [json.loads(line) for line in finished_lines(path)]
     if not records or records[0].get("settings") != settings:
         raise UsageError(
             f"{path}: was begun with other prompts, weights or generation settings; finish it with those, or delete it"
         )
-    path.write_text("".join(lines), encoding="utf-8")
     log.info("%s: going on after %d responses", path, len(records) - 1)
     return {(record.pop("index"), record.pop("turn")): record for record in records[1:]}
 

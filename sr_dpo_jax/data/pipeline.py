@@ -192,6 +192,18 @@ class Packing:
             rows_multiple=self.rows_multiple,
         )
 
+    def source(self, pairs: Pairs, plan: Plan, rows: np.ndarray, *, augmented: bool, with_rejected: bool) -> StepSource:
+        """Lays out the steps of a plan; `rows` are those of each micro-batch that are built here, ascending."""
+        return StepSource(
+            pairs,
+            plan,
+            micro_batches=self.micro_batches,
+            local_rows=rows,
+            with_rejected=with_rejected,
+            augmented=augmented,
+            row_multiple=self.row_multiple,
+        )
+
     def feed(
         self,
         pairs: Pairs,
@@ -205,15 +217,8 @@ class Packing:
         rows = plan.shape.rows // self.micro_batches
         shape = (self.micro_batches, rows, plan.shape.row_length)
         row_sharding = sharding(self.mesh, ("micro_batches", "rows", None), shape, "batch.plain.tokens")
-        source = StepSource(
-            pairs,
-            plan,
-            micro_batches=self.micro_batches,
-            local_rows=local_rows(row_sharding, self.micro_batches, rows),
-            with_rejected=with_rejected,
-            augmented=augmented,
-            row_multiple=self.row_multiple,
-        )
+        here = local_rows(row_sharding, self.micro_batches, rows)
+        source = self.source(pairs, plan, here, augmented=augmented, with_rejected=with_rejected)
         return Feed(source, rows, row_sharding, replicated(self.mesh), reference)
 
 

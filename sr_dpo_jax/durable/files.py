@@ -61,6 +61,18 @@ def lines_of(text: str) -> list[str]:
     return re.findall(r"[^\n]*\n|[^\n]+", text)
 
 
+def finished_lines(path: Path) -> list[str]:
+    """Gives the lines of a file of JSON lines that is appended to.
+
+    A last line that a kill cut short is taken off the file, so that the next one does not stand behind half of it.
+    """
+    lines = lines_of(path.read_text(encoding="utf-8"))
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+        write_text(path, "".join(lines))
+    return lines
+
+
 def read_lines(path: Path) -> list[Any]:
     """Reads a whole file of JSON lines and returns their values."""
     return [json.loads(line) for line in lines_of(path.read_text(encoding="utf-8"))]

@@ -31,9 +31,9 @@ class MetricsWriter:
     responses to samples.jsonl.
 
     Args:
-      metrics_file: JSON lines, one a step, with `step` = optimizer updates done.
+      metrics_file: JSON lines, one a step, with `step`, the steps of the plan done, skipped ones too.
       tensorboard_dir: event files.
-      first_step: updates done before this run starts. Later lines, from steps after the checkpoint that the run
+      first_step: steps done before this run starts. Later lines, from steps after the checkpoint that the run
         resumes from, are dropped: these steps are done again.
       active: False on all processes but one.
       wandb: gets the lines too; None for none.

@@ -57,6 +57,17 @@ def test_json_and_its_lines_keep_every_script(tmp_path):
     assert files.lines_of("a\u2028b\nc") == ["a\u2028b\n", "c"] and files.lines_of("") == []
 
 
+def test_a_line_that_a_kill_cut_short_is_taken_off_the_file(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": "\u2028"}\n2\n{"b', encoding="utf-8")
+    assert files.finished_lines(path) == ['{"a": "\u2028"}\n', "2\n"]
+    with path.open("a", encoding="utf-8") as file:
+        file.write("3\n")
+    before = path.stat()
+    assert files.finished_lines(path) == ['{"a": "\u2028"}\n', "2\n", "3\n"]
+    assert path.stat().st_ino == before.st_ino, "a file that is whole is not written again"
+
+
 def test_each_held_out_set_has_a_file_of_its_own():
     assert files.pairs_file("eval") == "eval_pairs.jsonl"
     assert files.pairs_file("eval/eval_x") == "eval_pairs_eval_x.jsonl"

@@ -99,7 +99,9 @@ def test_every_case_of_every_family(torch, tmp_path, family, case):
     zoo.write(tmp_path, family, case, shapes)
     theirs, tokens = make.torch_model(tmp_path), zoo.token_ids(expected.shape[-1])
     logits = make.logits(theirs, tokens)
-    np.testing.assert_allclose(logits, expected, atol=5e-5)  # this model's file; another CPU rounds by 1.2e-5
+    # The file is of this model: PyTorch's own kernels, chosen by ATEN_CPU_CAPABILITY and MKL_ENABLE_INSTRUCTIONS, are
+    # up to 2.1e-5 away from it (gemma2: alternating).
+    np.testing.assert_allclose(logits, expected, atol=3e-5)
     directory = weights.open_directory(str(tmp_path))
     model, params = zoo.load(directory, tiny.make_mesh())
     np.testing.assert_allclose(zoo.logits(model, params, tokens), logits, atol=1e-4)

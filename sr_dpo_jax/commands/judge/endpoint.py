@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sr_dpo_jax.commands.judge.settings import Settings
-from sr_dpo_jax.durable.files import lines_of, write_text
+from sr_dpo_jax.durable.files import finished_lines
 from sr_dpo_jax.errors import UsageError
 
 try:
@@ -204,11 +204,7 @@ def _read_replies(path: Path) -> dict[str, str]:
     if not path.exists():
         return {}
     try:
-        lines = lines_of(path.read_text(encoding="utf-8"))
-        if lines and not lines[-1].endswith("\n"):
-            lines.pop()
-            write_text(path, "".join(lines))
-        replies = {line["key"]: line["reply"] for line in map(json.loads, lines)}
+        replies = {line["key"]: line["reply"] for line in map(json.loads, finished_lines(path))}
         if not all(isinstance(text, str) for text in (*replies, *replies.values())):
             raise ValueError("a line is not of text")
     except (OSError, ValueError, KeyError, TypeError) as error:
