@@ -10,8 +10,8 @@ the last has made needless is taken back.
 import dataclasses
 import logging
 import resource
-import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -75,14 +75,14 @@ class Report:
         return next((attempt for attempt in reversed(self.attempts) if attempt.fits), None)
 
 
-def compile_command(config: Config, *, topology: str, slices: int, read: bool, quick: bool) -> Report:
+def compile_command(config: Config, *, topology: str, slices: int, read_data: bool, quick: bool) -> Report:
     """Compiles a configuration and, where it does not fit, looks for a change that does.
 
     Args:
       config: the run.
       topology: one slice, as jax names it.
       slices: the number of slices.
-      read: whether to plan from the real data instead of typical lengths.
+      read_data: whether to plan from the real data instead of typical lengths.
       quick: asks the compiler for its least effort.
 
     Raises:
@@ -95,7 +95,7 @@ def compile_command(config: Config, *, topology: str, slices: int, read: bool, q
     directory = weights.open_directory(config.model.path, revision=config.model.revision, weights=False)
     # Weights are neither read nor looked for.
     config = config.model_copy(update={"model": config.model.model_copy(update={"init": "random"})})
-    pairs, eval_sets, lengths = _read(config, directory) if read else _typical(config, directory)
+    pairs, eval_sets, lengths = _read(config, directory) if read_data else _typical(config, directory)
     with only_one():
         devices = devices_of(topology, slices)
         compiled = compile_for(devices, config, directory, pairs, eval_sets)
@@ -104,13 +104,8 @@ def compile_command(config: Config, *, topology: str, slices: int, read: bool, q
         attempts: Sequence[Attempt] = ()
         if not compiled.fits:
             log.warning("does not fit; looking for a change that does")
-            attempts = search(
-                config,
-                compiled,
-                slices,
-                lambda overrides: _attempt(devices, config, directory, pairs, eval_sets, overrides),
-            )
-    scale = 1 if sys.platform == "darwin" else 1024
+            attempt = partial(_attempt, devices, config, directory, pairs, eval_sets)
+            attempts = search(config, compiled, slices, attempt)
     return Report(
         topology=topology,
         slices=slices,
@@ -119,7 +114,7 @@ def compile_command(config: Config, *, topology: str, slices: int, read: bool, q
         processes=config.distributed.processes,
         compiled=compiled,
         attempts=tuple(attempts),
-        host_peak_bytes=scale * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        host_peak_bytes=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     )
 
 

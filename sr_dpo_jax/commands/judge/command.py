@@ -21,7 +21,7 @@ def judge_command(
     *,
     questions_file: Path,
     output: Path,
-    config: Path | None,
+    judge_config: Path | None,
     model: str | None,
     base_url: str | None,
 ) -> None:
@@ -33,7 +33,7 @@ def judge_command(
       first, second: files of answers.
       questions_file: the questions that they answer.
       output: the JSON file to write.
-      config: a YAML file whose keys replace those of judge.yaml.
+      judge_config: a YAML file whose keys replace those of judge.yaml.
       model: the judge's name at the endpoint; None takes that of the settings.
       base_url: the address of the endpoint; None takes that of the settings.
 
@@ -42,7 +42,7 @@ def judge_command(
       RuntimeError: the endpoint does not answer.
     """
     require_output(output)
-    settings = load(config, model=model, base_url=base_url)
+    settings = load(judge_config, model=model, base_url=base_url)
     questions = read_questions(questions_file)
     answers = [read_answers(path, questions) for path in (first, second)]
     replies = Replies(output.with_name(output.name + ".replies.jsonl"))
@@ -54,9 +54,7 @@ def judge_command(
         "judge": {"model": settings.model, "request": settings.request, "prompts_sha256": settings.prompts_digest},
         "bootstrap": settings.bootstrap.model_dump(),
         **summaries(comparisons, settings),
-        "comparisons": [
-            {**dataclasses.asdict(comparison), "outcome": comparison.outcome} for comparison in comparisons
-        ],
+        "comparisons": [{**dataclasses.asdict(each), "outcome": each.outcome} for each in comparisons],
     }
     write_json(output, result)
     print_result(result)

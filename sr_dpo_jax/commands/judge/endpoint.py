@@ -144,8 +144,7 @@ class Judge:
             if failure is not None:
                 self._stopped.set()
                 raise self._error(failure)
-            choice = self._choice(reply)
-            if choice is not None:
+            if choice := self._choice(reply):
                 self._replies.put(key, reply)
                 return Verdict(choice)
         return Verdict(None, "malformed reply")
@@ -193,9 +192,10 @@ class Judge:
 
 def _text(completion: Any) -> str | None:
     """Gives the text of a reply; None where there is none: an endpoint can send anything."""
-    choices = getattr(completion, "choices", None)
-    message = getattr(choices[0], "message", None) if isinstance(choices, list) and choices else None
-    content = getattr(message, "content", None)
+    try:
+        content = completion.choices[0].message.content
+    except (AttributeError, LookupError, TypeError):
+        return None
     return content if isinstance(content, str) else None
 
 
