@@ -83,19 +83,16 @@ class StepSource:
         pair, row = self._plan.pair[step], self._plan.row[step]
         rows_per_micro_batch = self._plan.shape.rows // self._micro_batches
         wanted = np.arange(self._micro_batches)[:, None] * rows_per_micro_batch + self._local_rows
-        members = [[self._placed(number, pair[number]) for number in np.flatnonzero(row == r)] for r in wanted.flat]
-        members = [[placed for placed in row_members if placed is not None] for row_members in members]
-        empty = self._prefix[:0]
-        plain = self._stack(members, self._plan.shape.row_length, 0, empty)
+        numbers = [np.flatnonzero((row == r) & (pair >= 0)) for r in wanted.flat]
+        members = [[self._placed(number, pair[number]) for number in of_row] for of_row in numbers]
+        plain = self._stack(members, self._plan.shape.row_length, 0, self._prefix[:0])
         augmented = None
         if self.augmented:
             augmented = self._stack(members, self._augmented_length, len(self._pairs.head), self._prefix)
         return HostStep(pair, plain, augmented, len(self._prefix))
 
-    def _placed(self, number: int, index: int) -> Placed | None:
-        """Fetches the pair that has this number within the step; None where the step runs short."""
-        if index < 0:
-            return None
+    def _placed(self, number: int, index: int) -> Placed:
+        """Fetches the pair that has this number within the step."""
         prompt, chosen, rejected = self._pairs.pair(index)
         return Placed(SIDES * int(number), prompt, chosen, rejected if self._with_rejected else None)
 

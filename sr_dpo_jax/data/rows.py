@@ -285,7 +285,7 @@ def _explicit_messages(prompt: Any, chosen: list, rejected: list) -> tuple[tuple
         if len(response) != 1 or response[0].role != "assistant":
             raise UnusableError(f"{side}: expected exactly one assistant message after an explicit prompt")
         responses.append(response[0].content)
-    return messages, responses[0], responses[1]
+    return messages, *responses
 
 
 def _two_conversations(row: dict) -> tuple[tuple[Message, ...], str, str]:
