@@ -121,13 +121,9 @@ def _report_types(directory: ModelDirectory, file_of: Mapping[str, Path], dtype:
     headers = read_headers(sorted(set(file_of.values()))).values()
     types = Counter(kind for header in headers for name, (_, kind) in header.items() if name in file_of)
     rounded = [kind for kind in sorted(types) if not np.can_cast(FLOATS[kind], dtype)]
-    log.info(
-        "%s: tensors by type: %s; held in %s%s",
-        directory.path,
-        ", ".join(f"{number} {kind}" for kind, number in sorted(types.items())),
-        np.dtype(dtype).name,
-        f" (model.param_dtype), to which {', '.join(rounded)} is rounded" if rounded else "",
-    )
+    counts = ", ".join(f"{number} {kind}" for kind, number in sorted(types.items()))
+    rounding = f" (model.param_dtype), to which {', '.join(rounded)} is rounded" if rounded else ""
+    log.info(f"{directory.path}: tensors by type: {counts}; held in {np.dtype(dtype).name}{rounding}")
 
 
 def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
