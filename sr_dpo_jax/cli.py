@@ -1,6 +1,7 @@
 """The command line. Exit codes: 0 done, 2 bad usage, config or data, 75 preempted (run it again), 1 anything else."""
 
 import argparse
+import dataclasses
 import importlib
 import logging
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from sr_dpo_jax.commands import console
 from sr_dpo_jax.commands.tune import METRIC
 from sr_dpo_jax.config.load import load_config
 from sr_dpo_jax.config.schema import PAPER_INSTRUCTION, Config
@@ -244,14 +246,14 @@ def _inspect(model: str, *, mesh: str, json: Path | None, **options: Any) -> int
 
     jax.config.update("jax_platforms", "cpu")  # the accelerator belongs to whoever trains on it
     from sr_dpo_jax.commands.inspect.inspect import inspect_model, parse_mesh
-    from sr_dpo_jax.commands.inspect.show import print_inspection, write_json
+    from sr_dpo_jax.commands.inspect.show import print_inspection
 
     if json is not None:
         require_output(json, option="--json")
     inspection = inspect_model(model, mesh=parse_mesh(mesh), **options)
     print_inspection(inspection)
     if json is not None:
-        write_json(json, inspection)
+        console.write_json(json, dataclasses.asdict(inspection))
     return EXIT_USAGE if inspection.problems else 0
 
 

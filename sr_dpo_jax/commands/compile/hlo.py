@@ -173,7 +173,7 @@ class _Module:
         known = loop.number(r'"known_trip_count":\{"n":"(\d+)"')
         if known is not None:
             return known
-        condition, body = loop.called("condition"), loop.called("body")
+        condition = loop.called("condition")
         test = self.roots[condition]
         if test.opcode != "compare" or "direction=LT" not in test.text:
             return None
@@ -182,7 +182,7 @@ class _Module:
         if index is None or limit is None:
             return None
         start = self.constant(computation, self._element_of(computation, loop.operands[0], index))
-        step = self._step(body, index)
+        step = self._step(loop.called("body"), index)
         return None if start is None or not step else max(0, math.ceil((limit - start) / step))
 
     def _step(self, body: str, index: int) -> int | None:

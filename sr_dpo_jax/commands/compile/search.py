@@ -197,8 +197,9 @@ def _mesh_overrides(config: Config, mesh: dict[str, int]) -> dict[str, Any]:
     return {**changed, "mesh.fsdp": -1}
 
 
-def override_arguments(overrides: dict[str, Any]) -> Sequence[str]:
-    return [f"{key}={value}" for key, value in overrides.items()]
+def arguments_text(overrides: dict[str, Any]) -> str:
+    """Writes overrides as the command line takes them."""
+    return " ".join(f"{key}={value}" for key, value in overrides.items())
 
 
 def _attempt(
@@ -209,7 +210,7 @@ def _attempt(
     eval_sets: Sequence[TokenizedPairs],
     overrides: dict[str, Any],
 ) -> Attempt:
-    named = " ".join(override_arguments(overrides))
+    named = arguments_text(overrides)
     log.warning("trying %s", named)
     raw = config.model_dump(mode="json")
     for path, value in overrides.items():
