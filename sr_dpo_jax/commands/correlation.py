@@ -21,11 +21,7 @@ CONFIDENCE = 0.95
 LEAST_PAIRS = 3
 GAP_BUCKETS = 4
 RESAMPLES_AT_ONCE = 50
-STATISTICS = {
-    "pearson": scipy.stats.pearsonr,
-    "spearman": scipy.stats.spearmanr,
-    "kendall": scipy.stats.kendalltau,
-}
+STATISTICS = {"pearson": scipy.stats.pearsonr, "spearman": scipy.stats.spearmanr, "kendall": scipy.stats.kendalltau}
 
 
 def rating_metrics(margins: dict[str, np.ndarray], difference: np.ndarray, *, seed: int, name: str) -> dict[str, float]:

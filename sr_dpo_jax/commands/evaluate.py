@@ -85,9 +85,8 @@ def require_finite(pairs: TokenizedPairs, scores: Scores, config: Config) -> Non
     Raises:
       UsageError: names the first pair by file and line.
     """
-    bad = ~np.isfinite(scores.plain).all(axis=1)
-    if scores.augmented is not None:
-        bad |= ~np.isfinite(scores.augmented).all(axis=1)
+    given = [part for part in (scores.plain, scores.augmented) if part is not None]
+    bad = ~np.isfinite(np.concatenate(given, axis=1)).all(axis=1)
     if bad.any():
         raise UsageError(
             f"{bad.sum()} of {len(bad)} pairs, first {pairs.place(np.flatnonzero(bad)[0])}, have no finite "

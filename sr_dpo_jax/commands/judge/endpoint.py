@@ -46,9 +46,9 @@ def request_key(settings: Settings, messages: Messages) -> str:
     return hashlib.sha256(json.dumps([settings.model, settings.request, messages], sort_keys=True).encode()).hexdigest()
 
 
-def parse(pattern: str, reply: str) -> str | None:
+def parse(pattern: str, reply: str | None) -> str | None:
     """Reads `A`, `B` or `tie` from a reply; None unless the pattern is there and all of its matches say the same."""
-    choices = {match.casefold() for match in re.findall(pattern, reply)}
+    choices = {match.casefold() for match in re.findall(pattern, reply or "")}
     return {"a": "A", "b": "B", "tie": "tie"}.get(choices.pop()) if len(choices) == 1 else None
 
 
@@ -115,7 +115,8 @@ class Judge:
           RuntimeError: the endpoint does not answer.
         """
         asked = {request_key(self._settings, messages): messages for messages in conversations}
-        verdicts = {key: Verdict(choice) for key in asked if (choice := self._choice(self._replies.get(key)))}
+        pattern = self._settings.verdict_pattern
+        verdicts = {key: Verdict(choice) for key in asked if (choice := parse(pattern, self._replies.get(key)))}
         progress(len(verdicts))
         pool = concurrent.futures.ThreadPoolExecutor(self._settings.concurrency)
         try:
@@ -130,9 +131,6 @@ class Judge:
             pool.shutdown(wait=True, cancel_futures=True)
         return [verdicts[request_key(self._settings, messages)] for messages in conversations]
 
-    def _choice(self, reply: str | None) -> str | None:
-        return None if reply is None else parse(self._settings.verdict_pattern, reply)
-
     def _ask(self, key: str, messages: Messages) -> Verdict:
         """Asks until there is a verdict; a failure stops all threads before the one that collects them hears of it."""
         for attempt in range(1 + self._settings.malformed_retries):
@@ -144,7 +142,7 @@ class Judge:
             if failure is not None:
                 self._stopped.set()
                 raise self._error(failure)
-            if choice := self._choice(reply):
+            if choice := parse(self._settings.verdict_pattern, reply):
                 self._replies.put(key, reply)
                 return Verdict(choice)
         return Verdict(None, "malformed reply")

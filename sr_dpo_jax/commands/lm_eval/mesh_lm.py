@@ -126,7 +126,16 @@ class MeshLM(TemplateLM):
                     Prompt(number, 0, self._context(requests[number].args[0], generation), seed=number)
                     for number in numbers
                 ]
-                for prompt, response in self._generator(generation, prompts).respond(self._params, prompts):
+                settings = Settings(
+                    generation.sampling,
+                    self._slots,
+                    generation.max_new_tokens,
+                    generation.stop,
+                    limit_key="max_gen_toks",
+                )
+                longest = max(len(prompt.ids) for prompt in prompts)
+                generator = Generator(self._model, self.tokenizer, settings, longest_prompt_tokens=longest)
+                for prompt, response in generator.respond(self._params, prompts):
                     texts[prompt.index] = response.text
                     done += 1
                     progress.update(done)
@@ -157,10 +166,3 @@ class MeshLM(TemplateLM):
         if not ids:
             raise UsageError("a task generates from an empty prompt, which this tokenizer gives no token")
         return ids[-(self.max_length - generation.max_new_tokens) :]
-
-    def _generator(self, generation: _Generation, prompts: Sequence[Prompt]) -> Generator:
-        settings = Settings(
-            generation.sampling, self._slots, generation.max_new_tokens, generation.stop, limit_key="max_gen_toks"
-        )
-        longest = max(len(prompt.ids) for prompt in prompts)
-        return Generator(self._model, self.tokenizer, settings, longest_prompt_tokens=longest)
