@@ -34,25 +34,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("sr_dpo_jax").setLevel(logging.INFO)
     sys.excepthook = _fail
     threading.excepthook = lambda thread: print(_traceback(thread.exc_value), file=sys.stderr)
-    sys.unraisablehook = _say_unraisable
+    sys.unraisablehook = lambda unraisable: print(_traceback(unraisable.exc_value), file=sys.stderr)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # it warns of the forks that grain and orbax never make
     try:
         return _run(options)
-    except UsageError as error:
+    except (UsageError, RunError) as error:
         print(redact(f"sr-dpo {options.command}: {error}"), file=sys.stderr)
-        return _end(EXIT_USAGE)
-    except RunError as error:
-        print(redact(f"sr-dpo {options.command}: {error}"), file=sys.stderr)
-        return _end(EXIT_FAILED)
+        return _end(EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED)
 
 
 def _fail(_kind: type[BaseException], error: BaseException, _trace: TracebackType | None) -> None:
     print(_traceback(error), file=sys.stderr)
     _end(EXIT_FAILED)
-
-
-def _say_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
-    print(_traceback(unraisable.exc_value), file=sys.stderr)
 
 
 def _traceback(error: BaseException | None) -> str:
@@ -69,167 +62,23 @@ def _end(code: int) -> int:
     return code
 
 
-def parser() -> argparse.ArgumentParser:
-    """Makes the parser of every command with its options."""
-    made = argparse.ArgumentParser(prog="sr-dpo", description=__doc__)
-    commands = made.add_subparsers(dest="command", required=True)
-
-    def command(name: str, function: str | Callable[..., Any], summary: str, done: str = "") -> argparse.ArgumentParser:
-        """Adds a command.
-
-        `function` takes the options under their names; as text it is `module:name`, imported when the command runs. It
-        gives the exit code, None for 0, or where there is `done` the result that this text says.
-        """
-        added = commands.add_parser(name, help=summary, description=summary)
-        added.set_defaults(function=function, done=done)
-        return added
-
-    def with_config(added: argparse.ArgumentParser, dest: str = "config") -> argparse.ArgumentParser:
-        added.add_argument(dest, metavar="config", help="YAML file; the README shows one")
-        added.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the file's")
-        return added
-
-    train = with_config(
-        command("train", "train.loop:train", "SFT or preference training; the same command again resumes")
-    )
-    train.add_argument(
-        "--allow-change",
-        dest="allowed_changes",
-        action="append",
-        default=[],
-        metavar="KEY",
-        help="resumes although this key, named in the refusal, has another value than before; may be repeated",
-    )
-    score = with_config(
-        command(
-            "score",
-            "commands.evaluate:score_command",
-            "log-probabilities of every pair of data.path under model.path",
-            done="{result} pairs scored in {output}",
-        )
-    )
-    score.add_argument("--output", required=True, type=Path, metavar="FILE.jsonl")
-    evaluate = with_config(
-        command("eval", _eval, "metrics on held-out pairs, of the latest checkpoint of output_dir or of model.path")
-    )
-    evaluate.add_argument("--best", action="store_true", help=BEST)
-    respond = "commands.generate:generate_command"
-    generate = with_config(
-        command("generate", respond, "responses to a file of prompts", done="{result} responses in {output}")
-    )
-    generate.add_argument("--prompts", dest="prompts_file", required=True, type=Path, metavar="FILE.jsonl")
-    generate.add_argument("--output", required=True, type=Path, metavar="FILE.jsonl")
-    generate.add_argument("--best", action="store_true", help=BEST)
-    _add_benchmarks(command)
-    _add_models(command, with_config)
-    choice = "a run for each of several values, as in objective.lam=0.1,0.3,0.5,1, and the choice"
-    tune = with_config(command("tune", "commands.tune:tune", choice), dest="path")
-    tune.add_argument("--metric", default=METRIC, help=f"of a held-out set, as in metrics.jsonl; default: {METRIC}")
-    tune.add_argument("--eval-pairs", type=int, metavar="N", help="decides on the first N pairs of that set")
-    report = command(
-        "report",
-        "commands.report.page:report",
-        "one HTML page that compares runs: curves, held-out pairs, tables to copy",
-        done="{result} run(s) compared in {output}",
-    )
-    report.add_argument("directories", nargs="+", type=Path, metavar="RUN_DIR")
-    report.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE.html")
-    report.add_argument("--with-texts", action="store_true", help="shows the texts of sample pairs too")
-    _add_demo(command)
-    return made
-
-
-def _add_demo(command: Callable[..., argparse.ArgumentParser]) -> None:
-    demo = command("demo", _demo, "the method in a world where the quality of responses is computed, in minutes")
-    demo.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="DIR")
-    demo.add_argument("--full", action="store_true", help="the paper's protocol: every objective, every λ, seeds")
-    demo.add_argument("--seeds", type=int, metavar="N", help="default: 1, with --full 5")
-    demo.add_argument("--pairs", type=int, metavar="N", help="size of the preference set")
-    demo.add_argument("--beta", type=float, metavar="B", help="β of every objective")
-    demo.add_argument("--rated-share", type=float, metavar="S", help="of the base text, with instruction and rating")
-    demo.add_argument("--rating-noise", type=float, metavar="S", help="share of ratings there that are drawn by chance")
-    demo.add_argument("--label-noise", type=float, metavar="S", help="share of pairs labelled the wrong way round")
-    demo.add_argument("--gaps", metavar="1,1,1", help="weights of pairs of close, clear and far quality")
-
-
-def _add_models(
-    command: Callable[..., argparse.ArgumentParser],
-    with_config: Callable[[argparse.ArgumentParser], argparse.ArgumentParser],
-) -> None:
-    summary = "writes a checkpoint as a Hugging Face directory"
-    export = command("export", "commands.export:export", summary, done="written to {out_dir}")
-    export.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    export.add_argument("out_dir", type=Path, metavar="OUT_DIR")
-    which = export.add_mutually_exclusive_group()
-    which.add_argument("--step", type=int, help="default: the latest")
-    which.add_argument("--best", action="store_true", help=BEST)
-    export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the run's param_dtype")
-    most = "most bytes of a file of weights; default: 5 GB"
-    export.add_argument("--shard-bytes", type=int, default=argparse.SUPPRESS, metavar="N", help=most)
-    inspect = command("inspect", _inspect, "what a person wants to know of a model before a run; touches no device")
-    inspect.add_argument("model", metavar="MODEL", help="a Hugging Face directory or hub name")
-    inspect.add_argument("--revision", help="pin of a hub name")
-    inspect.add_argument("--mesh", default="fsdp=8", metavar="replica=1,fsdp=8,tensor=1", help="default: fsdp=8")
-    inspect.add_argument("--prompt", default=PAPER_INSTRUCTION, help="the instruction p; default: the paper's")
-    inspect.add_argument("--digest", action="store_true", help="fetches and reads all weights, for their sha256")
-    inspect.add_argument("--json", type=Path, metavar="FILE", help="writes the same there")
-    compiler = with_config(command("compile", _compile, "whether the steps fit TPUs that are not there, and how fast"))
-    compiler.add_argument("--topology", required=True, metavar="v5p:4x4x4", help="of one slice, as jax names it")
-    compiler.add_argument("--slices", type=int, default=1, metavar="N", help="default: 1")
-    compiler.add_argument("--read-data", action="store_true", help="plans from the data instead of typical lengths")
-    compiler.add_argument("--quick", action="store_true", help="least effort: memory alone, in a fifth of the time")
-    compiler.add_argument("--json", type=Path, metavar="FILE", help="writes the same there")
-
-
-def _add_benchmarks(command: Callable[..., argparse.ArgumentParser]) -> None:
-    summary = "compares two files of answers with a judge behind an OpenAI-compatible endpoint"
-    judge = command("judge", "commands.judge.command:judge_command", summary)
-    judge.add_argument("first", type=Path, metavar="A.jsonl", help="answers, as sr-dpo generate or MT-Bench has them")
-    judge.add_argument("second", type=Path, metavar="B.jsonl", help="those to compare with")
-    judge.add_argument(
-        "--questions",
-        dest="questions_file",
-        required=True,
-        type=Path,
-        metavar="FILE.jsonl",
-        help="as MT- or Vicuna-Bench",
-    )
-    judge.add_argument("--output", required=True, type=Path, metavar="FILE.json")
-    judge.add_argument("--judge-config", type=Path, metavar="FILE.yaml", help="prompts and more, in place of our own")
-    judge.add_argument("--model", metavar="NAME", help="the judge's name at the endpoint")
-    judge.add_argument("--base-url", metavar="URL", help="of the endpoint; the key comes from the environment")
-    summary = "tasks of lm-evaluation-harness, the model on the mesh"
-    lm_eval = command("lm-eval", "commands.lm_eval.command:lm_eval_command", summary)
-    lm_eval.add_argument(
-        "model", metavar="RUN_OR_MODEL", help="output_dir of a run, or a Hugging Face directory or name"
-    )
-    lm_eval.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as model.dtype=float32")
-    which = lm_eval.add_mutually_exclusive_group(required=True)
-    which.add_argument("--tasks", type=lambda names: names.split(","), metavar="T1,T2", help="names of tasks or groups")
-    paper = "the paper's six, with its few-shot counts and metrics"
-    which.add_argument("--paper", dest="tasks", action="store_const", const=None, help=paper)
-    lm_eval.add_argument("--include-path", type=Path, metavar="DIR", help="task files of your own; may hold code")
-    lm_eval.add_argument("--num-fewshot", type=int, metavar="N", help="default: what each task says")
-    lm_eval.add_argument("--limit", type=int, metavar="N", help="first N examples of each task, for a trial")
-    lm_eval.add_argument("--output", type=Path, metavar="FILE.json")
-    lm_eval.add_argument("--best", action="store_true", help=f"of a run, {BEST}")
-
-
 def _run(options: argparse.Namespace) -> int:
     """Calls the command's function with its options under their names; gives the exit code.
 
     The function is imported only here, and the configuration is read before: `--help` and errors in it need no jax.
     """
-    given = {name: value for name, value in vars(options).items() if name not in ("command", "function", "done")}
+    function = FUNCTIONS[options.command]
+    given = {name: value for name, value in vars(options).items() if name != "command"}
     if "config" in given:
         given["config"] = load_config(given["config"], given.pop("overrides"))
-    function = options.function
+    if given.get("json") is not None:
+        require_output(given["json"], option="--json")
     if isinstance(function, str):
         module, _, name = function.partition(":")
         function = getattr(importlib.import_module(f"sr_dpo_jax.{module}"), name)
     result = function(**given)
-    if options.done:
-        print(options.done.format(result=result, **given))
+    if options.command in DONE:
+        print(DONE[options.command].format(result=result, **given))
         return 0
     return result or 0
 
@@ -248,8 +97,6 @@ def _inspect(model: str, *, mesh: str, json: Path | None, **options: Any) -> int
     from sr_dpo_jax.commands.inspect.inspect import inspect_model, parse_mesh
     from sr_dpo_jax.commands.inspect.show import print_inspection
 
-    if json is not None:
-        require_output(json, option="--json")
     inspection = inspect_model(model, mesh=parse_mesh(mesh), **options)
     print_inspection(inspection)
     if json is not None:
@@ -267,8 +114,6 @@ def _compile(config: Config, *, slices: int, json: Path | None, **options: Any) 
     from sr_dpo_jax.commands.compile.search import compile_command
     from sr_dpo_jax.commands.compile.show import print_report, write_json
 
-    if json is not None:
-        require_output(json, option="--json")
     report = compile_command(config, slices=slices, **options)
     print_report(report)
     if json is not None:
@@ -284,6 +129,145 @@ def _demo(output: Path, *, full: bool, seeds: int | None, **knobs: Any) -> int:
     if "gaps" in turned:
         turned["gaps"] = parse_gaps(turned["gaps"])
     return demo(output, full=full, seeds=seeds, knobs=Knobs(**turned))
+
+
+FUNCTIONS: dict[str, str | Callable[..., Any]] = {
+    "train": "train.loop:train",
+    "score": "commands.evaluate:score_command",
+    "eval": _eval,
+    "generate": "commands.generate:generate_command",
+    "judge": "commands.judge.command:judge_command",
+    "lm-eval": "commands.lm_eval.command:lm_eval_command",
+    "export": "commands.export:export",
+    "inspect": _inspect,
+    "compile": _compile,
+    "tune": "commands.tune:tune",
+    "report": "commands.report.page:report",
+    "demo": _demo,
+}
+"""The function of each command, which takes its options under their names and gives the exit code, None for 0."""
+DONE = {
+    "score": "{result} pairs scored in {output}",
+    "generate": "{result} responses in {output}",
+    "export": "written to {out_dir}",
+    "report": "{result} run(s) compared in {output}",
+}
+"""The text to print after the commands whose function gives a result in place of an exit code."""
+Command = Callable[[str, str], argparse.ArgumentParser]
+WithConfig = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
+
+
+def parser() -> argparse.ArgumentParser:
+    """Makes the parser of every command with its options."""
+    made = argparse.ArgumentParser(prog="sr-dpo", description=__doc__)
+    commands = made.add_subparsers(dest="command", required=True)
+
+    def command(name: str, summary: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=summary, description=summary)
+
+    def with_config(added: argparse.ArgumentParser, dest: str = "config") -> argparse.ArgumentParser:
+        added.add_argument(dest, metavar="config", help="YAML file; the README shows one")
+        added.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the file's")
+        return added
+
+    _add_runs(command, with_config)
+    _add_benchmarks(command)
+    _add_models(command, with_config)
+    choice = "a run for each of several values, as in objective.lam=0.1,0.3,0.5,1, and the choice"
+    tune = with_config(command("tune", choice), dest="path")
+    tune.add_argument("--metric", default=METRIC, help=f"of a held-out set, as in metrics.jsonl; default: {METRIC}")
+    tune.add_argument("--eval-pairs", type=int, metavar="N", help="decides on the first N pairs of that set")
+    report = command("report", "one HTML page that compares runs: curves, held-out pairs, tables to copy")
+    report.add_argument("directories", nargs="+", type=Path, metavar="RUN_DIR")
+    report.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE.html")
+    report.add_argument("--with-texts", action="store_true", help="shows the texts of sample pairs too")
+    _add_demo(command)
+    return made
+
+
+def _add_runs(command: Command, with_config: WithConfig) -> None:
+    train = with_config(command("train", "SFT or preference training; the same command again resumes"))
+    train.add_argument(
+        "--allow-change",
+        dest="allowed_changes",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="resumes although this key, named in the refusal, has another value than before; may be repeated",
+    )
+    score = with_config(command("score", "log-probabilities of every pair of data.path under model.path"))
+    score.add_argument("--output", required=True, type=Path, metavar="FILE.jsonl")
+    evaluate = with_config(
+        command("eval", "metrics on held-out pairs, of the latest checkpoint of output_dir or of model.path")
+    )
+    evaluate.add_argument("--best", action="store_true", help=BEST)
+    generate = with_config(command("generate", "responses to a file of prompts"))
+    generate.add_argument("--prompts", dest="prompts_file", required=True, type=Path, metavar="FILE.jsonl")
+    generate.add_argument("--output", required=True, type=Path, metavar="FILE.jsonl")
+    generate.add_argument("--best", action="store_true", help=BEST)
+
+
+def _add_demo(command: Command) -> None:
+    demo = command("demo", "the method in a world where the quality of responses is computed, in minutes")
+    demo.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="DIR")
+    demo.add_argument("--full", action="store_true", help="the paper's protocol: every objective, every λ, seeds")
+    demo.add_argument("--seeds", type=int, metavar="N", help="default: 1, with --full 5")
+    demo.add_argument("--pairs", type=int, metavar="N", help="size of the preference set")
+    demo.add_argument("--beta", type=float, metavar="B", help="β of every objective")
+    demo.add_argument("--rated-share", type=float, metavar="S", help="of the base text, with instruction and rating")
+    demo.add_argument("--rating-noise", type=float, metavar="S", help="share of ratings there that are drawn by chance")
+    demo.add_argument("--label-noise", type=float, metavar="S", help="share of pairs labelled the wrong way round")
+    demo.add_argument("--gaps", metavar="1,1,1", help="weights of pairs of close, clear and far quality")
+
+
+def _add_models(command: Command, with_config: WithConfig) -> None:
+    export = command("export", "writes a checkpoint as a Hugging Face directory")
+    export.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    export.add_argument("out_dir", type=Path, metavar="OUT_DIR")
+    which = export.add_mutually_exclusive_group()
+    which.add_argument("--step", type=int, help="default: the latest")
+    which.add_argument("--best", action="store_true", help=BEST)
+    export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the run's param_dtype")
+    most = "most bytes of a file of weights; default: 5 GB"
+    export.add_argument("--shard-bytes", type=int, default=argparse.SUPPRESS, metavar="N", help=most)
+    inspect = command("inspect", "what a person wants to know of a model before a run; touches no device")
+    inspect.add_argument("model", metavar="MODEL", help="a Hugging Face directory or hub name")
+    inspect.add_argument("--revision", help="pin of a hub name")
+    inspect.add_argument("--mesh", default="fsdp=8", metavar="replica=1,fsdp=8,tensor=1", help="default: fsdp=8")
+    inspect.add_argument("--prompt", default=PAPER_INSTRUCTION, help="the instruction p; default: the paper's")
+    inspect.add_argument("--digest", action="store_true", help="fetches and reads all weights, for their sha256")
+    inspect.add_argument("--json", type=Path, metavar="FILE", help="writes the same there")
+    compiler = with_config(command("compile", "whether the steps fit TPUs that are not there, and how fast"))
+    compiler.add_argument("--topology", required=True, metavar="v5p:4x4x4", help="of one slice, as jax names it")
+    compiler.add_argument("--slices", type=int, default=1, metavar="N", help="default: 1")
+    compiler.add_argument("--read-data", action="store_true", help="plans from the data instead of typical lengths")
+    compiler.add_argument("--quick", action="store_true", help="least effort: memory alone, in a fifth of the time")
+    compiler.add_argument("--json", type=Path, metavar="FILE", help="writes the same there")
+
+
+def _add_benchmarks(command: Command) -> None:
+    judge = command("judge", "compares two files of answers with a judge behind an OpenAI-compatible endpoint")
+    judge.add_argument("first", type=Path, metavar="A.jsonl", help="answers, as sr-dpo generate or MT-Bench has them")
+    judge.add_argument("second", type=Path, metavar="B.jsonl", help="those to compare with")
+    judge.add_argument("--questions", required=True, type=Path, metavar="FILE.jsonl", help="as MT- or Vicuna-Bench")
+    judge.add_argument("--output", required=True, type=Path, metavar="FILE.json")
+    judge.add_argument("--judge-config", type=Path, metavar="FILE.yaml", help="prompts and more, in place of our own")
+    judge.add_argument("--model", metavar="NAME", help="the judge's name at the endpoint")
+    judge.add_argument("--base-url", metavar="URL", help="of the endpoint; the key comes from the environment")
+    lm_eval = command("lm-eval", "tasks of lm-evaluation-harness, the model on the mesh")
+    lm_eval.add_argument(
+        "model", metavar="RUN_OR_MODEL", help="output_dir of a run, or a Hugging Face directory or name"
+    )
+    lm_eval.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as model.dtype=float32")
+    which = lm_eval.add_mutually_exclusive_group(required=True)
+    which.add_argument("--tasks", type=lambda names: names.split(","), metavar="T1,T2", help="names of tasks or groups")
+    paper = "the paper's six, with its few-shot counts and metrics"
+    which.add_argument("--paper", dest="tasks", action="store_const", const=None, help=paper)
+    lm_eval.add_argument("--include-path", type=Path, metavar="DIR", help="task files of your own; may hold code")
+    lm_eval.add_argument("--num-fewshot", type=int, metavar="N", help="default: what each task says")
+    lm_eval.add_argument("--limit", type=int, metavar="N", help="first N examples of each task, for a trial")
+    lm_eval.add_argument("--output", type=Path, metavar="FILE.json")
+    lm_eval.add_argument("--best", action="store_true", help=f"of a run, {BEST}")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,14 @@ from argparse import _SubParsersAction
 
 import pytest
 
-from sr_dpo_jax.cli import parser
+from sr_dpo_jax.cli import DONE, FUNCTIONS, parser
 
 (ACTION,) = (action for action in parser()._actions if isinstance(action, _SubParsersAction))
-LATE = {name: command for name, command in ACTION.choices.items() if isinstance(command.get_default("function"), str)}
+LATE = [name for name, function in FUNCTIONS.items() if isinstance(function, str)]
+
+
+def test_every_command_has_a_function():
+    assert list(FUNCTIONS) == list(ACTION.choices) and DONE.keys() < set(LATE)
 
 
 @pytest.mark.parametrize("name", LATE)
@@ -19,8 +23,8 @@ def test_a_command_names_a_function_that_takes_its_options(name):
         pytest.importorskip("lm_eval")
     if name == "judge":
         pytest.importorskip("openai")
-    module, _, function = LATE[name].get_default("function").partition(":")
-    options = {action.dest for action in LATE[name]._actions} - {"help"}
+    module, _, function = FUNCTIONS[name].partition(":")
+    options = {action.dest for action in ACTION.choices[name]._actions} - {"help"}
     if "config" in options:
         options -= {"overrides"}  # they are in the configuration
     signature = inspect.signature(getattr(importlib.import_module(f"sr_dpo_jax.{module}"), function))

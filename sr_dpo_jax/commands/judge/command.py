@@ -19,7 +19,7 @@ def judge_command(
     first: Path,
     second: Path,
     *,
-    questions_file: Path,
+    questions: Path,
     output: Path,
     judge_config: Path | None,
     model: str | None,
@@ -31,7 +31,7 @@ def judge_command(
 
     Args:
       first, second: files of answers.
-      questions_file: the questions that they answer.
+      questions: the questions that they answer.
       output: the JSON file to write.
       judge_config: a YAML file whose keys replace those of judge.yaml.
       model: the judge's name at the endpoint; None takes that of the settings.
@@ -43,14 +43,14 @@ def judge_command(
     """
     require_output(output)
     settings = load(judge_config, model=model, base_url=base_url)
-    questions = read_questions(questions_file)
-    answers = [read_answers(path, questions) for path in (first, second)]
+    asked = read_questions(questions)
+    answers = [read_answers(path, asked) for path in (first, second)]
     replies = Replies(output.with_name(output.name + ".replies.jsonl"))
-    comparisons = compare(questions, *answers, settings=settings, replies=replies)
+    comparisons = compare(asked, *answers, settings=settings, replies=replies)
     result = {
         "a": first.name,
         "b": second.name,
-        "questions": questions_file.name,
+        "questions": questions.name,
         "judge": {"model": settings.model, "request": settings.request, "prompts_sha256": settings.prompts_digest},
         "bootstrap": settings.bootstrap.model_dump(),
         **summaries(comparisons, settings),
