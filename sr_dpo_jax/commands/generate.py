@@ -25,7 +25,7 @@ from sr_dpo_jax.data.rows import BadRow, Message
 from sr_dpo_jax.data.tokens import PairEncoder
 from sr_dpo_jax.durable.files import lines_of, require_output, whole
 from sr_dpo_jax.errors import UsageError
-from sr_dpo_jax.generation.generator import Generator, Prompt, Response, require_room
+from sr_dpo_jax.generation.generator import Generator, Prompt, require_room
 from sr_dpo_jax.train.metrics import Progress
 from sr_dpo_jax.train.setup import generation_settings, read_model, set_up
 from sr_dpo_jax.weights.placement import PlacedModel
@@ -68,7 +68,12 @@ def generate_command(config: Config, prompts_file: Path, output: Path, *, best: 
                 longest = max(map(len, encoded.values()))
                 generator = Generator(model, tokenizer, generation, longest_prompt_tokens=longest)
                 for prompt, response in generator.respond(params, prompts):
-                    append(_take(finished, prompt, response))
+                    finished[prompt.index, prompt.turn] = kept = {
+                        "response": response.text,
+                        "response_tokens": len(response.ids),
+                        "finish_reason": response.finish_reason,
+                    }
+                    append({"index": prompt.index, "turn": prompt.turn, **kept})
                     progress.update(len(finished))
     if leader:
         _write_all(output, lines, finished)
@@ -104,16 +109,6 @@ def _encode(
         reasons = "\n  ".join(f"prompt {index + 1}{at}: {reason}" for index, reason in sorted(bad.items())[:20])
         raise UsageError(f"{where}: {len(bad)} prompts cannot be used:\n  {reasons}")
     return encoded
-
-
-def _take(finished: Finished, prompt: Prompt, response: Response) -> dict[str, Any]:
-    """Keeps a response; returns its line of the partial file."""
-    finished[prompt.index, prompt.turn] = kept = {
-        "response": response.text,
-        "response_tokens": len(response.ids),
-        "finish_reason": response.finish_reason,
-    }
-    return {"index": prompt.index, "turn": prompt.turn, **kept}
 
 
 def _settings(config: Config, model: PlacedModel, lines: Sequence[PromptLine], step: int) -> str:

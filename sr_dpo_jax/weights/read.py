@@ -104,16 +104,12 @@ def _read_shard(
                 buffer = buffers[param][... if layer is None else layer]
                 with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is refused below
                     buffer[...] = part
-                if not _all_finite(buffer):
+                if not all(np.isfinite(buffer[start : start + ROWS]).all() for start in range(0, len(buffer), ROWS)):
                     raise UsageError(
                         f"{file_of[name]}: {name} holds numbers that are not finite in {np.dtype(dtype).name}; the "
                         "file is damaged, or training broke it: fetch it again, or choose another model.path"
                     )
     return buffers
-
-
-def _all_finite(array: np.ndarray) -> bool:
-    return all(np.isfinite(array[start : start + ROWS]).all() for start in range(0, len(array), ROWS))
 
 
 def _report_types(directory: ModelDirectory, file_of: Mapping[str, Path], dtype: np.dtype) -> None:

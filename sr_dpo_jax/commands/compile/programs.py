@@ -25,7 +25,7 @@ from sr_dpo_jax.commands.compile.machine import hosts_of
 from sr_dpo_jax.commands.compile.traced_flops import splash_flops, traced_flops
 from sr_dpo_jax.config.schema import Config
 from sr_dpo_jax.data.dataset import TokenizedPairs
-from sr_dpo_jax.data.pipeline import HostStep, StepSource
+from sr_dpo_jax.data.pipeline import HostStep
 from sr_dpo_jax.data.plan import Plan, Shape
 from sr_dpo_jax.errors import RunError, UsageError
 from sr_dpo_jax.model.architecture import Architecture
@@ -160,17 +160,9 @@ def compile_for(
 
 def first_step(setup: Setup, pairs: TokenizedPairs, plan: Plan, *, augmented: bool) -> HostStep:
     """Builds all rows of the plan's first step, as the processes of a run build them together."""
-    packing = setup.packing
-    source = StepSource(
-        pairs,
-        plan,
-        micro_batches=packing.micro_batches,
-        local_rows=np.arange(plan.shape.rows // packing.micro_batches),
-        with_rejected=setup.objective.kind.needs_rejected,
-        augmented=augmented,
-        row_multiple=packing.row_multiple,
-    )
-    return source[0]
+    rows = np.arange(plan.shape.rows // setup.packing.micro_batches)
+    with_rejected = setup.objective.kind.needs_rejected
+    return setup.packing.source(pairs, plan, rows, augmented=augmented, with_rejected=with_rejected)[0]
 
 
 def blocks_visited(model: PlacedModel, step: HostStep) -> dict[str, float]:
