@@ -101,13 +101,9 @@ def _accuracy_by_gap(name: str, margins: dict[str, np.ndarray], difference: np.n
     bucket = np.searchsorted(edges, difference, side="left")  # a difference equal to an edge belongs below it
     metrics: dict[str, float] = {}
     for number, value in enumerate(np.unique(bucket), 1):
-        members = bucket == value
-        key = f"{name}/rating_gap/{number}"
-        metrics |= {
-            f"{key}/low": float(difference[members].min()),
-            f"{key}/high": float(difference[members].max()),
-            f"{key}/pairs": int(members.sum()),
-        }
+        members, key = bucket == value, f"{name}/rating_gap/{number}"
+        low, high = float(difference[members].min()), float(difference[members].max())
+        metrics |= {f"{key}/low": low, f"{key}/high": high, f"{key}/pairs": int(members.sum())}
         for kind, accuracy in (("margin", "accuracy"), ("augmented_margin", "augmented_accuracy")):
             if kind in margins:
                 metrics[f"{key}/{accuracy}"] = float((margins[kind][members] > 0).mean())

@@ -14,13 +14,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from safetensors import safe_open
 
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.weights.directory import ModelDirectory, check
 from sr_dpo_jax.weights.families import tensors_of
 from sr_dpo_jax.weights.files import FLOATS, read_headers
-from sr_dpo_jax.weights.layout import Block, Bounds, Params, blocks_of, flatten, names_of, unflatten
+from sr_dpo_jax.weights.layout import Block, Bounds, Params, blocks_of, flatten, names_of
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def load_params(directory: ModelDirectory, abstract: Any, shardings: Any, *, dty
             for param in tensor.params:
                 shape, sharding = flat_abstract[param].shape, flat_shardings[param]
                 loaded[param] = jax.make_array_from_single_device_arrays(shape, sharding, pieces[param])
-    return unflatten(loaded)
+    return unflatten_dict(loaded, sep=".")
 
 
 def _distinct_shards(
@@ -73,17 +74,17 @@ def _distinct_shards(
 ) -> Iterator[tuple[dict[str, Bounds], list[jax.Device]]]:
     """Yields each distinct shard of a tensor's parameters on this process's devices, with the devices that hold it."""
     shards: dict[tuple[Bounds, ...], list[jax.Device]] = {}
-    indices = {param: shardings[param].addressable_devices_indices_map(abstract[param].shape) for param in params}
+    shapes = {param: abstract[param].shape for param in params}
+    indices = {param: shardings[param].addressable_devices_indices_map(shapes[param]) for param in params}
     for device in indices[params[0]]:
-        bounds = tuple(_bounds(indices[param][device], abstract[param].shape) for param in params)
+        bounds = tuple(
+            # jax writes a whole axis as slice(None)
+            tuple(side.indices(size)[:2] for side, size in zip(indices[param][device], shapes[param], strict=True))
+            for param in params
+        )
         shards.setdefault(bounds, []).append(device)
     for bounds, devices in shards.items():
         yield dict(zip(params, bounds, strict=True)), devices
-
-
-def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
-    """Turns slices into start and stop on each axis; jax writes a whole axis as slice(None)."""
-    return tuple(side.indices(size)[:2] for side, size in zip(index, shape, strict=True))
 
 
 def _read_shard(

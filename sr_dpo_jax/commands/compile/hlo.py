@@ -229,8 +229,7 @@ class _Module:
 
 
 def _branches(instruction: Instruction) -> Sequence[str]:
-    listed = re.search(r"branch_computations=\{([^}]*)\}", instruction.text)
-    if listed:
+    if listed := re.search(r"branch_computations=\{([^}]*)\}", instruction.text):
         return re.findall(r"%?([\w.\-]+)", listed[1])
     return [instruction.called("true_computation"), instruction.called("false_computation")]
 

@@ -336,8 +336,8 @@ def bytes_wanted(message: str, argument_bytes: int) -> int | None:
     wanted = re.search(r"(Used|temporaries \()\s*([\d.]+)([KMGT])", message)
     if wanted is None:
         return argument_bytes
-    size = int(float(wanted.group(2)) * 1024 ** (1 + "KMGT".index(wanted.group(3))))
-    return size if wanted.group(1) == "Used" else size + argument_bytes
+    size = int(float(wanted[2]) * 1024 ** (1 + "KMGT".index(wanted[3])))
+    return size if wanted[1] == "Used" else size + argument_bytes
 
 
 def refusal_of(name: str, message: str) -> UsageError | RunError:

@@ -106,16 +106,9 @@ def compile_command(config: Config, *, topology: str, slices: int, read_data: bo
             log.warning("does not fit; looking for a change that does")
             attempt = partial(_attempt, devices, config, directory, pairs, eval_sets)
             attempts = search(config, compiled, slices, attempt)
-    return Report(
-        topology=topology,
-        slices=slices,
-        quick=quick,
-        lengths=lengths,
-        processes=config.distributed.processes,
-        compiled=compiled,
-        attempts=tuple(attempts),
-        host_peak_bytes=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-    )
+    host_peak_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    processes = config.distributed.processes
+    return Report(topology, slices, quick, lengths, processes, compiled, tuple(attempts), host_peak_bytes)
 
 
 def search(
@@ -256,11 +249,9 @@ def _typical(config: Config, directory: weights.ModelDirectory) -> tuple[Tokeniz
 def _prefix(config: Config, directory: weights.ModelDirectory) -> tuple[int, int, str]:
     """Counts the tokens of the template head and of p, and says how."""
     if not (directory.path / "tokenizer.json").is_file():
-        said = f"p taken to have {TYPICAL_P_TOKENS} tokens, as there is no tokenizer.json"
-        return 0, TYPICAL_P_TOKENS, said
-    encoder = tokens.PairEncoder(
-        tokens.load_tokenizer(str(directory.path)), augmentation_prompt=config.refinement.prompt
-    )
+        return 0, TYPICAL_P_TOKENS, f"p taken to have {TYPICAL_P_TOKENS} tokens, as there is no tokenizer.json"
+    tokenizer = tokens.load_tokenizer(str(directory.path))
+    encoder = tokens.PairEncoder(tokenizer, augmentation_prompt=config.refinement.prompt)
     prompt = "Hello" if config.data.format == "hh_rlhf" else (Message("user", "Hello"),)
     (encoded,) = encoder.encode([Pair("0", "an example", 1, prompt, "Hi", "No")])
     if isinstance(encoded, BadRow):

@@ -92,10 +92,9 @@ def summaries(comparisons: Sequence[Comparison], settings: Settings) -> dict[str
     """Sums up all comparisons, those of each category, and those of each turn where there are two."""
 
     def summaries_by(field: str) -> dict[str, Any]:
-        groups: dict[Any, list[Comparison]] = {}
-        for comparison in comparisons:
-            groups.setdefault(getattr(comparison, field), []).append(comparison)
-        return {str(key): summary(group, settings.bootstrap) for key, group in groups.items() if key is not None}
+        keys = dict.fromkeys(getattr(each, field) for each in comparisons)
+        groups = {key: [each for each in comparisons if getattr(each, field) == key] for key in keys if key is not None}
+        return {str(key): summary(group, settings.bootstrap) for key, group in groups.items()}
 
     turns = summaries_by("turn")
     return {

@@ -14,7 +14,6 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from sr_dpo_jax.commands.judge.settings import Settings
 from sr_dpo_jax.durable.files import lines_of, write_text
@@ -120,9 +119,8 @@ class Judge:
         progress(len(verdicts))
         pool = concurrent.futures.ThreadPoolExecutor(self._settings.concurrency)
         try:
-            futures = {
-                pool.submit(self._ask, key, messages): key for key, messages in asked.items() if key not in verdicts
-            }
+            unknown = [key for key in asked if key not in verdicts]
+            futures = {pool.submit(self._ask, key, asked[key]): key for key in unknown}
             for future in concurrent.futures.as_completed(futures):
                 verdicts[futures[future]] = future.result()
                 progress(len(verdicts))
@@ -158,9 +156,8 @@ class Judge:
         """
         settings = self._settings
         try:
-            completion = self._client.chat.completions.create(
-                model=settings.model, messages=messages, **settings.request
-            )
+            create = self._client.chat.completions.create
+            completion = create(model=settings.model, messages=messages, **settings.request)
         except openai.APIStatusError as error:
             return None, error.status_code
         except openai.APITimeoutError:
@@ -171,7 +168,11 @@ class Judge:
             return None, None
         except TypeError as error:
             raise UsageError(f"request: the openai client does not take it ({error})") from None
-        return _text(completion), None
+        try:  # an endpoint can send anything
+            content = completion.choices[0].message.content
+        except (AttributeError, LookupError, TypeError):
+            return None, None
+        return content if isinstance(content, str) else None, None
 
     def _error(self, failure: int | str) -> Exception:
         if failure in KEY_REFUSED:
@@ -186,15 +187,6 @@ class Judge:
             f"the judge's endpoint gave no reply in {1 + self._settings.retries} attempts (last: {last}); the replies "
             "so far are kept: the same command again goes on from them"
         )
-
-
-def _text(completion: Any) -> str | None:
-    """Gives the text of a reply; None where there is none: an endpoint can send anything."""
-    try:
-        content = completion.choices[0].message.content
-    except (AttributeError, LookupError, TypeError):
-        return None
-    return content if isinstance(content, str) else None
 
 
 def _read_replies(path: Path) -> dict[str, str]:
