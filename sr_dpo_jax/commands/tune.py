@@ -91,9 +91,9 @@ def _grid(overrides: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
     grid: dict[str, list[str]] = {}
     fixed = []
     for override in overrides:
-        key, equals, value = override.partition("=")
+        key, _, value = override.partition("=")
         values = value.split(",")
-        if not equals or len(values) == 1 or value.startswith(("[", "{", '"', "'")):
+        if len(values) == 1 or value.startswith(("[", "{", '"', "'")):
             fixed.append(override)
             continue
         bad = [item for item in values if not PLAIN_VALUE.fullmatch(item) or values.count(item) > 1]

@@ -156,14 +156,8 @@ def prepare(
         named), no pair is usable, prompts differ before p, or `cache_dir` cannot be written.
     """
     contents = [content_digest(source.path, split=split, revision=source.revision) for source in sources]
-    settings = {
-        "format": format,
-        "split": split,
-        "augmentation_prompt": augmentation_prompt,
-        "max_length": max_length,
-        "max_prompt_length": max_prompt_length,
-        "prompt_truncation": prompt_truncation,
-    }
+    limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "prompt_truncation": prompt_truncation}
+    settings = {"format": format, "split": split, "augmentation_prompt": augmentation_prompt, **limits}
     key = _digest_of([CODE_VERSION, contents, tokenizer_digest(tokenizer), settings])
     cache_dir = Path(cache_dir)
     cached = cache_dir / f"tokens-{key}.safetensors"

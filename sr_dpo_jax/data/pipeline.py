@@ -58,7 +58,6 @@ class StepSource:
     with_rejected: bool
     """False lays out the chosen side alone (sft)."""
     augmented: bool
-    """Whether the rows with p are built too."""
 
     def __post_init__(self) -> None:
         if self.augmented and not len(self.pairs.augmentation):
@@ -81,7 +80,6 @@ class StepSource:
         return HostStep(pair, plain, augmented, len(head) + len(p))
 
     def _placed(self, number: int, index: int) -> Placed:
-        """Fetches the pair that has this number within the step."""
         prompt, chosen, rejected = self.pairs.pair(index)
         return Placed(SIDES * int(number), prompt, chosen, rejected if self.with_rejected else None)
 

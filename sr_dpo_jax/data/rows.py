@@ -250,7 +250,6 @@ def _hh_rlhf(row: dict) -> tuple[str, str, str]:
 
 
 def _transcript(row: dict, side: str) -> tuple[str, str]:
-    """Splits a transcript into prompt and response."""
     head, marker, response = checked_text(_get(row, side), side).rpartition(HH_MARKER)
     if not marker:
         raise UnusableError(f'{side} holds no "\\n\\nAssistant:"')

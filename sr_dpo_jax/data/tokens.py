@@ -208,7 +208,6 @@ class PairEncoder:
         return [result if isinstance(result, BadRow) else result.prompt for result in self.encode(pairs)]
 
     def _prompts(self, texts: list[_Text]) -> list[tuple[tuple[int, ...], tuple[int, ...], list[int]]]:
-        """Gives the ids of head, p and prompt of each text."""
         heads = [self._head(text.head) for text in texts]
         # Only a rest without a head opens a text; every other part stands in the middle of one.
         opening = iter(text_ids(self._tokenizer, [text.rest for text in texts if not text.head]))

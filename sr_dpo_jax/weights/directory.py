@@ -54,7 +54,6 @@ MOST_LAYERS = 10_000
 BAD_CONFIG = (ValueError, OSError, KeyError, TypeError, AttributeError, ArithmeticError, StrictDataclassError)
 """The errors that transformers and the families' tables raise on fields that make no sense."""
 SIZES = ("vocabulary_tokens", "hidden", "layers", "heads", "kv_heads", "head_dim", "mlp")
-"""The fields of an architecture that are sizes."""
 REFUSED_FIELDS = {
     "auto_map": (
         "asks for code of its own, which is never run; if model_type is of a built-in family and the weights are its "

@@ -100,6 +100,5 @@ def _file_tensor(name: str, parts: Mapping[str, np.ndarray], blocks: tuple[Block
 
 
 def _save(filling: dict[str, np.ndarray], out: Path, weight_map: Mapping[str, str]) -> None:
-    """Writes the tensors of one file and empties `filling`."""
     save_file(filling, out / weight_map[next(iter(filling))], metadata={"format": "pt"})
     filling.clear()

@@ -62,10 +62,8 @@ class Report:
     lengths: str
     """Tells where the lengths of the pairs come from."""
     processes: int
-    """`distributed.processes` as configured."""
     compiled: Compiled
     attempts: tuple[Attempt, ...]
-    """Changes that were tried, in order."""
     host_peak_bytes: int
     """The most memory that this command held on this machine."""
 
@@ -147,7 +145,7 @@ def _part(key: str) -> str:
 
 
 def _state_too_large(compiled: Compiled) -> bool:
-    """Whether the arguments alone need more than a chip has: only fewer replicas can help then."""
+    """Tells whether the arguments alone need more than a chip has: only fewer replicas can help then."""
     return any(program.refusal is not None and program.compile_s == 0 for program in compiled.programs)
 
 

@@ -51,7 +51,6 @@ class Files:
     tensors: dict[str, int]
     """The number of tensors of each type, named as safetensors does."""
     tensor_bytes: dict[str, int]
-    """The bytes of the tensors of each type."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +60,6 @@ class Placement:
     reason: str | None
     """The reason why it cannot; None where it can."""
     head_tokens: int = 0
-    """The number of tokens before p."""
     augmentation_tokens: int = 0
     head: str = ""
     """The text before p."""
@@ -311,7 +309,5 @@ def _memory_of(shapes: Any, shardings: Any, mesh: AbstractMesh, dtype: jnp.dtype
 
 
 def _bytes_a_chip(shapes: Any, shardings: Any) -> int:
-    sizes = jax.tree.map(
-        lambda shape, sharding: math.prod(sharding.shard_shape(shape.shape)) * shape.dtype.itemsize, shapes, shardings
-    )
-    return sum(jax.tree.leaves(sizes))
+    pairs = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
+    return sum(math.prod(sharding.shard_shape(shape.shape)) * shape.dtype.itemsize for shape, sharding in pairs)

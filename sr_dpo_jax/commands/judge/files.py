@@ -28,7 +28,6 @@ class Question:
     id: str
     category: str | None
     turns: tuple[str, ...]
-    """The user's texts, one or two."""
     reference: tuple[str, ...]
     """Known good answers to the turns; empty where there is none."""
 
