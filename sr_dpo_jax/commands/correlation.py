@@ -21,11 +21,7 @@ CONFIDENCE = 0.95
 LEAST_PAIRS = 3
 GAP_BUCKETS = 4
 RESAMPLES_AT_ONCE = 50
-STATISTICS = {
-    "pearson": scipy.stats.pearsonr,
-    "spearman": scipy.stats.spearmanr,
-    "kendall": scipy.stats.kendalltau,
-}
+STATISTICS = {"pearson": scipy.stats.pearsonr, "spearman": scipy.stats.spearmanr, "kendall": scipy.stats.kendalltau}
 
 
 def rating_metrics(margins: dict[str, np.ndarray], difference: np.ndarray, *, seed: int, name: str) -> dict[str, float]:
@@ -105,13 +101,9 @@ def _accuracy_by_gap(name: str, margins: dict[str, np.ndarray], difference: np.n
     bucket = np.searchsorted(edges, difference, side="left")  # a difference equal to an edge belongs below it
     metrics: dict[str, float] = {}
     for number, value in enumerate(np.unique(bucket), 1):
-        members = bucket == value
-        key = f"{name}/rating_gap/{number}"
-        metrics |= {
-            f"{key}/low": float(difference[members].min()),
-            f"{key}/high": float(difference[members].max()),
-            f"{key}/pairs": int(members.sum()),
-        }
+        members, key = bucket == value, f"{name}/rating_gap/{number}"
+        low, high = float(difference[members].min()), float(difference[members].max())
+        metrics |= {f"{key}/low": low, f"{key}/high": high, f"{key}/pairs": int(members.sum())}
         for kind, accuracy in (("margin", "accuracy"), ("augmented_margin", "augmented_accuracy")):
             if kind in margins:
                 metrics[f"{key}/{accuracy}"] = float((margins[kind][members] > 0).mean())

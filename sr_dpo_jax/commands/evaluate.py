@@ -1,7 +1,6 @@
 """`sr-dpo eval`: metrics on held-out sets. `sr-dpo score`: log-probs of every pair under model.path."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,9 @@ from sr_dpo_jax.config.schema import Config
 from sr_dpo_jax.data.dataset import TokenizedPairs
 from sr_dpo_jax.durable.files import pairs_file, require_output, whole, write_json
 from sr_dpo_jax.errors import UsageError
-from sr_dpo_jax.model.decoder import Params
 from sr_dpo_jax.train.metrics import Progress
 from sr_dpo_jax.train.scored_set import ScoredSet, make_scored_set
-from sr_dpo_jax.train.setup import Setup, read_held_out, read_model, read_pairs_of, set_up
+from sr_dpo_jax.train.setup import read_held_out, read_model, read_pairs_of, set_up
 from sr_dpo_jax.train.train_step import Scores
 
 
@@ -35,7 +33,11 @@ def evaluate_command(config: Config, *, best: bool = False) -> dict[str, float]:
     directory, tokenizer = read_model(config)
     sets = read_held_out(config, tokenizer, directory.architecture)
     setup, root = set_up(config, directory), Path(config.output_dir)
-    held_out, base = _held_out(setup, sets)
+    held_out, base = [setup.scored_set(name, pairs) for name, pairs in sets.items()], None
+    for held in held_out:
+        if held.reference is not None and not held.reference.complete:
+            base = setup.model.base_params() if base is None else base
+            held.fill_reference(base)
     params, step = setup.latest_params(base, best=best)
     metrics: dict[str, float] = {"step": step}
     if jax.process_index() == 0:
@@ -51,16 +53,6 @@ def evaluate_command(config: Config, *, best: bool = False) -> dict[str, float]:
     if jax.process_index() == 0:
         write_json(root / "eval.json", metrics)
     return metrics
-
-
-def _held_out(setup: Setup, sets: Mapping[str, TokenizedPairs]) -> tuple[list[ScoredSet], Params | None]:
-    """Makes every set with the reference's scores of it; gives the base parameters too, if they had to be made."""
-    held_out, base = [setup.scored_set(name, pairs) for name, pairs in sets.items()], None
-    for held in held_out:
-        if held.reference is not None and not held.reference.complete:
-            base = setup.model.base_params() if base is None else base
-            held.fill_reference(base)
-    return held_out, base
 
 
 def score_command(config: Config, output: Path) -> int:
@@ -85,9 +77,8 @@ def require_finite(pairs: TokenizedPairs, scores: Scores, config: Config) -> Non
     Raises:
       UsageError: names the first pair by file and line.
     """
-    bad = ~np.isfinite(scores.plain).all(axis=1)
-    if scores.augmented is not None:
-        bad |= ~np.isfinite(scores.augmented).all(axis=1)
+    given = [part for part in (scores.plain, scores.augmented) if part is not None]
+    bad = ~np.isfinite(np.concatenate(given, axis=1)).all(axis=1)
     if bad.any():
         raise UsageError(
             f"{bad.sum()} of {len(bad)} pairs, first {pairs.place(np.flatnonzero(bad)[0])}, have no finite "

@@ -9,10 +9,11 @@
 While it runs, finished lines are in OUTPUT.partial; the same command goes on from there.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from sr_dpo_jax.data.rows import BadRow, Message
 from sr_dpo_jax.data.tokens import PairEncoder
 from sr_dpo_jax.durable.files import finished_lines, require_output, whole
 from sr_dpo_jax.errors import UsageError
-from sr_dpo_jax.generation.generator import Generator, Prompt, Response, require_room
+from sr_dpo_jax.generation.generator import Generator, Prompt, require_room
 from sr_dpo_jax.train.metrics import Progress
 from sr_dpo_jax.train.setup import generation_settings, read_model, set_up
 from sr_dpo_jax.weights.placement import PlacedModel
@@ -49,9 +50,13 @@ def generate_command(config: Config, prompts_file: Path, output: Path, *, best: 
     setup = set_up(config, directory)
     model, (params, step) = setup.model, setup.latest_params(best=best)
     settings = _settings(config, model, lines, step)
-    finished = _read_partial(output, settings)
+    unfinished = output.with_name(output.name + ".partial")
+    finished = _read_partial(unfinished, settings)
     leader, total = jax.process_index() == 0, sum(1 + len(line.later_turns) for line in lines)
-    with Progress("generate", total=total, active=leader) as progress, _Partial(output, settings, leader) as partial:
+    with (
+        Progress("generate", total=total, active=leader) as progress,
+        _appending(unfinished, settings, leader) as append,
+    ):
         for turn in range(1 + max(len(line.later_turns) for line in lines)):
             encoded = _encode(encoder, lines, vocabulary_tokens, turn=turn, finished=finished, where=prompts_file)
             prompts = [
@@ -63,10 +68,16 @@ def generate_command(config: Config, prompts_file: Path, output: Path, *, best: 
                 longest = max(map(len, encoded.values()))
                 generator = Generator(model, tokenizer, generation, longest_prompt_tokens=longest)
                 for prompt, response in generator.respond(params, prompts):
-                    partial.append(_take(finished, prompt, response))
+                    finished[prompt.index, prompt.turn] = kept = {
+                        "response": response.text,
+                        "response_tokens": len(response.ids),
+                        "finish_reason": response.finish_reason,
+                    }
+                    append({"index": prompt.index, "turn": prompt.turn, **kept})
                     progress.update(len(finished))
     if leader:
         _write_all(output, lines, finished)
+        unfinished.unlink(missing_ok=True)
     return len(lines)
 
 
@@ -100,16 +111,6 @@ def _encode(
     return encoded
 
 
-def _take(finished: Finished, prompt: Prompt, response: Response) -> dict[str, Any]:
-    """Keeps a response; returns its line of the partial file."""
-    finished[prompt.index, prompt.turn] = kept = {
-        "response": response.text,
-        "response_tokens": len(response.ids),
-        "finish_reason": response.finish_reason,
-    }
-    return {"index": prompt.index, "turn": prompt.turn, **kept}
-
-
 def _settings(config: Config, model: PlacedModel, lines: Sequence[PromptLine], step: int) -> str:
     """Digests all that the responses depend on: a file begun with other settings is not gone on with."""
     parts = [config.generation.model_dump(), config.seed, config.model.dtype, model.digest, step]
@@ -117,46 +118,40 @@ def _settings(config: Config, model: PlacedModel, lines: Sequence[PromptLine], s
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _partial_path(output: Path) -> Path:
-    return output.with_name(output.name + ".partial")
+@contextlib.contextmanager
+def _appending(path: Path, settings: str, active: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Gives what adds a line to the file of finished responses, whose first line holds the settings, where active."""
+    if not active:
+        yield lambda line: None
+        return
+
+    def append(line: dict[str, Any]) -> None:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        file.flush()
+
+    begun = path.exists()
+    with path.open("a", encoding="utf-8") as file:
+        if not begun:
+            append({"settings": settings})
+        yield append
 
 
-class _Partial:
-    """The file of responses that are done, behind a first line with the settings. Process 0 writes it."""
-
-    def __init__(self, output: Path, settings: str, active: bool):
-        self._path, self._settings, self._active = _partial_path(output), settings, active
-
-    def __enter__(self) -> "_Partial":
-        if self._active:
-            begun = self._path.exists()
-            self._file = self._path.open("a", encoding="utf-8")
-            if not begun:
-                self.append({"settings": self._settings})
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._active:
-            self._file.close()
-
-    def append(self, line: dict[str, Any]) -> None:
-        if self._active:
-            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            self._file.flush()
-
-
-def _read_partial(output: Path, settings: str) -> Finished:
+def _read_partial(path: Path, settings: str) -> Finished:
     """Reads the responses that an interrupted run of the same settings left."""
-    path = _partial_path(output)
     if not path.exists():
         return {}
-    records = [json.loads(line) for line in finished_lines(path)]
-    if not records or records[0].get("settings") != settings:
+    try:
+        head, *records = [json.loads(line) for line in finished_lines(path)] or [{}]
+        finished = {(record.pop("index"), record.pop("turn")): record for record in records}
+        same = head.get("settings") == settings
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UsageError(f"{path}: damaged ({type(error).__name__}); delete it, and all is generated again") from error
+    if not same:
         raise UsageError(
             f"{path}: was begun with other prompts, weights or generation settings; finish it with those, or delete it"
         )
-    log.info("%s: going on after %d responses", path, len(records) - 1)
-    return {(record.pop("index"), record.pop("turn")): record for record in records[1:]}
+    log.info("%s: going on after %d responses", path, len(finished))
+    return finished
 
 
 def _write_all(output: Path, lines: Sequence[PromptLine], finished: Finished) -> None:
@@ -168,4 +163,3 @@ def _write_all(output: Path, lines: Sequence[PromptLine], finished: Finished) ->
                 answer = {name: [of_turn[name] for of_turn in turns] for name in answer}
                 answer["choices"] = [{"index": 0, "turns": answer.pop("response")}]
             file.write(json.dumps({"id": line.id, **line.row, **answer}, ensure_ascii=False) + "\n")
-    _partial_path(output).unlink(missing_ok=True)

@@ -82,7 +82,11 @@ def _line(row: dict[str, Any], number: int) -> PromptLine:
         raise UnusableError("missing key 'prompt' (text or messages)")
     value, later_turns = row[key], ()
     if key == "turns":
-        first, *later_turns = _turns(value)
+        if not isinstance(value, list) or not value:
+            raise UnusableError("turns: expected a list of texts")
+        first, *later_turns = turns = [checked_text(text, f"turns[{number}]") for number, text in enumerate(value)]
+        if not all(turns):
+            raise UnusableError("turns: empty text")
         prompt = (Message("user", first),)
     elif key == "prompt" and isinstance(value, str):
         prompt = checked_text(value, key)
@@ -95,12 +99,3 @@ def _line(row: dict[str, Any], number: int) -> PromptLine:
         if all(message.role != "user" for message in prompt):
             raise UnusableError(f"{key}: holds no user message")
     return PromptLine(checked_id(row, IDS, number), prompt, tuple(later_turns), row)
-
-
-def _turns(value: Any) -> list[str]:
-    if not isinstance(value, list) or not value:
-        raise UnusableError("turns: expected a list of texts")
-    turns = [checked_text(text, f"turns[{number}]") for number, text in enumerate(value)]
-    if not all(turns):
-        raise UnusableError("turns: empty text")
-    return turns

@@ -53,7 +53,7 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        return _name_of(self.values)
+        return Path(self.config.output_dir).name
 
     @property
     def digest(self) -> str:
@@ -78,11 +78,10 @@ def candidates(path: str, overrides: Sequence[str], *, metric: str, eval_pairs: 
     points = []
     for combination in itertools.product(*grid.values()):
         values = dict(zip(grid, combination, strict=True))
-        places = {
-            "output_dir": json.dumps(str(Path(base.output_dir) / "tune" / _name_of(values))),
-            "cache_dir": json.dumps(str(base.cache_path)),
-        }
-        arguments = [*fixed, *(f"{key}={value}" for key, value in {**values, **places}.items())]
+        chosen = [f"{key}={value}" for key, value in values.items()]
+        output_dir = json.dumps(str(Path(base.output_dir) / "tune" / ",".join(chosen)))
+        cache_dir = json.dumps(str(base.cache_path))
+        arguments = [*fixed, *chosen, f"output_dir={output_dir}", f"cache_dir={cache_dir}"]
         points.append(Candidate(values, [path, *arguments], load_config(path, arguments)))
     return points
 
@@ -92,9 +91,9 @@ def _grid(overrides: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
     grid: dict[str, list[str]] = {}
     fixed = []
     for override in overrides:
-        key, equals, value = override.partition("=")
+        key, _, value = override.partition("=")
         values = value.split(",")
-        if not equals or len(values) == 1 or value.startswith(("[", "{", '"', "'")):
+        if len(values) == 1 or value.startswith(("[", "{", '"', "'")):
             fixed.append(override)
             continue
         bad = [item for item in values if not PLAIN_VALUE.fullmatch(item) or values.count(item) > 1]
@@ -106,10 +105,6 @@ def _grid(overrides: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
     if not grid:
         raise UsageError("no key has several values; name some, as in objective.lam=0.1,0.3,0.5,1")
     return grid, fixed
-
-
-def _name_of(values: dict[str, str]) -> str:
-    return ",".join(f"{key}={value}" for key, value in values.items())
 
 
 def set_of(metric: str) -> str:

@@ -17,6 +17,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -89,14 +90,17 @@ class TokenizedPairs:
     """S paths or hub names as given."""
     source_weights: np.ndarray
     """float64 `[S]`."""
-    digest: str
-    """The sha256 (hex) of tokens, offsets, head and augmentation alone: equal ids have equal digests."""
     content_digest: str
     """The sha256 (hex) of the raw data, for the manifest."""
     report: Report
 
     def __len__(self) -> int:
         return len(self.offsets)
+
+    @cached_property
+    def digest(self) -> str:
+        """The sha256 (hex) of tokens, offsets, head and augmentation alone: equal ids have equal digests."""
+        return _digest_of_arrays({name: getattr(self, name) for name in ("tokens", "offsets", "head", "augmentation")})
 
     @property
     def prompt_tokens(self) -> np.ndarray:
@@ -152,14 +156,8 @@ def prepare(
         named), no pair is usable, prompts differ before p, or `cache_dir` cannot be written.
     """
     contents = [content_digest(source.path, split=split, revision=source.revision) for source in sources]
-    settings = {
-        "format": format,
-        "split": split,
-        "augmentation_prompt": augmentation_prompt,
-        "max_length": max_length,
-        "max_prompt_length": max_prompt_length,
-        "prompt_truncation": prompt_truncation,
-    }
+    limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "prompt_truncation": prompt_truncation}
+    settings = {"format": format, "split": split, "augmentation_prompt": augmentation_prompt, **limits}
     key = _digest_of([CODE_VERSION, contents, tokenizer_digest(tokenizer), settings])
     cache_dir = Path(cache_dir)
     cached = cache_dir / f"tokens-{key}.safetensors"
@@ -178,17 +176,9 @@ def first(pairs: TokenizedPairs, count: int) -> TokenizedPairs:
     """Gives the first `count` pairs, or all where there are fewer; `report` and `content_digest` are kept."""
     if count >= len(pairs):
         return pairs
-    offsets = pairs.offsets[:count]
-    kept = {
-        "tokens": pairs.tokens[: offsets[-1, 3]],
-        "offsets": offsets,
-        "head": pairs.head,
-        "augmentation": pairs.augmentation,
-    }
-    per_pair = {
-        name: getattr(pairs, name)[:count] for name in ("ids", "chosen_score", "rejected_score", "source", "line")
-    }
-    return dataclasses.replace(pairs, **kept, **per_pair, digest=_digest_of_arrays(kept))
+    names = ("offsets", "ids", "chosen_score", "rejected_score", "source", "line")
+    kept = {name: getattr(pairs, name)[:count] for name in names}
+    return dataclasses.replace(pairs, **kept, tokens=pairs.tokens[: kept["offsets"][-1, 3]])
 
 
 _Content = tuple[dict[str, np.ndarray], str]
@@ -202,9 +192,8 @@ class _Collector:
     """Builds arrays and counts pair by pair."""
 
     def __init__(self) -> None:
-        self.tokens, self.lengths, self.source = array.array("i"), array.array("q"), array.array("i")
-        self.lines = array.array("q")
-        self.scores = array.array("f")
+        self.tokens, self.source = array.array("i"), array.array("i")
+        self.lengths, self.lines, self.scores = array.array("q"), array.array("q"), array.array("f")
         self.ids: list[str] = []
         self.bad_rows: list[tuple[int, int, str]] = []
         self.counts: Counter[str] = Counter()
@@ -212,13 +201,13 @@ class _Collector:
         self._seen: set[bytes] = set()
 
     def add(self, pair: Pair, source: int, tokens: PairTokens, **limits) -> None:
-        cut = truncate(tokens.prompt, tokens.chosen, tokens.rejected, len(tokens.head), **limits)
-        prompt, chosen, rejected = cut
+        prompt, chosen, rejected = cut = truncate(
+            tokens.prompt, tokens.chosen, tokens.rejected, len(tokens.head), **limits
+        )
         identical = tokens.chosen == tokens.rejected
         if chosen == rejected and not identical:
-            self.bad_rows.append(
-                (source, pair.line, f"the two responses are equal after truncation to {len(chosen)} tokens")
-            )
+            reason = f"the two responses are equal after truncation to {len(chosen)} tokens"
+            self.bad_rows.append((source, pair.line, reason))
             return
         lengths = [len(ids) for ids in cut]
         content = array.array("i", [*lengths, *prompt, *chosen, *rejected])
@@ -310,7 +299,6 @@ def _assemble(content: _Content, sources: Sequence[Source], raw_digest: str) -> 
         ids=ids,
         files=tuple(source.path for source in sources),
         source_weights=np.array([source.weight for source in sources], np.float64),
-        digest=_digest_of_arrays({name: arrays[name] for name in ("tokens", "offsets", "head", "augmentation")}),
         content_digest=raw_digest,
         report=Report(**counts, bad_rows=bad_rows),
     )

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from sr_dpo_jax.batch import SIDES, Batch, Placed, Rows, build_row
 from sr_dpo_jax.data.dataset import TokenizedPairs
-from sr_dpo_jax.data.plan import Plan, Shape, scoring_shape
+from sr_dpo_jax.data.plan import Plan, Shape, round_up, scoring_shape
 from sr_dpo_jax.parallel.mesh import replicated, row_shards, sharding
 
 THREADS = 2
@@ -43,66 +43,50 @@ class Pairs(Protocol):
     def pair(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
 
 
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class StepSource:
-    """Gives random access to the steps of a plan, for grain.
+    """Gives random access to the steps of a plan, for grain."""
 
-    Args:
-      pairs: the tokenised data.
-      plan: the place of every pair.
-      micro_batches: A; the plan's rows are cut into A equal parts.
-      local_rows: the rows of each micro-batch that this process builds, ascending.
-      with_rejected: False lays out the chosen side alone (sft).
-      augmented: whether to build the rows with p too.
-      row_multiple: the length of augmented rows is a multiple of this.
-    """
+    pairs: Pairs
+    plan: Plan
+    local_rows: np.ndarray
+    """The rows of each micro-batch that this process builds, ascending."""
+    micro_batches: int
+    """A; the plan's rows are cut into A equal parts."""
+    row_multiple: int
+    """The length of augmented rows is a multiple of this."""
+    with_rejected: bool
+    """False lays out the chosen side alone (sft)."""
+    augmented: bool
 
-    def __init__(
-        self,
-        pairs: Pairs,
-        plan: Plan,
-        *,
-        micro_batches: int,
-        local_rows: np.ndarray,
-        with_rejected: bool,
-        augmented: bool,
-        row_multiple: int,
-    ):
-        self._pairs, self._plan, self.augmented = pairs, plan, augmented
-        self._micro_batches, self._local_rows, self._with_rejected = micro_batches, local_rows, with_rejected
-        if augmented and not len(pairs.augmentation):
+    def __post_init__(self) -> None:
+        if self.augmented and not len(self.pairs.augmentation):
             raise ValueError("rows with p were asked for, but the pairs were tokenised without it")
-        self._prefix = np.concatenate([pairs.head, pairs.augmentation])
-        # The head moves from each prompt to the prefix, so a row grows by at most the length of p.
-        longest = plan.shape.row_length + len(pairs.augmentation)
-        self._augmented_length = -(-longest // row_multiple) * row_multiple
 
     def __len__(self) -> int:
-        return len(self._plan)
+        return len(self.plan)
 
     def __getitem__(self, step: int) -> HostStep:
-        pair, row = self._plan.pair[step], self._plan.row[step]
-        rows_per_micro_batch = self._plan.shape.rows // self._micro_batches
-        wanted = np.arange(self._micro_batches)[:, None] * rows_per_micro_batch + self._local_rows
-        members = [[self._placed(number, pair[number]) for number in np.flatnonzero(row == r)] for r in wanted.flat]
-        members = [[placed for placed in row_members if placed is not None] for row_members in members]
-        empty = self._prefix[:0]
-        plain = self._stack(members, self._plan.shape.row_length, 0, empty)
-        augmented = None
+        pair, row = self.plan.pair[step], self.plan.row[step]
+        shape, head, p = self.plan.shape, self.pairs.head, self.pairs.augmentation
+        wanted = np.arange(self.micro_batches)[:, None] * (shape.rows // self.micro_batches) + self.local_rows
+        numbers = [np.flatnonzero((row == r) & (pair >= 0)) for r in wanted.flat]
+        members = [[self._placed(number, pair[number]) for number in of_row] for of_row in numbers]
+        plain, augmented = self._stack(members, shape.row_length, 0, head[:0]), None
         if self.augmented:
-            augmented = self._stack(members, self._augmented_length, len(self._pairs.head), self._prefix)
-        return HostStep(pair, plain, augmented, len(self._prefix))
+            # The head moves from each prompt to the prefix, so a row grows by at most the length of p.
+            length = round_up(shape.row_length + len(p), self.row_multiple)
+            augmented = self._stack(members, length, len(head), np.concatenate([head, p]))
+        return HostStep(pair, plain, augmented, len(head) + len(p))
 
-    def _placed(self, number: int, index: int) -> Placed | None:
-        """Fetches the pair that has this number within the step; None where the step runs short."""
-        if index < 0:
-            return None
-        prompt, chosen, rejected = self._pairs.pair(index)
-        return Placed(SIDES * int(number), prompt, chosen, rejected if self._with_rejected else None)
+    def _placed(self, number: int, index: int) -> Placed:
+        prompt, chosen, rejected = self.pairs.pair(index)
+        return Placed(SIDES * int(number), prompt, chosen, rejected if self.with_rejected else None)
 
     def _stack(
         self, members: list[list[Placed]], row_length: int, head_tokens: int, prefix: np.ndarray
     ) -> dict[str, np.ndarray]:
-        shape = self._plan.shape
+        shape = self.plan.shape
         rows = [
             build_row(
                 row_members,
@@ -114,7 +98,7 @@ class StepSource:
             )
             for row_members in members
         ]
-        grid = (self._micro_batches, len(self._local_rows), -1)
+        grid = (self.micro_batches, len(self.local_rows), -1)
         return {name: np.stack([row[name] for row in rows]).reshape(grid) for name in rows[0]}
 
 
@@ -194,15 +178,7 @@ class Packing:
 
     def source(self, pairs: Pairs, plan: Plan, rows: np.ndarray, *, augmented: bool, with_rejected: bool) -> StepSource:
         """Lays out the steps of a plan; `rows` are those of each micro-batch that are built here, ascending."""
-        return StepSource(
-            pairs,
-            plan,
-            micro_batches=self.micro_batches,
-            local_rows=rows,
-            with_rejected=with_rejected,
-            augmented=augmented,
-            row_multiple=self.row_multiple,
-        )
+        return StepSource(pairs, plan, rows, self.micro_batches, self.row_multiple, with_rejected, augmented)
 
     def feed(
         self,

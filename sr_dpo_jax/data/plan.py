@@ -250,11 +250,8 @@ def _pack(tokens: np.ndarray, scored: np.ndarray, shape: Shape) -> np.ndarray | 
     closest to the shape's proportion; where some step cannot be packed so, to the first row with room (first fit
     decreasing), which packs tightest.
     """
-    for evenly in (True, False):
-        row = _decreasing(tokens, scored, shape, evenly=evenly)
-        if row is not None:
-            return row
-    return None
+    evenly = _decreasing(tokens, scored, shape, evenly=True)
+    return _decreasing(tokens, scored, shape, evenly=False) if evenly is None else evenly
 
 
 def _decreasing(tokens: np.ndarray, scored: np.ndarray, shape: Shape, *, evenly: bool) -> np.ndarray | None:

@@ -39,16 +39,9 @@ def read_pairs(
     pairs = dataset.prepare(sources, tokenizer, **settings)
     report = pairs.report
     log.info(
-        "%s: %d pairs of %d rows; skipped %d bad; truncated %d prompts and %d responses; "
-        "%d pairs of two equal responses, %d that came before",
-        ", ".join(source.path for source in sources),
-        report.pairs,
-        report.rows,
-        len(report.bad_rows),
-        report.truncated_prompts,
-        report.truncated_responses,
-        report.identical_pairs,
-        report.duplicate_pairs,
+        f"{', '.join(source.path for source in sources)}: {report.pairs} pairs of {report.rows} rows; skipped "
+        f"{len(report.bad_rows)} bad; truncated {report.truncated_prompts} prompts and {report.truncated_responses} "
+        f"responses; {report.identical_pairs} pairs of two equal responses, {report.duplicate_pairs} that came before"
     )
     if first_pairs is not None:
         pairs = dataset.first(pairs, first_pairs)
@@ -61,12 +54,8 @@ def _require_lengths(pairs: TokenizedPairs, architecture: Architecture) -> None:
     """Refuses sequences for which the rotary embedding is not known; warns of those the model was not made for."""
     longest = int((pairs.prompt_tokens + np.maximum(pairs.chosen_tokens, pairs.rejected_tokens)).max())
     longest += len(pairs.augmentation)
-    require_exact_positions(
-        architecture,
-        longest,
-        what=f"the longest sequence has {longest} tokens, {len(pairs.augmentation)} of them p",
-        remedy="lower data.max_length",
-    )
+    what = f"the longest sequence has {longest} tokens, {len(pairs.augmentation)} of them p"
+    require_exact_positions(architecture, longest, what=what, remedy="lower data.max_length")
     if longest > architecture.context_tokens:
         log.warning(
             "the longest sequence has %d tokens with p, but model.path was made for %d (max_position_embeddings)",

@@ -250,7 +250,6 @@ def _hh_rlhf(row: dict) -> tuple[str, str, str]:
 
 
 def _transcript(row: dict, side: str) -> tuple[str, str]:
-    """Splits a transcript into prompt and response."""
     head, marker, response = checked_text(_get(row, side), side).rpartition(HH_MARKER)
     if not marker:
         raise UnusableError(f'{side} holds no "\\n\\nAssistant:"')
@@ -285,7 +284,7 @@ def _explicit_messages(prompt: Any, chosen: list, rejected: list) -> tuple[tuple
         if len(response) != 1 or response[0].role != "assistant":
             raise UnusableError(f"{side}: expected exactly one assistant message after an explicit prompt")
         responses.append(response[0].content)
-    return messages, responses[0], responses[1]
+    return messages, *responses
 
 
 def _two_conversations(row: dict) -> tuple[tuple[Message, ...], str, str]:

@@ -108,6 +108,4 @@ def _fields(path: Path) -> dict[str, Any]:
 
 
 def _as_list(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return value if isinstance(value, list) else [value]
+    return value if isinstance(value, list) else [] if value is None else [value]

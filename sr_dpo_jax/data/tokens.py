@@ -168,9 +168,8 @@ class PairEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, augmentation_prompt: str | None):
         if augmentation_prompt is not None and not augmentation_prompt.strip():
             raise UsageError("refinement.prompt is blank; give the instruction p, or null for none")
-        self._tokenizer = tokenizer
+        self._tokenizer, self._augmentation_prompt = tokenizer, augmentation_prompt
         self._mid_text = MidText(tokenizer)
-        self._augmentation_prompt = augmentation_prompt
         self._bos = [tokenizer.bos_token_id] if uses_bos(tokenizer) else []
         self._template: _ChatTemplate | None = None
         self._heads: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
@@ -209,7 +208,6 @@ class PairEncoder:
         return [result if isinstance(result, BadRow) else result.prompt for result in self.encode(pairs)]
 
     def _prompts(self, texts: list[_Text]) -> list[tuple[tuple[int, ...], tuple[int, ...], list[int]]]:
-        """Gives the ids of head, p and prompt of each text."""
         heads = [self._head(text.head) for text in texts]
         # Only a rest without a head opens a text; every other part stands in the middle of one.
         opening = iter(text_ids(self._tokenizer, [text.rest for text in texts if not text.head]))
@@ -268,11 +266,9 @@ class _ChatTemplate:
             )
         if "strftime_now" in str(tokenizer.chat_template):
             LOG.warning("the chat template writes today's date: pairs tokenised tomorrow will get other ids")
-        self._tokenizer = tokenizer
-        self._augmentation_prompt = augmentation_prompt
+        self._tokenizer, self._augmentation_prompt = tokenizer, augmentation_prompt
         self._heads: dict[tuple, str] = {}
-        self._ending = ""
-        self._probe()
+        self._ending = self._ending_of_turns()
 
     def text(self, pair: Pair) -> _Text:
         prompt = [dataclasses.asdict(message) for message in pair.prompt]
@@ -292,7 +288,7 @@ class _ChatTemplate:
             responses.append(turn + self._ending.rstrip())
         return _Text(head, rest, *responses)
 
-    def _probe(self) -> None:
+    def _ending_of_turns(self) -> str:
         """Refuses a template that fails on the plainest conversation, before any row; finds how it ends a turn."""
         user, reply = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": SENTINEL}
         try:
@@ -309,7 +305,7 @@ class _ChatTemplate:
                 "the chat template of model.path cannot be used: a prompt with its response does not start with the "
                 "prompt and its generation prompt, so the response cannot be told apart; change chat_template.jinja"
             )
-        self._ending = whole.partition(SENTINEL)[2]
+        return whole.partition(SENTINEL)[2]
 
     def _split(self, prompt: list[dict[str, str]], rendered: str) -> tuple[str, str]:
         """Splits a rendered prompt into head and rest, and checks that p fits between them verbatim."""

@@ -54,7 +54,6 @@ MOST_LAYERS = 10_000
 BAD_CONFIG = (ValueError, OSError, KeyError, TypeError, AttributeError, ArithmeticError, StrictDataclassError)
 """The errors that transformers and the families' tables raise on fields that make no sense."""
 SIZES = ("vocabulary_tokens", "hidden", "layers", "heads", "kv_heads", "head_dim", "mlp")
-"""The fields of an architecture that are sizes."""
 REFUSED_FIELDS = {
     "auto_map": (
         "asks for code of its own, which is never run; if model_type is of a built-in family and the weights are its "
@@ -163,10 +162,10 @@ def check(directory: ModelDirectory, abstract: Any) -> dict[str, Path]:
     """
     files, weight_map = weight_files(directory.path)
     headers = read_headers(files)
-    problems = faults(directory, abstract, headers, weight_map) + _untied(directory, headers)
+    file_of = {name: path for path, header in headers.items() if not isinstance(header, str) for name in header}
+    problems = faults(directory, abstract, headers, weight_map) + _untied(directory, file_of)
     if problems:
         raise UsageError(listing(directory, problems))
-    file_of = _file_of(headers)
     return {name: file_of[name] for name in _expected(directory, abstract)}
 
 
@@ -230,16 +229,10 @@ def _expected(directory: ModelDirectory, abstract: Any) -> dict[str, tuple[int, 
     }
 
 
-def _file_of(headers: Mapping[Path, Header | str]) -> dict[str, Path]:
-    """Gives the file of each tensor, by the tensor's name."""
-    return {name: path for path, header in headers.items() if not isinstance(header, str) for name in header}
-
-
-def _untied(directory: ModelDirectory, headers: Mapping[Path, Header | str]) -> list[str]:
+def _untied(directory: ModelDirectory, file_of: Mapping[str, Path]) -> list[str]:
     """Lists heads that differ from the embedding they are tied to: transformers would untie them and use the head."""
     if not directory.architecture.tied:
         return []
-    file_of = _file_of(headers)
     tensors = tensors_of(directory.architecture, directory.model_type)
     (table,) = [tensor.name for tensor in tensors if tensor.params == ("embedding",)]
     return [

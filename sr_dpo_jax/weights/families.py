@@ -70,10 +70,8 @@ def tensors_of(architecture: Architecture, model_type: str) -> tuple[Tensor, ...
     """Lists the tensors that the weight files of this architecture hold, one row for all layers."""
     if model_type == "gpt_neox":
         return tuple(_gpt_neox_tensors(architecture))
-    names = {**LLAMA_NORMS, **(GEMMA_NORMS if architecture.norm_outputs else {})}
-    if not architecture.norm_inputs:
-        names = OLMO2_NORMS
-    return tuple(_llama_tensors(architecture, names, fused=model_type == "phi3"))
+    norms = LLAMA_NORMS if not architecture.norm_outputs else GEMMA_NORMS if architecture.norm_inputs else OLMO2_NORMS
+    return tuple(_llama_tensors(architecture, norms, fused=model_type == "phi3"))
 
 
 # Configs
@@ -147,14 +145,12 @@ def _kinds(config: Any, where: str, windows: dict[str, int | None]) -> dict[str,
     for name in names:
         if windows[name] is not None and windows[name] < 1:
             _refuse(where, "sliding_window", windows[name], "null and positive numbers of tokens")
-        parameters = config.rope_parameters
-        parameters = parameters.get(name, parameters)  # one set for all layers, or one for each type
+        parameters = config.rope_parameters.get(name, config.rope_parameters)  # one for all layers, or one a type
         share = parameters.get("partial_rotary_factor", 1.0)
         if share != 1.0 and config.model_type not in PARTIAL_ROTARY:
             _refuse(where, "partial_rotary_factor", share, f"1.0 for {config.model_type}")
-        rope = rope_of(
-            parameters, head_dim=_head_dim(config), context_tokens=config.max_position_embeddings, where=where
-        )
+        context = config.max_position_embeddings
+        rope = rope_of(parameters, head_dim=_head_dim(config), context_tokens=context, where=where)
         kinds.append(LayerKind(rope, windows[name]))
     return {"kinds": tuple(kinds), "kind_of_layer": tuple(names.index(name) for name in layer_types)}
 
@@ -215,13 +211,14 @@ def _refuse(where: str, field: str, value: Any, supported: str) -> None:
 
 
 LLAMA_NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
-GEMMA_NORMS = {
-    "post_attention_layernorm": "attention_output_norm",
-    "pre_feedforward_layernorm": "mlp_norm",
-    "post_feedforward_layernorm": "mlp_output_norm",
-}
 OLMO2_NORMS = {
     "post_attention_layernorm": "attention_output_norm",
+    "post_feedforward_layernorm": "mlp_output_norm",
+}
+GEMMA_NORMS = {
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "attention_output_norm",
+    "pre_feedforward_layernorm": "mlp_norm",
     "post_feedforward_layernorm": "mlp_output_norm",
 }
 

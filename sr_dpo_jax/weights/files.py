@@ -83,34 +83,26 @@ def other_weights(names: Iterable[str]) -> list[str]:
 
 def read_headers(files: Iterable[Path]) -> dict[Path, Header | str]:
     """Reads the header of each file; a file that cannot be read gets the reason in its place."""
-    headers: dict[Path, Header | str] = {}
-    for path in files:
-        try:
-            headers[path] = _header(path)
-        except UsageError as error:
-            headers[path] = str(error)
-    return headers
+    return {path: _header(path) for path in files}
 
 
-def _header(path: Path) -> Header:
+def _header(path: Path) -> Header | str:
     if not path.is_file():
-        raise UsageError(f"{path}: missing; {_why_missing(path.parent)}")
+        return f"{path}: missing; {_why_missing(path.parent)}"
     try:
         with safe_open(path, framework="numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
-        raise UsageError(f"{path}: damaged or unreadable safetensors file ({error}); fetch it again") from error
+        return f"{path}: damaged or unreadable safetensors file ({error}); fetch it again"
 
 
 def _why_missing(directory: Path) -> str:
     """Says what the directory holds in place of the weights, and what to do."""
-    cut_short = unfinished(directory)
-    if cut_short:
+    if cut_short := unfinished(directory):
         return f"{cut_short[0]} is a download that was cut short; fetch the model again, to its end"
     names = sorted(path.name for path in directory.iterdir())
-    others = other_weights(names)
-    if others:
+    if others := other_weights(names):
         return f"{others[0]} is not read: {ONLY_SAFETENSORS}"
     if any(name.endswith(".safetensors") for name in names):
         return "other files of the weights stand beside it, so they are not whole; fetch the model again, to its end"
@@ -155,7 +147,6 @@ def refuse_escape(directory: Path, name: str) -> None:
       UsageError: names the link.
     """
     home = Path(os.path.realpath(directory))
-    homes = [home, *blobs_of(home)]
     target = Path(os.path.realpath(directory / name))
-    if not any(target.is_relative_to(allowed) for allowed in homes):
+    if not any(target.is_relative_to(allowed) for allowed in (home, *blobs_of(home))):
         raise UsageError(f"{directory / name}: is a link that leaves the directory, so it is not read; copy the file")

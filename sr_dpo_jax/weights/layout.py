@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax.traverse_util import unflatten_dict
 
 from sr_dpo_jax.weights.families import Tensor
 
@@ -123,8 +122,3 @@ def flatten(tree: Any) -> Params:
     """Gives the leaves of a tree of parameters by path, as the tables name them: `layers.mlp.up`."""
     leaves = jax.tree.leaves_with_path(tree, is_leaf=lambda node: not isinstance(node, Mapping))
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-
-
-def unflatten(flat: Mapping[str, Any]) -> Params:
-    """Builds the nested dict again that `flatten` took apart."""
-    return unflatten_dict(flat, sep=".")

@@ -124,14 +124,9 @@ def place_model(
     make = _decoder_maker(architecture, *types, remat=remat, attention=path)
     graph, abstract = nnx.split(nnx.eval_shape(make))
     shardings = nnx.to_pure_dict(param_shardings(mesh, abstract))
-    log.info(
-        "%s on %s: %s parameters, attention %s, activations %s",
-        directory.model_type,
-        " × ".join(f"{name} {size}" for name, size in mesh.shape.items()),
-        f"{sum(np.prod(param.shape) for param in flatten(abstract).values()):,}",
-        name,
-        dtype,
-    )
+    axes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    count = sum(np.prod(param.shape) for param in flatten(abstract).values())
+    log.info(f"{directory.model_type} on {axes}: {count:,} parameters, attention {name}, activations {dtype}")
     return PlacedModel(directory, mesh, graph, abstract, shardings, name, *types, seed)
 
 
@@ -144,14 +139,5 @@ def _decoder_maker(
     attention: Any = DENSE,
     seed: int = 0,
 ) -> Callable[[], Decoder]:
-    def make() -> Decoder:
-        return Decoder(
-            architecture,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            remat=remat,
-            attention=attention,
-            rngs=nnx.Rngs(seed),
-        )
-
-    return make
+    types = {"dtype": dtype, "param_dtype": param_dtype}
+    return lambda: Decoder(architecture, **types, remat=remat, attention=attention, rngs=nnx.Rngs(seed))

@@ -14,13 +14,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from safetensors import safe_open
 
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.weights.directory import ModelDirectory, check
 from sr_dpo_jax.weights.families import tensors_of
 from sr_dpo_jax.weights.files import FLOATS, read_headers
-from sr_dpo_jax.weights.layout import Block, Bounds, Params, blocks_of, flatten, names_of, unflatten
+from sr_dpo_jax.weights.layout import Block, Bounds, Params, blocks_of, flatten, names_of
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def load_params(directory: ModelDirectory, abstract: Any, shardings: Any, *, dty
             for param in tensor.params:
                 shape, sharding = flat_abstract[param].shape, flat_shardings[param]
                 loaded[param] = jax.make_array_from_single_device_arrays(shape, sharding, pieces[param])
-    return unflatten(loaded)
+    return unflatten_dict(loaded, sep=".")
 
 
 def _distinct_shards(
@@ -73,17 +74,17 @@ def _distinct_shards(
 ) -> Iterator[tuple[dict[str, Bounds], list[jax.Device]]]:
     """Yields each distinct shard of a tensor's parameters on this process's devices, with the devices that hold it."""
     shards: dict[tuple[Bounds, ...], list[jax.Device]] = {}
-    indices = {param: shardings[param].addressable_devices_indices_map(abstract[param].shape) for param in params}
+    shapes = {param: abstract[param].shape for param in params}
+    indices = {param: shardings[param].addressable_devices_indices_map(shapes[param]) for param in params}
     for device in indices[params[0]]:
-        bounds = tuple(_bounds(indices[param][device], abstract[param].shape) for param in params)
+        bounds = tuple(
+            # jax writes a whole axis as slice(None)
+            tuple(side.indices(size)[:2] for side, size in zip(indices[param][device], shapes[param], strict=True))
+            for param in params
+        )
         shards.setdefault(bounds, []).append(device)
     for bounds, devices in shards.items():
         yield dict(zip(params, bounds, strict=True)), devices
-
-
-def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
-    """Turns slices into start and stop on each axis; jax writes a whole axis as slice(None)."""
-    return tuple(side.indices(size)[:2] for side, size in zip(index, shape, strict=True))
 
 
 def _read_shard(
@@ -104,7 +105,7 @@ def _read_shard(
                 buffer = buffers[param][... if layer is None else layer]
                 with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is refused below
                     buffer[...] = part
-                if not _all_finite(buffer):
+                if not all(np.isfinite(buffer[start : start + ROWS]).all() for start in range(0, len(buffer), ROWS)):
                     raise UsageError(
                         f"{file_of[name]}: {name} holds numbers that are not finite in {np.dtype(dtype).name}; the "
                         "file is damaged, or training broke it: fetch it again, or choose another model.path"
@@ -112,22 +113,14 @@ def _read_shard(
     return buffers
 
 
-def _all_finite(array: np.ndarray) -> bool:
-    return all(np.isfinite(array[start : start + ROWS]).all() for start in range(0, len(array), ROWS))
-
-
 def _report_types(directory: ModelDirectory, file_of: Mapping[str, Path], dtype: np.dtype) -> None:
     """Logs the types of the tensors in the files, and those that `dtype` rounds."""
     headers = read_headers(sorted(set(file_of.values()))).values()
     types = Counter(kind for header in headers for name, (_, kind) in header.items() if name in file_of)
     rounded = [kind for kind in sorted(types) if not np.can_cast(FLOATS[kind], dtype)]
-    log.info(
-        "%s: tensors by type: %s; held in %s%s",
-        directory.path,
-        ", ".join(f"{number} {kind}" for kind, number in sorted(types.items())),
-        np.dtype(dtype).name,
-        f" (model.param_dtype), to which {', '.join(rounded)} is rounded" if rounded else "",
-    )
+    counts = ", ".join(f"{number} {kind}" for kind, number in sorted(types.items()))
+    rounding = f" (model.param_dtype), to which {', '.join(rounded)} is rounded" if rounded else ""
+    log.info(f"{directory.path}: tensors by type: {counts}; held in {np.dtype(dtype).name}{rounding}")
 
 
 def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:

@@ -42,22 +42,22 @@ def save_params(
     """
     flat, layers = flatten(abstract), directory.architecture.layers
     tensors = tensors_of(directory.architecture, directory.model_type)
-    blocks = [blocks_of(tensor, flat) for tensor in tensors]
+    blocks = {tensor: blocks_of(tensor, flat) for tensor in tensors}
     sizes = {
-        name: math.prod(file_shape(of_tensor)) * np.dtype(dtype).itemsize
-        for tensor, of_tensor in zip(tensors, blocks, strict=True)
+        name: math.prod(file_shape(blocks[tensor])) * np.dtype(dtype).itemsize
+        for tensor in tensors
         for name, _ in names_of(tensor, layers)
     }
     weight_map = plan_files(sizes, shard_bytes)
     filling: dict[str, np.ndarray] = {}
     stream = iter(groups)
-    for tensor, of_tensor in zip(tensors, blocks, strict=True):
+    for tensor in tensors:
         group = next(stream)  # a trap: zip would keep the last group alive until it has the next one
         for name, layer in names_of(tensor, layers):
             if filling and weight_map[name] != weight_map[next(iter(filling))]:
                 _save(filling, out, weight_map)
             parts = {param: stack if layer is None else stack[layer] for param, stack in group.items()}
-            filling[name] = _file_tensor(name, parts, of_tensor, dtype)
+            filling[name] = _file_tensor(name, parts, blocks[tensor], dtype)
         del group, parts  # frees them before the next group is made
     _save(filling, out, weight_map)
     if len(set(weight_map.values())) > 1:
@@ -100,6 +100,5 @@ def _file_tensor(name: str, parts: Mapping[str, np.ndarray], blocks: tuple[Block
 
 
 def _save(filling: dict[str, np.ndarray], out: Path, weight_map: Mapping[str, str]) -> None:
-    """Writes the tensors of one file and empties `filling`."""
     save_file(filling, out / weight_map[next(iter(filling))], metadata={"format": "pt"})
     filling.clear()

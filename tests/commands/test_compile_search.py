@@ -19,7 +19,7 @@ from sr_dpo_jax.commands.compile import search as aot_search
 from sr_dpo_jax.commands.compile import show as aot_print
 from sr_dpo_jax.commands.compile.machine import hosts_of
 from sr_dpo_jax.commands.compile.programs import GIB, Compiled, Program, refusal_of
-from sr_dpo_jax.commands.compile.search import Attempt, Report, changes, override_arguments, search
+from sr_dpo_jax.commands.compile.search import Attempt, Report, arguments_text, changes, search
 from sr_dpo_jax.commands.compile.typical import typical_pairs
 from sr_dpo_jax.config.load import config_from_dict
 from sr_dpo_jax.data.plan import Shape
@@ -64,7 +64,7 @@ def config_of(**sections):
 
 
 def tried(config, compiled, slices=1):
-    return [" ".join(override_arguments(overrides)) for overrides in changes(config, compiled, slices)]
+    return [arguments_text(overrides) for overrides in changes(config, compiled, slices)]
 
 
 def test_the_cheapest_changes_come_first():
@@ -116,12 +116,12 @@ def outcomes(config, compiled, *fitting):
     """What is tried, in order, where exactly these changes fit; `too large` ends the search."""
 
     def attempt(overrides):
-        named = " ".join(override_arguments(overrides))
+        named = arguments_text(overrides)
         return Attempt(overrides, compiled_of(FITS if named in fitting else TOO_LARGE), None)
 
     attempts = search(config, compiled, 1, attempt)
     report = report_of(compiled, attempts)
-    return [" ".join(override_arguments(attempt.overrides)) for attempt in attempts], report.remedy
+    return [arguments_text(attempt.overrides) for attempt in attempts], report.remedy
 
 
 def test_what_turns_out_to_be_needless_is_taken_back():

@@ -231,16 +231,16 @@ def test_the_papers_tasks_exist_with_their_metrics():
     from sr_dpo_jax.commands.lm_eval.command import PAPER
 
     manager = TaskManager()
-    for benchmark in PAPER:
-        assert benchmark.task in manager.all_tasks
-        path = manager.task_index[benchmark.task].yaml_path
-        metric, _, filtered = benchmark.metric.partition(",")
+    for task, (_, metric_and_filter) in PAPER.items():
+        assert task in manager.all_tasks
+        path = manager.task_index[task].yaml_path
+        metric, _, filtered = metric_and_filter.partition(",")
         text = path.read_text(encoding="utf-8")
         included = [path.parent / line.split()[1] for line in text.splitlines() if line.startswith("include:")]
         text += "".join(other.read_text(encoding="utf-8") for other in included)
         assert f"metric: {metric}\n" in text
         assert filtered == "none" or f'name: "{filtered}"' in text
-    results = {b.task: {b.metric: 0.1 * number} for number, b in enumerate(PAPER)}
+    results = {task: {metric: 0.1 * number} for number, (task, (_, metric)) in enumerate(PAPER.items())}
     from sr_dpo_jax.commands.lm_eval.command import paper_table
 
     assert paper_table(results)["average"] == pytest.approx(0.25)

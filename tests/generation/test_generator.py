@@ -87,6 +87,12 @@ def test_a_killed_command_goes_on(model, tmp_path, monkeypatch, capsys):
 
     assert main(command(tmp_path, model, prompts, output, **(settings | {"max_new_tokens": 9}))) == 2
     assert "other prompts, weights or generation settings" in capsys.readouterr().err
+    whole_lines = partial.read_text(encoding="utf-8")
+    for damage in ('"index"', '"turn"', "{"):
+        partial.write_text(whole_lines.replace(damage, "\0" * len(damage)), encoding="utf-8")
+        assert main(command(tmp_path, model, prompts, output, **settings)) == 2
+        assert f"{partial}: damaged" in capsys.readouterr().err
+    partial.write_text(whole_lines, encoding="utf-8")
     asked = []
     monkeypatch.setattr(
         generate.Generator,

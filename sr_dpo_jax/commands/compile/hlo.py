@@ -175,7 +175,7 @@ class _Module:
         known = loop.number(r'"known_trip_count":\{"n":"(\d+)"')
         if known is not None:
             return known
-        condition, body = loop.called("condition"), loop.called("body")
+        condition = loop.called("condition")
         test = self.roots[condition]
         if test.opcode != "compare" or "direction=LT" not in test.text:
             return None
@@ -184,7 +184,7 @@ class _Module:
         if index is None or limit is None:
             return None
         start = self.constant(computation, self._element_of(computation, loop.operands[0], index))
-        step = self._step(body, index)
+        step = self._step(loop.called("body"), index)
         return None if start is None or not step else max(0, math.ceil((limit - start) / step))
 
     def _step(self, body: str, index: int) -> int | None:
@@ -231,8 +231,7 @@ class _Module:
 
 
 def _branches(instruction: Instruction) -> Sequence[str]:
-    listed = re.search(r"branch_computations=\{([^}]*)\}", instruction.text)
-    if listed:
+    if listed := re.search(r"branch_computations=\{([^}]*)\}", instruction.text):
         return re.findall(r"%?([\w.\-]+)", listed[1])
     return [instruction.called("true_computation"), instruction.called("false_computation")]
 

@@ -96,10 +96,8 @@ def devices_of(topology: str, slices: int) -> Sequence[jax.Device]:
             if until is None:
                 until = time.monotonic() + LONGEST_WAIT_S
                 log.warning(
-                    "another process on this machine uses libtpu; waiting for it, %.0f minutes at most. libtpu says: "
-                    "%s",
-                    LONGEST_WAIT_S / 60,
-                    text,
+                    f"another process on this machine uses libtpu; waiting for it, {LONGEST_WAIT_S / 60:.0f} minutes "
+                    f"at most. libtpu says: {text}"
                 )
             elif time.monotonic() > until:
                 raise UsageError(

@@ -213,22 +213,17 @@ def share_visited(
 def _abstract_batch(mesh: Mesh, step: HostStep, *, augmented: bool, scores: bool) -> Batch:
     def rows(arrays: dict[str, np.ndarray], prefix_tokens: int) -> Rows:
         axes = ("micro_batches", "rows", None)
-        shapes = {
-            name: jax.ShapeDtypeStruct(
-                array.shape, array.dtype, sharding=meshes.sharding(mesh, axes, array.shape, f"batch.{name}")
-            )
-            for name, array in arrays.items()
-        }
+        shapes = {}
+        for name, array in arrays.items():
+            sharding = meshes.sharding(mesh, axes, array.shape, f"batch.{name}")
+            shapes[name] = jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
         return Rows(**shapes, prefix_tokens=prefix_tokens)
 
     everywhere = meshes.replicated(mesh)
     of_pairs = jax.ShapeDtypeStruct((len(step.pair), 2), jnp.float32, sharding=everywhere) if scores else None
-    return Batch(
-        rows(step.plain, 0),
-        rows(step.augmented, step.prefix_tokens) if augmented else None,
-        of_pairs,
-        of_pairs if augmented else None,
-    )
+    if not augmented:
+        return Batch(rows(step.plain, 0), None, of_pairs, None)
+    return Batch(rows(step.plain, 0), rows(step.augmented, step.prefix_tokens), of_pairs, of_pairs)
 
 
 def train_program(setup: Setup, plan: Plan, step: HostStep, visited: dict[str, float]) -> Program:
@@ -298,13 +293,8 @@ def _compile(
             raise refusal_of(name, str(error)) from error
         return Program(name, False, hbm, peak, str(error).partition("\n")[0], time.monotonic() - started)
     memory, compile_s = compiled.memory_analysis(), time.monotonic() - started
-    share = share_visited(
-        model.architecture,
-        arguments[-1],
-        models=models,
-        kernels=flops.kernels,
-        visited=visited,
-    )
+    batch = arguments[-1]
+    share = share_visited(model.architecture, batch, models=models, kernels=flops.kernels, visited=visited)
     output = memory.output_size_in_bytes - memory.alias_size_in_bytes
     code = memory.generated_code_size_in_bytes
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + output + code + resident
@@ -346,8 +336,8 @@ def bytes_wanted(message: str, argument_bytes: int) -> int | None:
     wanted = re.search(r"(Used|temporaries \()\s*([\d.]+)([KMGT])", message)
     if wanted is None:
         return argument_bytes
-    size = int(float(wanted.group(2)) * 1024 ** (1 + "KMGT".index(wanted.group(3))))
-    return size if wanted.group(1) == "Used" else size + argument_bytes
+    size = int(float(wanted[2]) * 1024 ** (1 + "KMGT".index(wanted[3])))
+    return size if wanted[1] == "Used" else size + argument_bytes
 
 
 def refusal_of(name: str, message: str) -> UsageError | RunError:

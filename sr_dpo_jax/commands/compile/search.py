@@ -10,8 +10,8 @@ the last has made needless is taken back.
 import dataclasses
 import logging
 import resource
-import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -62,10 +62,8 @@ class Report:
     lengths: str
     """Tells where the lengths of the pairs come from."""
     processes: int
-    """`distributed.processes` as configured."""
     compiled: Compiled
     attempts: tuple[Attempt, ...]
-    """Changes that were tried, in order."""
     host_peak_bytes: int
     """The most memory that this command held on this machine."""
 
@@ -75,14 +73,14 @@ class Report:
         return next((attempt for attempt in reversed(self.attempts) if attempt.fits), None)
 
 
-def compile_command(config: Config, *, topology: str, slices: int, read: bool, quick: bool) -> Report:
+def compile_command(config: Config, *, topology: str, slices: int, read_data: bool, quick: bool) -> Report:
     """Compiles a configuration and, where it does not fit, looks for a change that does.
 
     Args:
       config: the run.
       topology: one slice, as jax names it.
       slices: the number of slices.
-      read: whether to plan from the real data instead of typical lengths.
+      read_data: whether to plan from the real data instead of typical lengths.
       quick: asks the compiler for its least effort.
 
     Raises:
@@ -95,7 +93,7 @@ def compile_command(config: Config, *, topology: str, slices: int, read: bool, q
     directory = weights.open_directory(config.model.path, revision=config.model.revision, weights=False)
     # Weights are neither read nor looked for.
     config = config.model_copy(update={"model": config.model.model_copy(update={"init": "random"})})
-    pairs, eval_sets, lengths = _read(config, directory) if read else _typical(config, directory)
+    pairs, eval_sets, lengths = _read(config, directory) if read_data else _typical(config, directory)
     with only_one():
         devices = devices_of(topology, slices)
         compiled = compile_for(devices, config, directory, pairs, eval_sets)
@@ -104,23 +102,11 @@ def compile_command(config: Config, *, topology: str, slices: int, read: bool, q
         attempts: Sequence[Attempt] = ()
         if not compiled.fits:
             log.warning("does not fit; looking for a change that does")
-            attempts = search(
-                config,
-                compiled,
-                slices,
-                lambda overrides: _attempt(devices, config, directory, pairs, eval_sets, overrides),
-            )
-    scale = 1 if sys.platform == "darwin" else 1024
-    return Report(
-        topology=topology,
-        slices=slices,
-        quick=quick,
-        lengths=lengths,
-        processes=config.distributed.processes,
-        compiled=compiled,
-        attempts=tuple(attempts),
-        host_peak_bytes=scale * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-    )
+            attempt = partial(_attempt, devices, config, directory, pairs, eval_sets)
+            attempts = search(config, compiled, slices, attempt)
+    host_peak_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    processes = config.distributed.processes
+    return Report(topology, slices, quick, lengths, processes, compiled, tuple(attempts), host_peak_bytes)
 
 
 def search(
@@ -159,7 +145,7 @@ def _part(key: str) -> str:
 
 
 def _state_too_large(compiled: Compiled) -> bool:
-    """Whether the arguments alone need more than a chip has: only fewer replicas can help then."""
+    """Tells whether the arguments alone need more than a chip has: only fewer replicas can help then."""
     return any(program.refusal is not None and program.compile_s == 0 for program in compiled.programs)
 
 
@@ -202,8 +188,9 @@ def _mesh_overrides(config: Config, mesh: dict[str, int]) -> dict[str, Any]:
     return {**changed, "mesh.fsdp": -1}
 
 
-def override_arguments(overrides: dict[str, Any]) -> Sequence[str]:
-    return [f"{key}={value}" for key, value in overrides.items()]
+def arguments_text(overrides: dict[str, Any]) -> str:
+    """Writes overrides as the command line takes them."""
+    return " ".join(f"{key}={value}" for key, value in overrides.items())
 
 
 def _attempt(
@@ -214,7 +201,7 @@ def _attempt(
     eval_sets: Sequence[TokenizedPairs],
     overrides: dict[str, Any],
 ) -> Attempt:
-    named = " ".join(override_arguments(overrides))
+    named = arguments_text(overrides)
     log.warning("trying %s", named)
     raw = config.model_dump(mode="json")
     for path, value in overrides.items():
@@ -260,11 +247,9 @@ def _typical(config: Config, directory: weights.ModelDirectory) -> tuple[Tokeniz
 def _prefix(config: Config, directory: weights.ModelDirectory) -> tuple[int, int, str]:
     """Counts the tokens of the template head and of p, and says how."""
     if not (directory.path / "tokenizer.json").is_file():
-        said = f"p taken to have {TYPICAL_P_TOKENS} tokens, as there is no tokenizer.json"
-        return 0, TYPICAL_P_TOKENS, said
-    encoder = tokens.PairEncoder(
-        tokens.load_tokenizer(str(directory.path)), augmentation_prompt=config.refinement.prompt
-    )
+        return 0, TYPICAL_P_TOKENS, f"p taken to have {TYPICAL_P_TOKENS} tokens, as there is no tokenizer.json"
+    tokenizer = tokens.load_tokenizer(str(directory.path))
+    encoder = tokens.PairEncoder(tokenizer, augmentation_prompt=config.refinement.prompt)
     prompt = "Hello" if config.data.format == "hh_rlhf" else (Message("user", "Hello"),)
     (encoded,) = encoder.encode([Pair("0", "an example", 1, prompt, "Hi", "No")])
     if isinstance(encoded, BadRow):

@@ -1,15 +1,13 @@
 """Prints a `Report` of `sr-dpo compile` as tables for people, and writes it as JSON."""
 
 import dataclasses
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from rich.table import Table
 
 from sr_dpo_jax.commands import console
 from sr_dpo_jax.commands.compile.programs import RUNTIME_SHARE, Program
-from sr_dpo_jax.commands.compile.search import Report, override_arguments
+from sr_dpo_jax.commands.compile.search import Report, arguments_text
 from sr_dpo_jax.parallel.chips import GIB, chip_of
 
 NOTES = (
@@ -109,19 +107,18 @@ def _work(report: Report) -> Table:
     compiled = report.compiled
     programs = [program for program in compiled.programs if program.refusal is None]
     table = console.table("", *(f">{program.name}" for program in programs))
-
-    def row(name: str, cell: Callable[[Program], str]) -> None:
-        console.row(table, name, *map(cell, programs))
-
-    row("matmul flops of the program, all chips", lambda program: f"{program.traced_flops:.3g}")
+    console.row(table, "matmul flops of the program, all chips", *(f"{each.traced_flops:.3g}" for each in programs))
     if not report.quick:
-        row("estimated cycles", lambda program: f"{program.estimated_cycles:,.0f}")
-        row("cycles of attention kernels", lambda program: f"{program.kernel_cycles:,.0f}")
+        console.row(table, "estimated cycles", *(f"{each.estimated_cycles:,.0f}" for each in programs))
+        console.row(table, "cycles of attention kernels", *(f"{each.kernel_cycles:,.0f}" for each in programs))
     for kind in sorted({kind for program in programs for kind in program.collectives}):
-        row(kind, partial(_collective, kind))
+        runs = (program.collectives.get(kind, (0, 0)) for program in programs)
+        cells = (f"{count:,} of {console.size(size)} in all" if count else "" for count, size in runs)
+        console.row(table, kind, *cells)
     for name, field in WARNINGS.items():
-        if any(getattr(program, field) for program in programs):
-            row(name, lambda program, field=field: str(getattr(program, field)))
+        counts = [getattr(program, field) for program in programs]
+        if any(counts):
+            console.row(table, name, *map(str, counts))
     flops = compiled.model_flops_a_pair
     console.row(table, "model flops a step", f"{flops * compiled.shape.pairs:.3g}")
     console.row(table, "model flops a pair", f"{flops:.3g}")
@@ -131,11 +128,6 @@ def _work(report: Report) -> Table:
     return table
 
 
-def _collective(kind: str, program: Program) -> str:
-    count, size = program.collectives.get(kind, (0, 0))
-    return f"{count:,} of {console.size(size)} in all" if count else ""
-
-
 def _attempts(report: Report) -> Table:
     table = console.table("change", "result")
     for attempt in report.attempts:
@@ -143,7 +135,7 @@ def _attempts(report: Report) -> Table:
             result = f"impossible: {attempt.problem}"
         else:
             result = "; ".join(f"{program.name} {_fit(program)}" for program in attempt.compiled.programs)
-        console.row(table, " ".join(override_arguments(attempt.overrides)), result)
+        console.row(table, arguments_text(attempt.overrides), result)
     return table
 
 
@@ -151,5 +143,5 @@ def _verdict(report: Report) -> str:
     if report.compiled.fits:
         return f"Fits, with {RUNTIME_SHARE:.0%} of the memory left to the runtime."
     if report.remedy is not None:
-        return f"Does not fit. This does: {' '.join(override_arguments(report.remedy.overrides))}"
+        return f"Does not fit. This does: {arguments_text(report.remedy.overrides)}"
     return "Does not fit, and no change that was tried makes it fit: take more chips, or chips with more memory."

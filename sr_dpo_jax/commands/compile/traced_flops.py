@@ -29,20 +29,19 @@ def splash_flops(kernel: str, queries: tuple[int, ...]) -> float:
     return 2.0 * SPLASH_MATMULS[kernel] * math.prod(heads) * length * length * head_dim
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class TracedFlops:
     """The flops of a program."""
 
-    matmuls: float
+    matmuls: float = 0.0
     """The matmuls outside attention kernels."""
-    kernels: float
+    kernels: float = 0.0
     """The matmuls inside attention kernels, as if they skipped no block."""
 
-    def __add__(self, other: "TracedFlops") -> "TracedFlops":
-        return TracedFlops(self.matmuls + other.matmuls, self.kernels + other.kernels)
-
-    def __rmul__(self, times: int) -> "TracedFlops":
-        return TracedFlops(times * self.matmuls, times * self.kernels)
+    def add(self, other: "TracedFlops", times: int = 1) -> None:
+        """Adds the flops of a part that runs several times."""
+        self.matmuls += times * other.matmuls
+        self.kernels += times * other.kernels
 
 
 def traced_flops(jaxpr: core.Jaxpr) -> TracedFlops:
@@ -51,20 +50,20 @@ def traced_flops(jaxpr: core.Jaxpr) -> TracedFlops:
     Raises:
       ValueError: the program holds a kernel whose flops are not known.
     """
-    total = TracedFlops(0.0, 0.0)
+    total = TracedFlops()
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
         if name == "dot_general":
-            total += TracedFlops(_dot_flops(equation), 0.0)
+            total.matmuls += _dot_flops(equation)
         elif name == "pallas_call":
-            total += TracedFlops(0.0, _kernel_flops(equation))
+            total.kernels += _kernel_flops(equation)
         elif name == "cond":
             branches = [traced_flops(branch.jaxpr) for branch in params["branches"]]
-            total += max(branches, key=lambda flops: flops.matmuls + flops.kernels)
+            total.add(max(branches, key=lambda flops: flops.matmuls + flops.kernels))
         else:
             times = params["length"] if name == "scan" else params["mesh"].size if name == "shard_map" else 1
             for inner in core.jaxprs_in_params(params):
-                total += times * traced_flops(inner)
+                total.add(traced_flops(inner), times)
     return total
 
 

@@ -67,7 +67,6 @@ def typical_pairs(
         line=np.arange(1, pairs + 1),
         files=("typical pairs",),
         source_weights=np.ones(1),
-        digest="",
         content_digest="",
         report=Report(pairs, pairs, (), 0, 0, 0, 0),
     )

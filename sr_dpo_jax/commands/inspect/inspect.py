@@ -48,11 +48,9 @@ class Files:
     """The weight files, as their headers describe them."""
 
     files: int
-    """The number of files."""
     tensors: dict[str, int]
     """The number of tensors of each type, named as safetensors does."""
     tensor_bytes: dict[str, int]
-    """The bytes of the tensors of each type."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +60,7 @@ class Placement:
     reason: str | None
     """The reason why it cannot; None where it can."""
     head_tokens: int = 0
-    """The number of tokens before p."""
     augmentation_tokens: int = 0
-    """The number of tokens of p."""
     head: str = ""
     """The text before p."""
     rest: str = ""
@@ -200,14 +196,7 @@ def _look_at_weights(
 ) -> tuple[bool | None, Files | None, tuple[str, ...]]:
     """Reads the headers of the weight files; of a hub name nothing more is fetched.
 
-    Args:
-      name: the model as the user named it.
-      directory: the model, opened.
-      params: its abstract parameters, which the files must hold.
-      problems: a list to which the reasons are added for which a run would refuse the files.
-
-    Returns:
-      `Inspection.has_weights`, `weights` and `not_looked_at`.
+    Gives `Inspection.has_weights`, `weights` and `not_looked_at`, and adds to the problems those of the files.
     """
     located = _collecting(problems, weight_files, directory.path)
     if located is None:
@@ -320,7 +309,5 @@ def _memory_of(shapes: Any, shardings: Any, mesh: AbstractMesh, dtype: jnp.dtype
 
 
 def _bytes_a_chip(shapes: Any, shardings: Any) -> int:
-    sizes = jax.tree.map(
-        lambda shape, sharding: math.prod(sharding.shard_shape(shape.shape)) * shape.dtype.itemsize, shapes, shardings
-    )
-    return sum(jax.tree.leaves(sizes))
+    pairs = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
+    return sum(math.prod(sharding.shard_shape(shape.shape)) * shape.dtype.itemsize for shape, sharding in pairs)

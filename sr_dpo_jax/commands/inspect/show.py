@@ -1,9 +1,7 @@
-"""Prints an `Inspection` as tables for people, and writes it as JSON."""
+"""Prints an `Inspection` as tables for people."""
 
-import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 from rich.table import Table
@@ -25,15 +23,6 @@ NO_TENSORS = {
     None: "not looked at, see below",
 }
 """The words for weights that are not described, by `Inspection.has_weights`."""
-
-
-def write_json(path: Path, inspection: Inspection) -> None:
-    """Writes every field under its name.
-
-    Raises:
-      UsageError: the file cannot be written.
-    """
-    console.write_json(path, dataclasses.asdict(inspection))
 
 
 def print_inspection(inspection: Inspection) -> None:
@@ -118,12 +107,11 @@ def _memory(inspection: Inspection) -> Table | None:
     console.row(table, "gradients in float32", *(size(memory.gradients_bytes) for memory in memories))
     for name in OPTIMIZERS:
         console.row(table, f"state of {name}", *(size(memory.moments_bytes[name]) for memory in memories))
-    references = (size(memory.online_reference_bytes) for memory in memories)
-    console.row(table, "online reference in bfloat16", *references)
-    for online in (False, True):
+    console.row(table, "online reference in bfloat16", *(size(memory.online_reference_bytes) for memory in memories))
+    for mode in ("cached", "online"):
         for name in OPTIMIZERS:
-            totals = (size(memory.total_bytes(name, online=online)) for memory in memories)
-            console.row(table, f"all, {name}, reference {'online' if online else 'cached'}", *totals)
+            totals = (size(memory.total_bytes(name, online=mode == "online")) for memory in memories)
+            console.row(table, f"all, {name}, reference {mode}", *totals)
     return table
 
 
@@ -166,15 +154,10 @@ def _text_of(value: Any) -> str:
             return f"{value:,}"
         case float():
             return f"{value:g}"
+        case list() | tuple() if len(value) <= LISTED:
+            return ", ".join(map(_text_of, value))
+        case list() | tuple() if len(counts := Counter(value)) <= LISTED:
+            return ", ".join(f"{_text_of(item)} ({count} times)" for item, count in counts.items())
         case list() | tuple():
-            return _text_of_sequence(value)
+            return f"{len(value)} values from {_text_of(value[0])} to {_text_of(value[-1])}"
     return str(value)
-
-
-def _text_of_sequence(values: Sequence[Any]) -> str:
-    if len(values) <= LISTED:
-        return ", ".join(map(_text_of, values))
-    counts = Counter(values)
-    if len(counts) <= LISTED:
-        return ", ".join(f"{_text_of(value)} ({count} times)" for value, count in counts.items())
-    return f"{len(values)} values from {_text_of(values[0])} to {_text_of(values[-1])}"

@@ -19,9 +19,9 @@ def judge_command(
     first: Path,
     second: Path,
     *,
-    questions_file: Path,
+    questions: Path,
     output: Path,
-    config: Path | None,
+    judge_config: Path | None,
     model: str | None,
     base_url: str | None,
 ) -> None:
@@ -31,9 +31,9 @@ def judge_command(
 
     Args:
       first, second: files of answers.
-      questions_file: the questions that they answer.
+      questions: the questions that they answer.
       output: the JSON file to write.
-      config: a YAML file whose keys replace those of judge.yaml.
+      judge_config: a YAML file whose keys replace those of judge.yaml.
       model: the judge's name at the endpoint; None takes that of the settings.
       base_url: the address of the endpoint; None takes that of the settings.
 
@@ -42,21 +42,19 @@ def judge_command(
       RuntimeError: the endpoint does not answer.
     """
     require_output(output)
-    settings = load(config, model=model, base_url=base_url)
-    questions = read_questions(questions_file)
-    answers = [read_answers(path, questions) for path in (first, second)]
+    settings = load(judge_config, model=model, base_url=base_url)
+    asked = read_questions(questions)
+    answers = [read_answers(path, asked) for path in (first, second)]
     replies = Replies(output.with_name(output.name + ".replies.jsonl"))
-    comparisons = compare(questions, *answers, settings=settings, replies=replies)
+    comparisons = compare(asked, *answers, settings=settings, replies=replies)
     result = {
         "a": first.name,
         "b": second.name,
-        "questions": questions_file.name,
+        "questions": questions.name,
         "judge": {"model": settings.model, "request": settings.request, "prompts_sha256": settings.prompts_digest},
         "bootstrap": settings.bootstrap.model_dump(),
         **summaries(comparisons, settings),
-        "comparisons": [
-            {**dataclasses.asdict(comparison), "outcome": comparison.outcome} for comparison in comparisons
-        ],
+        "comparisons": [{**dataclasses.asdict(each), "outcome": each.outcome} for each in comparisons],
     }
     write_json(output, result)
     print_result(result)
@@ -94,10 +92,9 @@ def summaries(comparisons: Sequence[Comparison], settings: Settings) -> dict[str
     """Sums up all comparisons, those of each category, and those of each turn where there are two."""
 
     def summaries_by(field: str) -> dict[str, Any]:
-        groups: dict[Any, list[Comparison]] = {}
-        for comparison in comparisons:
-            groups.setdefault(getattr(comparison, field), []).append(comparison)
-        return {str(key): summary(group, settings.bootstrap) for key, group in groups.items() if key is not None}
+        keys = dict.fromkeys(getattr(each, field) for each in comparisons)
+        groups = {key: [each for each in comparisons if getattr(each, field) == key] for key in keys if key is not None}
+        return {str(key): summary(group, settings.bootstrap) for key, group in groups.items()}
 
     turns = summaries_by("turn")
     return {

@@ -14,7 +14,6 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from sr_dpo_jax.commands.judge.settings import Settings
 from sr_dpo_jax.durable.files import finished_lines
@@ -46,9 +45,9 @@ def request_key(settings: Settings, messages: Messages) -> str:
     return hashlib.sha256(json.dumps([settings.model, settings.request, messages], sort_keys=True).encode()).hexdigest()
 
 
-def parse(pattern: str, reply: str) -> str | None:
+def parse(pattern: str, reply: str | None) -> str | None:
     """Reads `A`, `B` or `tie` from a reply; None unless the pattern is there and all of its matches say the same."""
-    choices = {match.casefold() for match in re.findall(pattern, reply)}
+    choices = {match.casefold() for match in re.findall(pattern, reply or "")}
     return {"a": "A", "b": "B", "tie": "tie"}.get(choices.pop()) if len(choices) == 1 else None
 
 
@@ -115,13 +114,13 @@ class Judge:
           RuntimeError: the endpoint does not answer.
         """
         asked = {request_key(self._settings, messages): messages for messages in conversations}
-        verdicts = {key: Verdict(choice) for key in asked if (choice := self._choice(self._replies.get(key)))}
+        pattern = self._settings.verdict_pattern
+        verdicts = {key: Verdict(choice) for key in asked if (choice := parse(pattern, self._replies.get(key)))}
         progress(len(verdicts))
         pool = concurrent.futures.ThreadPoolExecutor(self._settings.concurrency)
         try:
-            futures = {
-                pool.submit(self._ask, key, messages): key for key, messages in asked.items() if key not in verdicts
-            }
+            unknown = [key for key in asked if key not in verdicts]
+            futures = {pool.submit(self._ask, key, asked[key]): key for key in unknown}
             for future in concurrent.futures.as_completed(futures):
                 verdicts[futures[future]] = future.result()
                 progress(len(verdicts))
@@ -129,9 +128,6 @@ class Judge:
             self._stopped.set()
             pool.shutdown(wait=True, cancel_futures=True)
         return [verdicts[request_key(self._settings, messages)] for messages in conversations]
-
-    def _choice(self, reply: str | None) -> str | None:
-        return None if reply is None else parse(self._settings.verdict_pattern, reply)
 
     def _ask(self, key: str, messages: Messages) -> Verdict:
         """Asks until there is a verdict; a failure stops all threads before the one that collects them hears of it."""
@@ -144,8 +140,7 @@ class Judge:
             if failure is not None:
                 self._stopped.set()
                 raise self._error(failure)
-            choice = self._choice(reply)
-            if choice is not None:
+            if choice := parse(self._settings.verdict_pattern, reply):
                 self._replies.put(key, reply)
                 return Verdict(choice)
         return Verdict(None, "malformed reply")
@@ -161,9 +156,8 @@ class Judge:
         """
         settings = self._settings
         try:
-            completion = self._client.chat.completions.create(
-                model=settings.model, messages=messages, **settings.request
-            )
+            create = self._client.chat.completions.create
+            completion = create(model=settings.model, messages=messages, **settings.request)
         except openai.APIStatusError as error:
             return None, error.status_code
         except openai.APITimeoutError:
@@ -174,7 +168,11 @@ class Judge:
             return None, None
         except TypeError as error:
             raise UsageError(f"request: the openai client does not take it ({error})") from None
-        return _text(completion), None
+        try:  # an endpoint can send anything
+            content = completion.choices[0].message.content
+        except (AttributeError, LookupError, TypeError):
+            return None, None
+        return content if isinstance(content, str) else None, None
 
     def _error(self, failure: int | str) -> Exception:
         if failure in KEY_REFUSED:
@@ -189,14 +187,6 @@ class Judge:
             f"the judge's endpoint gave no reply in {1 + self._settings.retries} attempts (last: {last}); the replies "
             "so far are kept: the same command again goes on from them"
         )
-
-
-def _text(completion: Any) -> str | None:
-    """Gives the text of a reply; None where there is none: an endpoint can send anything."""
-    choices = getattr(completion, "choices", None)
-    message = getattr(choices[0], "message", None) if isinstance(choices, list) and choices else None
-    content = getattr(message, "content", None)
-    return content if isinstance(content, str) else None
 
 
 def _read_replies(path: Path) -> dict[str, str]:

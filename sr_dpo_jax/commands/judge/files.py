@@ -28,7 +28,6 @@ class Question:
     id: str
     category: str | None
     turns: tuple[str, ...]
-    """The user's texts, one or two."""
     reference: tuple[str, ...]
     """Known good answers to the turns; empty where there is none."""
 
@@ -79,12 +78,8 @@ def _question(id: str, row: dict[str, Any]) -> Question:
     if not 0 < len(turns) <= MOST_TURNS or not all(turns):
         raise UnusableError(f"{key}: expected one or two texts that are not empty, got {len(turns)}")
     category, reference = row.get("category"), row.get("reference")
-    return Question(
-        id,
-        None if category is None else checked_text(category, "category"),
-        turns,
-        () if reference is None else _texts(reference, "reference"),
-    )
+    category = None if category is None else checked_text(category, "category")
+    return Question(id, category, turns, () if reference is None else _texts(reference, "reference"))
 
 
 def _answer(_id: str, row: dict[str, Any]) -> tuple[str, ...]:

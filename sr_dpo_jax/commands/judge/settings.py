@@ -102,15 +102,13 @@ def messages(
     Returns:
       The messages as the endpoint takes them.
     """
-    reference = ""
-    if question.reference:
-        known = "\n\n".join(question.reference[:turn])
-        reference = Template(prompts.reference).substitute(reference=known)
+    known = "\n\n".join(question.reference[:turn])
+    reference = Template(prompts.reference).substitute(reference=known) if question.reference else ""
     texts = {"question": question.turns, "answer_a": first, "answer_b": second}
     fields = {name: values[0] for name, values in texts.items()}
     fields |= {f"{name}_{number}": text for name, values in texts.items() for number, text in enumerate(values, 1)}
-    template = Template(prompts.one_turn if turn == 1 else prompts.two_turns)
-    content = template.substitute(fields, reference=reference)
+    template = prompts.one_turn if turn == 1 else prompts.two_turns
+    content = Template(template).substitute(fields, reference=reference)
     return [{"role": "system", "content": prompts.system}, {"role": "user", "content": content}]
 
 

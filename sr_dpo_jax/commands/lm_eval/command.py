@@ -5,7 +5,6 @@ The harness brings the tasks, fetches their data and computes the metrics; it ru
 Next: `commands/lm_eval/mesh_lm.py`, the model as the harness sees it.
 """
 
-import dataclasses
 import difflib
 import json
 import os
@@ -40,25 +39,16 @@ BOOTSTRAP = 1000
 """The number of resamples for the standard error of a metric that has no formula for it."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Benchmark:
-    """One column of the paper's table."""
-
-    task: str
-    fewshot: int
-    metric: str
-    """The metric and its filter, as the harness calls them."""
-
-
-PAPER = (
-    Benchmark("arc_challenge", 25, "acc_norm,none"),
-    Benchmark("truthfulqa_mc2", 0, "acc,none"),
-    Benchmark("winogrande", 5, "acc,none"),
-    Benchmark("gsm8k", 5, "exact_match,strict-match"),
-    Benchmark("hellaswag", 10, "acc_norm,none"),
-    Benchmark("mmlu", 5, "acc,none"),
-)
-"""The Open LLM Leaderboard as the paper reports it; TruthfulQA has six examples of its own in each prompt."""
+PAPER = {
+    "arc_challenge": (25, "acc_norm,none"),
+    "truthfulqa_mc2": (0, "acc,none"),
+    "winogrande": (5, "acc,none"),
+    "gsm8k": (5, "exact_match,strict-match"),
+    "hellaswag": (10, "acc_norm,none"),
+    "mmlu": (5, "acc,none"),
+}
+"""The Open LLM Leaderboard as the paper reports it: for each task the few-shot count, and the metric with its filter.
+TruthfulQA has six examples of its own in each prompt."""
 
 
 def lm_eval_command(
@@ -90,9 +80,13 @@ def lm_eval_command(
     is_run = (Path(model) / "config.yaml").is_file()
     if best and not is_run:
         raise UsageError(f"{model}: is no run, and --best takes the best checkpoint of one; name a run's output_dir")
-    _check(tasks, include_path, num_fewshot, limit, output)
+    _check(tasks, include_path, num_fewshot, limit)
+    if output is not None:
+        require_output(output)
     config = read_config(model, overrides)
-    fewshot = {b.task: b.fewshot for b in PAPER} if tasks is None else dict.fromkeys(tasks, num_fewshot)
+    fewshot = (
+        {task: count for task, (count, _) in PAPER.items()} if tasks is None else dict.fromkeys(tasks, num_fewshot)
+    )
     task_dict = load_tasks(fewshot, include_path)
     directory, tokenizer = read_model(config)
     setup = set_up(config, directory)
@@ -174,7 +168,7 @@ def load_tasks(fewshot: dict[str, int | None], include_path: Path | None) -> dic
 
 def paper_table(results: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Picks the paper's columns from the results and adds their mean."""
-    table = {benchmark.task: float(results[benchmark.task][benchmark.metric]) for benchmark in PAPER}
+    table = {task: float(results[task][metric]) for task, (_, metric) in PAPER.items()}
     return table | {"average": sum(table.values()) / len(table)}
 
 
@@ -195,13 +189,7 @@ def print_result(result: dict[str, Any]) -> None:
         print(f"{task:16} {100 * value:6.2f}")
 
 
-def _check(
-    tasks: Sequence[str] | None,
-    include_path: Path | None,
-    num_fewshot: int | None,
-    limit: int | None,
-    output: Path | None,
-) -> None:
+def _check(tasks: Sequence[str] | None, include_path: Path | None, num_fewshot: int | None, limit: int | None) -> None:
     if tasks is None and num_fewshot is not None:
         raise UsageError(f"--num-fewshot {num_fewshot}: --paper has its own counts; name --tasks, or leave it out")
     if tasks is not None and not all(tasks):
@@ -211,5 +199,3 @@ def _check(
     for name, value, least in (("--num-fewshot", num_fewshot, 0), ("--limit", limit, 1)):
         if value is not None and value < least:
             raise UsageError(f"{name} {value}: must be at least {least}")
-    if output is not None:
-        require_output(output)

@@ -34,8 +34,7 @@ class _Packed:
     """Requests in the form of pairs, as the pipeline takes them."""
 
     requests: Sequence[Request]
-    head: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
-    augmentation: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
+    head = augmentation = np.zeros(0, np.int32)
 
     def pair(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         request = self.requests[index]
@@ -67,12 +66,8 @@ class ContinuationScorer:
         tokens = np.array([len(request.context) + len(request.continuation) for request in requests])
         scored = np.array([len(request.continuation) for request in requests])
         longest = int(tokens.max())
-        require_exact_positions(
-            self._model.architecture,
-            longest,
-            what=f"a request has {longest} tokens",
-            remedy="lower the few-shot count",
-        )
+        what, remedy = f"a request has {longest} tokens", "lower the few-shot count"
+        require_exact_positions(self._model.architecture, longest, what=what, remedy=remedy)
         shape, step = self._shape_for(tokens, scored)
         plan = scoring_plan(tokens, scored, shape)
         feed = self._packing.feed(_Packed(requests), plan, augmented=False, with_rejected=False)

@@ -8,7 +8,6 @@ its start. Every process runs the harness on all examples.
 Next: `commands/lm_eval/continuations.py`, which scores continuations.
 """
 
-import dataclasses
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -34,15 +33,6 @@ log = logging.getLogger(__name__)
 DEFAULT_NEW_TOKENS = 256
 """The harness's own limit, for tasks that set none."""
 GENERATION_KEYS = ("until", "do_sample", "temperature", "top_k", "top_p", "max_gen_toks")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Generation:
-    """The settings of a request; requests that share them are generated together."""
-
-    sampling: Sampling
-    max_new_tokens: int
-    stop: tuple[str, ...]
 
 
 class MeshLM(TemplateLM):
@@ -115,24 +105,26 @@ class MeshLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        groups: dict[_Generation, list[int]] = {}
+        groups: dict[Settings, list[int]] = {}  # requests that share their settings are generated together
         for number, request in enumerate(requests):
-            groups.setdefault(self._generation(request), []).append(number)
+            groups.setdefault(self._settings(request), []).append(number)
         texts = [""] * len(requests)
         done = 0
         with Progress("generation", total=len(requests), active=jax.process_index() == 0) as progress:
-            for generation, numbers in groups.items():
+            for settings, numbers in groups.items():
                 prompts = [
-                    Prompt(number, 0, self._context(requests[number].args[0], generation), seed=number)
+                    Prompt(number, 0, self._context(requests[number].args[0], settings), seed=number)
                     for number in numbers
                 ]
-                for prompt, response in self._generator(generation, prompts).respond(self._params, prompts):
+                longest = max(len(prompt.ids) for prompt in prompts)
+                generator = Generator(self._model, self.tokenizer, settings, longest_prompt_tokens=longest)
+                for prompt, response in generator.respond(self._params, prompts):
                     texts[prompt.index] = response.text
                     done += 1
                     progress.update(done)
         return texts
 
-    def _generation(self, request: Instance) -> _Generation:
+    def _settings(self, request: Instance) -> Settings:
         wanted = normalize_gen_kwargs(request.args[1], DEFAULT_NEW_TOKENS)
         unknown = sorted(wanted.keys() - set(GENERATION_KEYS))
         if unknown:
@@ -149,18 +141,12 @@ class MeshLM(TemplateLM):
                 f"task {request.task_name}: max_gen_toks={wanted['max_gen_toks']}: the model takes {self.max_length} "
                 "tokens (max_position_embeddings), the prompt included"
             )
-        return _Generation(Sampling(temperature, *limits, self._end_tokens), wanted["max_gen_toks"], stop)
+        sampling = Sampling(temperature, *limits, self._end_tokens)
+        return Settings(sampling, self._slots, wanted["max_gen_toks"], stop, limit_key="max_gen_toks")
 
-    def _context(self, text: str, generation: _Generation) -> list[int]:
+    def _context(self, text: str, settings: Settings) -> list[int]:
         bos = self.tokenizer.bos_token
         ids = self.tokenizer.encode(text, add_special_tokens=bos is None or not text.startswith(bos))
         if not ids:
             raise UsageError("a task generates from an empty prompt, which this tokenizer gives no token")
-        return ids[-(self.max_length - generation.max_new_tokens) :]
-
-    def _generator(self, generation: _Generation, prompts: Sequence[Prompt]) -> Generator:
-        settings = Settings(
-            generation.sampling, self._slots, generation.max_new_tokens, generation.stop, limit_key="max_gen_toks"
-        )
-        longest = max(len(prompt.ids) for prompt in prompts)
-        return Generator(self._model, self.tokenizer, settings, longest_prompt_tokens=longest)
+        return ids[-(self.max_length - settings.max_new_tokens) :]
