@@ -279,5 +279,6 @@ def test_score_and_train_on_conversations(tmp_path, name):
             assert line["prompt_tokens"] + line[f"{side}_tokens"] == tokens
             assert line[f"logp_{side}"] < 0 and line[f"logp_{side}"] != line[f"logp_{side}_augmented"]
         assert line.get("chosen_score") == (8.0 if format == "ultrafeedback" else None)
-    assert train(config) == 0
-    assert metrics_of(config.output_dir)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    if name == "qwen25":  # from the ids on, families are no longer told apart
+        assert train(config) == 0
+        assert metrics_of(config.output_dir)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)

@@ -11,7 +11,6 @@ from runs import HH_FILE, make_config, metrics_of, model_directory
 from sr_dpo_jax.config.schema import PAPER_INSTRUCTION
 from sr_dpo_jax.train.loop import train
 
-DTYPES = ("float32", "bfloat16")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not HH_FILE.exists(), reason=f"REAL DATA IS ABSENT: {HH_FILE}"),
@@ -30,8 +29,11 @@ def world(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("name", "mode", "dtype"),
-    [
-        *[(name, mode, dtype) for name in ("sr_dpo", "sr_ipo") for mode in ("cached", "online") for dtype in DTYPES],
+    [  # both refined objectives meet both modes and both types
+        ("sr_dpo", "cached", "float32"),
+        ("sr_dpo", "online", "bfloat16"),
+        ("sr_ipo", "cached", "bfloat16"),
+        ("sr_ipo", "online", "float32"),
         ("dpo", "cached", "bfloat16"),
         ("ipo", "online", "float32"),
     ],

@@ -107,10 +107,18 @@ QUICK = {
     "rows and heads sharded": [(20, None, 3.0), (20, 7, None)],
 }
 """The cases of prefix, window and cap that the quick loop runs; each shard of a mesh computes as one device does."""
+SLOW = {
+    "one device": list(itertools.product((0, 20), (None, 1, 7, 64), (None, 3.0))),
+    "rows and heads sharded": [(0, None, None), (0, 64, 3.0)],
+}
 CASES = [
-    pytest.param(mesh, *case, marks=[] if case in QUICK[mesh] else pytest.mark.slow)
-    for mesh in MESHES
-    for case in itertools.product((0, 20), (None, 1, 7, 64), (None, 3.0))
+    *(pytest.param(mesh, *case) for mesh in MESHES for case in QUICK[mesh]),
+    *(
+        pytest.param(mesh, *case, marks=pytest.mark.slow)
+        for mesh in MESHES
+        for case in SLOW[mesh]
+        if case not in QUICK[mesh]
+    ),
 ]
 
 
