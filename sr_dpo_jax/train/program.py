@@ -23,7 +23,7 @@ from sr_dpo_jax.parallel.chips import peak_flops
 from sr_dpo_jax.train.flops import pair_flops
 from sr_dpo_jax.train.objective import Objective
 from sr_dpo_jax.train.optim import OPTIMIZERS, make_schedule
-from sr_dpo_jax.train.state import TrainState, abstract_state, first_state, state_shapes, state_shardings
+from sr_dpo_jax.train.state import TrainState, first_state, state_shapes, state_shardings, with_shardings
 from sr_dpo_jax.train.train_step import make_train_step
 from sr_dpo_jax.weights.placement import PlacedModel
 
@@ -83,7 +83,7 @@ def make_program(
         mesh=model.mesh,
         state_shardings=shardings,
     )
-    return Program(step, transformation, model, abstract_state(shapes, shardings))
+    return Program(step, transformation, model, with_shardings(shapes, shardings))
 
 
 def plan_training(

@@ -45,7 +45,7 @@ from sr_dpo_jax.train.objective import Objective
 from sr_dpo_jax.train.program import Program, Work, make_program, plan_training, work_of
 from sr_dpo_jax.train.samples import Samples
 from sr_dpo_jax.train.scored_set import ScoredSet, compiled_sets, make_scored_set
-from sr_dpo_jax.train.state import TrainState
+from sr_dpo_jax.train.state import TrainState, with_shardings
 from sr_dpo_jax.weights import directory as weights
 from sr_dpo_jax.weights.placement import PlacedModel, abstract_params, place_model
 
@@ -191,7 +191,8 @@ class Setup:
             with Checkpoints(config.output_dir, read_only=True, strict=config.checkpoint.strict) as checkpoints:
                 step = checkpoints.best() if best else checkpoints.newest_good(prefix="params.")
                 if step is not None:
-                    return checkpoints.restore_params(self.model.shapes, self.model.shardings, step=step), step
+                    abstract = with_shardings(self.model.shapes, self.model.shardings)
+                    return checkpoints.restore_params(abstract, step=step), step
         return self.model.base_params() if base is None else base, 0
 
     def work(self, pairs: TokenizedPairs) -> Work:
@@ -277,7 +278,7 @@ def prepare(
     if resumed is None:
         state = program.first_state(base)
     else:
-        state = TrainState(**checkpoints.restore(program.state.tree(), step=resumed)[0])
+        state = TrainState(**checkpoints.restore(program.state.tree(), step=resumed))
     feed = setup.packing.feed(
         pairs,
         plan,

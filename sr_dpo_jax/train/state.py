@@ -49,8 +49,8 @@ def state_shardings(
     return TrainState(everywhere, param_shardings, optimizer_state)
 
 
-def abstract_state(shapes: TrainState, shardings: TrainState) -> TrainState:
-    """Joins shapes and types with the shardings that the state is to be restored on."""
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """Joins shapes and types of a state, or of its parameters, with the shardings that it is to have."""
     return jax.tree.map(
         lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where), shapes, shardings
     )
