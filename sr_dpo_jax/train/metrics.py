@@ -30,32 +30,25 @@ class MetricsWriter:
     responses to samples.jsonl.
 
     Args:
-      metrics_file: JSON lines, one a step, with `step`, the steps of the plan done, skipped ones too.
-      tensorboard_dir: event files.
+      root: the run directory.
       first_step: steps done before this run starts. Later lines, from steps after the checkpoint that the run
         resumes from, are dropped: these steps are done again.
       active: False on all processes but one.
       wandb: gets the lines too; None for none.
     """
 
-    def __init__(
-        self,
-        metrics_file: Path,
-        tensorboard_dir: Path,
-        *,
-        first_step: int,
-        active: bool,
-        wandb: WandbRun | None = None,
-    ):
+    def __init__(self, root: Path, *, first_step: int, active: bool, wandb: WandbRun | None = None):
         self._active, self._wandb = active, wandb
-        self.skipped_file = metrics_file.with_name("skipped.jsonl")
-        self._samples_file = metrics_file.with_name("samples.jsonl")
+        self.skipped_file, self._samples_file = root / "skipped.jsonl", root / "samples.jsonl"
         if not active:
             return
-        for file in (metrics_file, self.skipped_file, self._samples_file):
+        recorded = _drop_lines_after(root / "metrics.jsonl", first_step)
+        for file in (self.skipped_file, self._samples_file):
             _drop_lines_after(file, first_step)
-        self._file = metrics_file.open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(str(tensorboard_dir), purge_step=first_step + 1)
+        if wandb is not None:
+            wandb.catch_up(recorded)
+        self._file = (root / "metrics.jsonl").open("a", encoding="utf-8")
+        self._tensorboard = SummaryWriter(str(root / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, line: dict[str, Any]) -> None:
         """Writes one line; numbers that are not finite become strings, as JSON has no number for them."""
@@ -97,20 +90,29 @@ class MetricsWriter:
                 self._wandb.finish()
 
 
-def _drop_lines_after(metrics_file: Path, step: int) -> None:
+def is_due(step: int, every_steps: int | None, *, last: int) -> bool:
+    """Tells whether something is to be done after this step: after every so many, and after the last in any case."""
+    return step == last or (every_steps is not None and step % every_steps == 0)
+
+
+def _drop_lines_after(metrics_file: Path, step: int) -> list[dict[str, Any]]:
+    """Takes the lines of later steps off a file; gives those that stay."""
     if not metrics_file.exists():
-        return
-    kept = []
-    for line in lines_of(metrics_file.read_text(encoding="utf-8")):
+        return []
+    texts, lines = [], []
+    for text in lines_of(metrics_file.read_text(encoding="utf-8")):
         try:
-            if json.loads(line)["step"] > step:
+            line = json.loads(text)
+            if line["step"] > step:
                 continue
         except (json.JSONDecodeError, KeyError):
             # A kill cuts the last line short, and its step is done again; anywhere else the file was damaged.
             log.warning("%s: a line that is not a whole metrics line is dropped", metrics_file)
             continue
-        kept.append(line)
-    write_text(metrics_file, "".join(kept))
+        texts.append(text)
+        lines.append(line)
+    write_text(metrics_file, "".join(texts))
+    return lines
 
 
 class Trace:
@@ -192,15 +194,8 @@ class Progress:
 class StepLog:
     """The lines of metrics.jsonl: each step's is written when the next step is on its way, or at `flush`.
 
-    Args:
-      plan: the plan of training.
-      work: what each pair costs.
-      pair_ids: names the pairs of a step that was skipped.
-      writer: writes the lines.
-      progress: shows the newest.
-      every_steps: how often a line is written; the last step's always is.
-      total_steps: the last step.
-      max_skipped_steps: more steps in a row that change nothing end the run.
+    A line is written every `every_steps` and after the last step; `progress` shows every step's. `pair_ids` name the
+    pairs of a step that was skipped, and more of these in a row than `max_skipped_steps` end the run.
 
     Raises:
       RunError: from `add` or `flush`, where more steps in a row than `max_skipped_steps` were skipped.
@@ -253,7 +248,7 @@ class StepLog:
         }
         if work.peak_flops is not None:
             numbers["mfu"] = float(work.flops[host_step.pair].sum()) / elapsed / work.peak_flops
-        if step % self._every_steps == 0 or step == self._total_steps:
+        if is_due(step, self._every_steps, last=self._total_steps):
             self._writer.write({"step": step, **numbers})
         accuracy = f"accuracy {numbers['rewards/accuracies']:.2f}  " if "rewards/accuracies" in numbers else ""
         self._progress.update(step, f"loss {numbers['loss']:.4f}  {accuracy}{numbers['pairs_per_second']:.1f} pairs/s")

@@ -14,7 +14,7 @@ import numpy as np
 
 from sr_dpo_jax.data.dataset import TokenizedPairs
 from sr_dpo_jax.data.pipeline import Feed, Packing, pair_sizes
-from sr_dpo_jax.data.plan import Plan, training_plan
+from sr_dpo_jax.data.plan import Plan, round_up, training_plan
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.model.architecture import Architecture
 from sr_dpo_jax.model.decoder import Params
@@ -57,12 +57,8 @@ def make_program(
 ) -> Program:
     """Makes the train step; computes nothing.
 
-    Args:
-      model: the model on its mesh.
-      objective: the loss and its numbers.
-      optimizer: name, schedule and numbers, all keys of the configuration's section `optimizer`.
-      pairs: pairs a step.
-      total_steps: the end of the schedule.
+    `optimizer` holds name, schedule and numbers: all keys of the configuration's section `optimizer`. A step holds
+    this many `pairs`, and the schedule ends after `total_steps`.
     """
     numbers = dict(optimizer)
     schedule = make_schedule(
@@ -137,7 +133,7 @@ def plan_training(
 def require_short_rows(packing: Packing, row_length: int, p_tokens: int) -> None:
     """Refuses rows that splash attention cannot take, before anything is loaded or compiled."""
     multiple = packing.row_multiple
-    tokens = -(-(row_length + p_tokens) // multiple) * multiple
+    tokens = round_up(row_length + p_tokens, multiple)
     if padded_length(tokens) > LONGEST_ROW:
         most = (LONGEST_ROW - p_tokens) // multiple * multiple
         raise UsageError(

@@ -227,15 +227,12 @@ def set_up_on(mesh: Mesh, config: Config, directory: weights.ModelDirectory) -> 
 class Job:
     """The things that the loop works with and never changes."""
 
-    config: Config
-    objective: Objective
-    plan: Plan
-    total_steps: int
-    work: Work
-    pairs: TokenizedPairs
+    setup: Setup
     record: dict[str, Any]
     """Identity, software and reference digests. Each checkpoint stores them, and a start that resumes it compares."""
     feed: Feed
+    """The training pairs and the plan of their steps, as batches."""
+    total_steps: int
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     """Compiled: a batch of another shape raises instead of compiling again."""
     reference_params: Params | None
@@ -288,14 +285,10 @@ def prepare(
     )
     stop.meet()
     job = Job(
-        config=config,
-        objective=objective,
-        plan=plan,
-        total_steps=setup.total_steps(plan),
-        work=setup.work(pairs),
-        pairs=pairs,
+        setup=setup,
         record=record,
         feed=feed,
+        total_steps=setup.total_steps(plan),
         train_step=program.compiled(state, reference_params, feed),
         reference_params=reference_params,
         held_out=compiled_sets(held_out, state.params),
@@ -351,7 +344,7 @@ def _reference(
       scored: the sets that the reference scores.
       remembered: digest of each set's scores in the checkpoint that is resumed: those are believed.
       stop: ends the run between two steps of scoring.
-      keep_base: whether training starts from the base parameters, so that they are wanted in any case.
+      keep_base: training starts from the base parameters, so that they are wanted in any case.
 
     Returns:
       Digest of the scores by set, the online reference's parameters or None, and the base parameters or None.

@@ -298,15 +298,6 @@ class TestTruncate:
             truncate(prompt, chosen, chosen, 6, prompt_truncation="keep_end", **limits)
         assert len(truncate(prompt[:7], chosen, chosen, 6, prompt_truncation="keep_end", **limits)[0]) == 7
 
-    @pytest.mark.parametrize(
-        "wrong", [{"max_prompt_length": 12}, {"max_prompt_length": 0}, {"prompt_truncation": "keep_middle"}]
-    )
-    def test_usage(self, wrong):
-        with pytest.raises(UsageError, match=next(iter(wrong))):
-            truncate(
-                [1], [2], [3], 0, **{"max_length": 12, "max_prompt_length": 6, "prompt_truncation": "keep_end", **wrong}
-            )
-
     @given(
         st.integers(1, 40),
         st.integers(1, 40),

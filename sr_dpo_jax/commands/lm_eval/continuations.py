@@ -6,6 +6,7 @@ compiled shape serves all requests of a call, and later calls whose requests fit
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -72,20 +73,10 @@ class ContinuationScorer:
         plan = scoring_plan(tokens, scored, shape)
         feed = self._packing.feed(_Packed(requests), plan, augmented=False, with_rejected=False)
         logprobs, greedy = np.full(len(requests), np.nan, np.float32), np.zeros(len(requests), bool)
-        pending: tuple[np.ndarray, Any] | None = None
-
-        def collect(pair: np.ndarray, of_step: tuple[jax.Array, jax.Array]) -> None:
-            sums, misses = jax.device_get(of_step)
-            logprobs[pair[pair >= 0]], greedy[pair[pair >= 0]] = sums[pair >= 0], misses[pair >= 0] == 0
-
         with Progress(title, total=len(plan), active=jax.process_index() == 0) as progress:
-            for done, (host_step, batch) in enumerate(feed.batches(0), 1):
-                on_the_way = (host_step.pair, step(self._params, batch))
-                if pending is not None:  # step n is on its way to the device before step n − 1 is waited for
-                    collect(*pending)
-                pending = on_the_way
+            for done, (pair, (sums, misses)) in enumerate(feed.results(partial(step, self._params)), 1):
+                logprobs[pair[pair >= 0]], greedy[pair[pair >= 0]] = sums[pair >= 0], misses[pair >= 0] == 0
                 progress.update(done)
-        collect(*pending)
         if np.isnan(logprobs).any():
             raise UsageError(
                 f"{np.isnan(logprobs).sum()} of {len(requests)} continuations have a log-probability of NaN; set "
