@@ -15,8 +15,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from sr_dpo_jax.batch import SIDES, Batch, Placed, Rows, build_row
 from sr_dpo_jax.data.dataset import TokenizedPairs
-from sr_dpo_jax.data.plan import Plan, Shape, round_up, scoring_shape
-from sr_dpo_jax.parallel.mesh import replicated, row_shards, sharding
+from sr_dpo_jax.data.plan import Limits, Plan, round_up
+from sr_dpo_jax.parallel.mesh import replicated, sharding
 
 THREADS = 2
 PREFETCHED_STEPS = 4
@@ -58,10 +58,6 @@ class StepSource:
     with_rejected: bool
     """False lays out the chosen side alone (sft)."""
     augmented: bool
-
-    def __post_init__(self) -> None:
-        if self.augmented and not len(self.pairs.augmentation):
-            raise ValueError("rows with p were asked for, but the pairs were tokenised without it")
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -166,36 +162,16 @@ class Feed:
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """The mesh and the sizes with which pairs are packed; `data/plan.py` packs them."""
+    """The mesh and the numbers with which pairs are packed; `data/plan.py` packs them."""
 
     mesh: Mesh
-    pairs_per_step: int
-    row_length: int
-    """Most tokens of a row."""
-    row_multiple: int
-    """Row lengths are multiples of this."""
+    limits: Limits
     micro_batches: int
     """A, the parts that a step's rows are cut into."""
 
-    @property
-    def rows_multiple(self) -> int:
-        """The number of rows of a step is a multiple of this: row shards × A."""
-        return row_shards(self.mesh) * self.micro_batches
-
-    def scoring_shape(self, tokens: np.ndarray, scored: np.ndarray) -> Shape:
-        """Chooses the shape of one pass over data that is only scored; sizes as `pair_sizes` gives them."""
-        return scoring_shape(
-            tokens,
-            scored,
-            pairs_per_step=min(self.pairs_per_step, len(tokens)),
-            row_length=self.row_length,
-            row_multiple=self.row_multiple,
-            rows_multiple=self.rows_multiple,
-        )
-
     def source(self, pairs: Pairs, plan: Plan, rows: np.ndarray, *, augmented: bool, with_rejected: bool) -> StepSource:
         """Lays out the steps of a plan; `rows` are those of each micro-batch that are built here, ascending."""
-        return StepSource(pairs, plan, rows, self.micro_batches, self.row_multiple, with_rejected, augmented)
+        return StepSource(pairs, plan, rows, self.micro_batches, self.limits.row_multiple, with_rejected, augmented)
 
     def feed(
         self,

@@ -54,14 +54,12 @@ class _Text:
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """Loads a fast tokenizer from a Hugging Face directory or hub name; code that comes with it is never run.
+    """Loads the fast tokenizer of a Hugging Face directory; code that comes with it is never run.
 
     Raises:
       UsageError: there is no fast tokenizer, it cannot be loaded, or it has no EOS token.
     """
-    if not os.path.isdir(path) and path.startswith(("/", "./", "../", "~")):
-        raise UsageError(f"model.path={path}: no such directory; give a Hugging Face directory or hub name")
-    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "tokenizer.json")):
+    if not os.path.isfile(os.path.join(path, "tokenizer.json")):
         # A trap: for some families transformers would make an empty tokenizer, to which all text is unknown.
         raise UsageError(
             f"model.path={path}: has no tokenizer.json; add it, as save_pretrained of a fast tokenizer writes it"

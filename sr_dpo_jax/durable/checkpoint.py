@@ -11,12 +11,13 @@ Older ones are deleted after that and not before, the best one never before a be
 is damaged, cut short or foreign is never deleted, at most renamed.
 """
 
+import contextlib
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,6 +33,7 @@ from sr_dpo_jax.parallel.processes import largest
 log = logging.getLogger(__name__)
 
 GOOD, UNVERIFIED, DAMAGED = range(3)
+PARAMS = "params."
 CONDEMNED = ".deleting"
 LEDGER = "last_verified"
 """The file that names the newest verified step. If it names a step but no usable checkpoint is left, the run refuses to
@@ -41,7 +43,7 @@ MOST_STEPS = 1024
 Params = Any
 
 
-class Checkpoints:
+class Checkpoints(contextlib.AbstractContextManager):
     """The checkpoints of one run directory. In a run of several processes all of them make the same calls.
 
     Args:
@@ -67,9 +69,6 @@ class Checkpoints:
             for half_deleted in self.directory.glob(f"*{CONDEMNED}"):
                 shutil.rmtree(half_deleted)
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Waits for a save under way, except where one of several processes fails: it might wait for a dead one."""
         if kind is None or jax.process_count() == 1:
@@ -81,7 +80,7 @@ class Checkpoints:
         Damaged steps are set aside on the way.
 
         Args:
-          prefix: only arrays whose names begin so are checked: "params." where the optimizer's state is not read.
+          prefix: only arrays whose names begin so are checked: PARAMS where the optimizer's state is not read.
 
         Raises:
           UsageError: no checkpoint is usable although one was damaged or once verified, or with `strict` the newest is
@@ -228,17 +227,17 @@ class Checkpoints:
         restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         return flatten_dict(self._read_params(step, wanted, restore_args), sep=".")
 
-    def existing(self, step: int | None, *, prefix: str = "params.") -> int:
-        """Checks a step, or finds the newest good one for None; raises UsageError where there is none."""
+    def existing(self, step: int | None) -> int:
+        """Checks the parameters of a step, or finds the newest good one for None; raises UsageError without one."""
         if step is None:
-            step = self.newest_good(prefix=prefix)
+            step = self.newest_good(prefix=PARAMS)
             if step is not None:
                 return step
         there = self._listing()
         if step not in there:
             asked = "" if step is None else f" of step {step}"
             raise UsageError(f"{self.directory}: no checkpoint{asked}; there are {there[::-1]}")
-        verdict, reason = self._judge(step, prefix)
+        verdict, reason = self._judge(step, PARAMS)
         if verdict != GOOD:
             raise UsageError(f"{self.directory / str(step)}: {reason}; choose another step of {there[::-1]}")
         return step

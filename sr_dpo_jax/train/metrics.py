@@ -3,6 +3,8 @@
 Sample responses hold texts of the data: they go to samples.jsonl and TensorBoard, which stay in the run directory.
 """
 
+import contextlib
+import dataclasses
 import json
 import logging
 import math
@@ -115,7 +117,7 @@ def _drop_lines_after(metrics_file: Path, step: int) -> list[dict[str, Any]]:
     return lines
 
 
-class Trace:
+class Trace(contextlib.AbstractContextManager):
     """A profile of some steps for XProf: `tensorboard --logdir OUTPUT_DIR/profile`, with the xprof plugin.
 
     Args:
@@ -127,9 +129,6 @@ class Trace:
 
     def __init__(self, directory: Path, *, steps: int):
         self._directory, self._steps, self._running, self._written = directory, steps, False, False
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._stop()
@@ -191,31 +190,29 @@ class Progress:
             self._last_line = mark
 
 
+@dataclasses.dataclass
 class StepLog:
     """The lines of metrics.jsonl: each step's is written when the next step is on its way, or at `flush`.
-
-    A line is written every `every_steps` and after the last step; `progress` shows every step's. `pair_ids` name the
-    pairs of a step that was skipped, and more of these in a row than `max_skipped_steps` end the run.
 
     Raises:
       RunError: from `add` or `flush`, where more steps in a row than `max_skipped_steps` were skipped.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        work: Work,
-        pair_ids: Sequence[str],
-        writer: MetricsWriter,
-        progress: Progress,
-        *,
-        every_steps: int,
-        total_steps: int,
-        max_skipped_steps: int,
-    ):
-        self._plan, self._work, self._pair_ids = plan, work, pair_ids
-        self._writer, self._progress = writer, progress
-        self._every_steps, self._total_steps, self._max_skipped_steps = every_steps, total_steps, max_skipped_steps
+    plan: Plan
+    work: Work
+    pair_ids: Sequence[str]
+    """The names of the pairs, for steps that are skipped."""
+    writer: MetricsWriter
+    progress: Progress
+    """Shows the numbers of every step."""
+    _: dataclasses.KW_ONLY
+    every_steps: int
+    """Steps between two lines; the last step has one in any case."""
+    total_steps: int
+    max_skipped_steps: int
+    """More steps in a row that change nothing end the run."""
+
+    def __post_init__(self) -> None:
         self._pending: tuple[int, HostStep, dict[str, jax.Array]] | None = None
         self._skipped_in_a_row = 0
         self.restart_clock()
@@ -233,7 +230,7 @@ class StepLog:
         if self._pending is None:
             return
         (step, host_step, metrics), self._pending = self._pending, None
-        plan, work = self._plan, self._work
+        plan, work = self.plan, self.work
         numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
         elapsed = time.monotonic() - self._clock
         self.restart_clock()
@@ -248,23 +245,23 @@ class StepLog:
         }
         if work.peak_flops is not None:
             numbers["mfu"] = float(work.flops[host_step.pair].sum()) / elapsed / work.peak_flops
-        if is_due(step, self._every_steps, last=self._total_steps):
-            self._writer.write({"step": step, **numbers})
+        if is_due(step, self.every_steps, last=self.total_steps):
+            self.writer.write({"step": step, **numbers})
         accuracy = f"accuracy {numbers['rewards/accuracies']:.2f}  " if "rewards/accuracies" in numbers else ""
-        self._progress.update(step, f"loss {numbers['loss']:.4f}  {accuracy}{numbers['pairs_per_second']:.1f} pairs/s")
+        self.progress.update(step, f"loss {numbers['loss']:.4f}  {accuracy}{numbers['pairs_per_second']:.1f} pairs/s")
         self._count_skipped(step, host_step, numbers)
 
     def _count_skipped(self, step: int, host_step: HostStep, numbers: dict[str, float]) -> None:
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if numbers["skipped"] else 0
         if not numbers["skipped"]:
             return
-        ids = [self._pair_ids[pair] for pair in host_step.pair if pair >= 0]
-        self._writer.write_skipped(step, ids, numbers)
+        ids = [self.pair_ids[pair] for pair in host_step.pair if pair >= 0]
+        self.writer.write_skipped(step, ids, numbers)
         log.warning("step %d: loss or gradient is not finite, nothing was updated; pairs: skipped.jsonl", step)
-        if self._skipped_in_a_row > self._max_skipped_steps:
+        if self._skipped_in_a_row > self.max_skipped_steps:
             raise RunError(
                 f"{self._skipped_in_a_row} steps in a row, the last of them {step}, had a loss or gradient that is not "
-                f"finite, and train.max_skipped_steps={self._max_skipped_steps} allows fewer; "
-                f"{self._writer.skipped_file} names their pairs. Nothing was saved since. Look at these pairs, lower "
+                f"finite, and train.max_skipped_steps={self.max_skipped_steps} allows fewer; "
+                f"{self.writer.skipped_file} names their pairs. Nothing was saved since. Look at these pairs, lower "
                 "optimizer.learning_rate, or set model.dtype=float32"
             )

@@ -17,7 +17,7 @@ import numpy as np
 from sr_dpo_jax.batch import CHOSEN, REJECTED, Batch
 from sr_dpo_jax.data.dataset import TokenizedPairs
 from sr_dpo_jax.data.pipeline import Feed, Packing, pair_sizes
-from sr_dpo_jax.data.plan import Plan, Shape, scoring_plan
+from sr_dpo_jax.data.plan import Plan, Shape, scoring_plan, scoring_shape
 from sr_dpo_jax.model.decoder import Params
 from sr_dpo_jax.train.metrics import Progress
 from sr_dpo_jax.train.objective import Objective
@@ -138,7 +138,7 @@ def make_scored_set(
     with_rejected = objective is None or objective.kind.needs_rejected
     sizes = pair_sizes(pairs, with_rejected=with_rejected)
     if plan is None:
-        plan = scoring_plan(*sizes, packing.scoring_shape(*sizes) if shape is None else shape)
+        plan = scoring_plan(*sizes, scoring_shape(*sizes, packing.limits) if shape is None else shape)
     if augmented is None:
         augmented = with_rejected and len(pairs.augmentation) > 0
     feed = packing.feed(pairs, plan, augmented=augmented, with_rejected=with_rejected)

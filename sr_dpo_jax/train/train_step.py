@@ -148,13 +148,14 @@ def make_train_step(
     *,
     pairs: int,
     mesh: Mesh,
-    state_shardings: TrainState,
+    abstract: TrainState,
 ) -> Callable[[TrainState, Params | None, Batch], tuple[TrainState, dict[str, Array]]]:
     """Makes `(state, reference params or None, batch) -> (state, metrics)`; the state passed in is consumed.
 
-    With an online reference, pass its parameters; with a cached one, pass None: the batch holds its scores. Metrics
-    are means over the step's pairs; `grad_norm` is taken before clipping. Where loss or gradient is not finite,
-    `skipped` is 1 and the step changes nothing but its own number: parameters and optimizer stay as they were.
+    `abstract` describes the state. With an online reference, pass its parameters; with a cached one, pass None: the
+    batch holds its scores. Metrics are means over the step's pairs; `grad_norm` is taken before clipping. Where loss or
+    gradient is not finite, `skipped` is 1 and the step changes nothing but its own number: parameters and optimizer
+    stay as they were.
     """
 
     def loss_sum(params: Params, reference_params: Params | None, micro: Batch) -> tuple[Array, Any]:
@@ -193,7 +194,7 @@ def make_train_step(
         )
         return TrainState(state.step + 1, params, optimizer_state), metrics
 
-    out_shardings = (state_shardings, replicated(mesh))
+    out_shardings = (jax.tree.map(lambda leaf: leaf.sharding, abstract), replicated(mesh))
     return jit_on(mesh, step, donate_argnums=0, out_shardings=out_shardings, compiler_options=SAME_ROUNDING)
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sr_dpo_jax.data.rows import BadRow, Message, Pair, read_rows
 from sr_dpo_jax.data.tokens import PairEncoder, PairTokens, load_tokenizer, tokenizer_digest, truncate, uses_bos
 from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.weights.directory import open_directory
 
 EOS, BOS = 0, 1
 P = "Please be useful. Query:"
@@ -342,7 +343,7 @@ class TestTokenizer:
 
     def test_missing(self, tmp_path):
         with pytest.raises(UsageError, match="no such directory"):
-            load_tokenizer(str(tmp_path / "none"))
+            open_directory(str(tmp_path / "none"))
         with pytest.raises(UsageError, match=r"no tokenizer.json"):
             load_tokenizer(str(tmp_path))
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from sr_dpo_jax.data.pipeline import Packing
-from sr_dpo_jax.data.plan import Shape, scoring_plan
+from sr_dpo_jax.data.plan import Shape, round_up, scoring_plan, scoring_shape
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.model.architecture import require_exact_positions
 from sr_dpo_jax.model.decoder import Params
@@ -88,10 +88,10 @@ class ContinuationScorer:
         for shape, step in self._compiled:
             if tokens.max() <= shape.row_length and scored.max() <= shape.scored:
                 return shape, step
-        multiple = self._packing.row_multiple
-        longest = -(-int(tokens.max()) // multiple) * multiple
-        packing = dataclasses.replace(self._packing, row_length=max(self._packing.row_length, longest))
-        shape = packing.scoring_shape(tokens, scored)
+        limits = self._packing.limits
+        longest = round_up(int(tokens.max()), limits.row_multiple)
+        limits = dataclasses.replace(limits, row_length=max(limits.row_length, longest))
+        shape = scoring_shape(tokens, scored, limits)
         step = make_continuation_step(self._model.graph, pairs=shape.pairs, mesh=self._model.mesh)
         self._compiled.append((shape, step))
         return shape, step
