@@ -173,7 +173,7 @@ class Model:
             Objective("sr_dpo", {"beta": BETA, "lam": LAM}),
             pairs=PAIRS,
             mesh=mesh,
-            state_shardings=model.state_shardings(optimizer),
+            abstract=model.abstract_state(optimizer),
         )
         self.packed_prefix, self.alone = jit_on(mesh, self._packed_prefix), jit_on(mesh, self._alone)
 

@@ -16,7 +16,7 @@ from sr_dpo_jax.model.attention import DENSE, AttentionPath
 from sr_dpo_jax.model.decoder import Decoder
 from sr_dpo_jax.parallel import mesh as meshes
 from sr_dpo_jax.train.objective import OBJECTIVES, Objective
-from sr_dpo_jax.train.state import TrainState, abstract_state, first_state, state_shapes, state_shardings
+from sr_dpo_jax.train.state import TrainState, abstract_state, first_state
 from sr_dpo_jax.weights.directory import ModelDirectory
 from sr_dpo_jax.weights.families import tensors_of
 from sr_dpo_jax.weights.layout import flatten
@@ -123,15 +123,18 @@ class Model:
 
     def state(self, optimizer: Any, seed: int = 0) -> TrainState:
         """The state before the first update."""
-        abstract = abstract_state(state_shapes(self.shapes, optimizer), self.state_shardings(optimizer))
-        return first_state(abstract, self.params(seed), optimizer, self.mesh)
+        return first_state(self.abstract_state(optimizer), self.params(seed), optimizer)
 
     @property
     def shapes(self) -> Any:
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), nnx.to_pure_dict(self.abstract))
+        return jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+            nnx.to_pure_dict(self.abstract),
+            self.shardings,
+        )
 
-    def state_shardings(self, optimizer: Any) -> TrainState:
-        return state_shardings(state_shapes(self.shapes, optimizer), self.shardings, optimizer, self.mesh)
+    def abstract_state(self, optimizer: Any) -> TrainState:
+        return abstract_state(self.shapes, optimizer, self.mesh)
 
 
 def build(

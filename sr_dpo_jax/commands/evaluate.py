@@ -63,7 +63,7 @@ def score_command(config: Config, output: Path) -> int:
     pairs = read_pairs_of(config, data.path, data.split, tokenizer, directory.architecture, instruction=p)
     setup = set_up(config, directory)
     scored = make_scored_set("score", pairs, setup.model, setup.packing, None, cache_dir=config.cache_path)
-    with Progress("score", total=len(scored.plan), active=jax.process_index() == 0) as progress:
+    with Progress("score", total=len(scored.feed.source), active=jax.process_index() == 0) as progress:
         scores = scored.scores(setup.model.base_params(), progress.update)
     require_finite(pairs, scores, config)
     if jax.process_index() == 0:

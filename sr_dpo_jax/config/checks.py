@@ -14,23 +14,14 @@ PAIR_MEASURES = (
     "rewards/accuracies",
     "margin",
 )
+AUGMENTED_MEASURES = ("augmented/margin", "augmented/accuracies")
 LOSSES = ("loss", "loss_per_token")
 GAINS = ("margin", "margins", "accuracies")
 """Metrics whose names end so are better when they are higher."""
-RESERVED = (
-    "augmented",
-    "augmented_margin",
-    "eval",
-    "logps",
-    "loss",
-    "loss_per_token",
-    "margin",
-    "pairs",
-    "rated_pairs",
-    "rating_gap",
-    "refinement",
-    "rewards",
-)
+RESERVED = {
+    *(measure.partition("/")[0] for measure in (*MEASURES, *PAIR_MEASURES, *AUGMENTED_MEASURES)),
+    *("augmented_margin", "eval", "loss_per_token", "pairs", "rated_pairs", "rating_gap", "refinement"),
+}
 """Metrics under `eval/` begin so: a held-out set of one of these names could not be told from a metric."""
 
 
@@ -40,7 +31,7 @@ def evaluation_metrics(config: Config) -> list[str]:
     if isinstance(config.objective, PairObjective):
         measures += PAIR_MEASURES
         if config.refinement.prompt:
-            measures += ("augmented/margin", "augmented/accuracies")
+            measures += AUGMENTED_MEASURES
         if isinstance(config.objective, RefinedObjective):
             measures.append("refinement")
     else:

@@ -25,33 +25,34 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UsageError(f"{path}: cannot read the configuration ({error}); name an existing YAML file") from error
     if not isinstance(raw, dict):
         raise UsageError(f"{path}: holds {type(raw).__name__}, not a mapping of sections; the README shows one")
-    for override in overrides:
-        apply_override(raw, override)
-    return config_from_dict(raw, where=str(path))
+    return config_from_dict(raw, overrides, where=str(path))
 
 
 def config_for_model(path: str, overrides: Sequence[str] = ()) -> Config:
-    """The configuration of a command that takes a model and no data; errors as those of `load`."""
+    """Makes the configuration of a command that takes a model and no data; errors as those of `load_config`."""
     raw = {"output_dir": path, "model": {"path": path}, "data": {"path": "none"}, "objective": {"name": "sft"}}
+    return config_from_dict(raw, overrides, where=path)
+
+
+def config_from_dict(raw: dict[str, Any], overrides: Sequence[str] = (), *, where: str) -> Config:
+    """Checks a nested mapping, which takes the overrides; `where` names its origin in error messages."""
     for override in overrides:
         apply_override(raw, override)
-    return config_from_dict(raw, where=path)
-
-
-def config_from_dict(raw: dict[str, Any], *, where: str) -> Config:
-    """Checks a nested mapping; `where` names its origin in error messages."""
     secrets = list(secrets_in(raw))
     if secrets:
-        raise UsageError("\n".join([f"{where}: {len(secrets)} problem(s)", *secrets]))
+        raise _refusal(where, secrets)
     try:
         # Strict JSON mode takes a list for a tuple and an integer for a float, and nothing else across types.
         config = Config.model_validate_json(json.dumps(raw))
     except pydantic.ValidationError as error:
-        problems = [explain(item, Config) for item in error.errors()]
-        raise UsageError("\n".join([f"{where}: {len(problems)} problem(s)", *problems])) from None
+        raise _refusal(where, [explain(item, Config) for item in error.errors()]) from None
     except (TypeError, ValueError) as error:
         raise UsageError(f"{where}: a value is neither text, number, list nor mapping ({error})") from None
     problems = cross_checks(config)
     if problems:
-        raise UsageError("\n".join([f"{where}: {len(problems)} problem(s)", *problems]))
+        raise _refusal(where, problems)
     return config
+
+
+def _refusal(where: str, problems: Sequence[str]) -> UsageError:
+    return UsageError("\n".join([f"{where}: {len(problems)} problem(s)", *problems]))

@@ -146,16 +146,14 @@ def _only_what_says_something(*kinds: type[Section]) -> BeforeValidator:
     def drop(section: Any) -> Any:
         if not isinstance(section, dict):
             return section
-        names = [get_args(kind.model_fields["name"].annotation) for kind in kinds]
         name = section.get("name", kinds[0].model_fields["name"].default)
-        mine = [kind.model_fields for kind, known in zip(kinds, names, strict=True) if name in known]
-        idle = {
-            key
-            for kind in kinds
-            for key, field in kind.model_fields.items()
-            if key in section and section[key] in (None, field.default) and mine and key not in mine[0]
+        mine = [kind.model_fields for kind in kinds if name in get_args(kind.model_fields["name"].annotation)]
+        if not mine:
+            return section
+        others = {
+            key: field.default for kind in kinds for key, field in kind.model_fields.items() if key not in mine[0]
         }
-        return {key: value for key, value in section.items() if key not in idle}
+        return {key: value for key, value in section.items() if key not in others or value not in (None, others[key])}
 
     return BeforeValidator(drop)
 

@@ -65,6 +65,10 @@ class Report:
     """Pairs whose prompt, chosen and rejected ids equal those of an earlier pair."""
 
 
+COUNTED = ("truncated_prompts", "truncated_responses", "identical_pairs", "duplicate_pairs")
+"""Counts of a report that a run's manifest keeps: pairs that were cut, and pairs that train nothing or twice."""
+
+
 @dataclass(frozen=True, eq=False)
 class TokenizedPairs:
     """N pairs as ids, in the order of the sources and their rows. The arrays are read-only."""
@@ -142,14 +146,8 @@ def prepare(
 ) -> TokenizedPairs:
     """Reads, checks and tokenises the whole of every source, or loads the cached result.
 
-    Args:
-      sources: at least one.
-      tokenizer: as `tokens.load_tokenizer` gives it.
-      format, split: as for `rows.read_rows`.
-      augmentation_prompt: the instruction p, or None.
-      max_length, max_prompt_length, prompt_truncation: as for `tokens.truncate`.
-      max_bad_rows: the most unusable rows, over all sources, that are skipped.
-      cache_dir: the directory of the cache, made if it is not there; many processes may use it at once.
+    `format` and `split` are as for `rows.read_rows`, lengths and `prompt_truncation` as for `tokens.truncate`. Up to
+    `max_bad_rows` unusable rows, over all sources, are skipped. Many processes may use one `cache_dir` at once.
 
     Raises:
       UsageError: a source cannot be read or has no rows, more than `max_bad_rows` rows are unusable (every one is
@@ -241,8 +239,7 @@ class _Collector:
             "source": np.frombuffer(self.source, np.int32),
             "line": np.frombuffer(self.lines, np.int64),
         }
-        names = ("truncated_prompts", "truncated_responses", "identical_pairs", "duplicate_pairs")
-        counts = {"rows": rows, "pairs": len(ends), **{name: int(self.counts[name]) for name in names}}
+        counts = {"rows": rows, "pairs": len(ends), **{name: int(self.counts[name]) for name in COUNTED}}
         return arrays, json.dumps({**counts, "bad_rows": self.bad_rows})
 
 

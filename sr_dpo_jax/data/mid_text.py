@@ -14,11 +14,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
 class MidText:
-    """Tokenises texts that do not open a sequence.
-
-    Args:
-      tokenizer: a fast tokenizer.
-    """
+    """Tokenises texts that do not open a sequence, with a fast tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._inner = _without_spaces(tokenizer, everywhere=False)
@@ -31,9 +27,7 @@ class MidText:
     def ids(self, texts: Sequence[str], *, after: Sequence[int | None]) -> list[list[int]]:
         """Gives one list of ids for each text.
 
-        Args:
-          texts: the texts.
-          after: the id before each text; None serves for every id that is no special token.
+        `after` holds the id before each text; None serves for every id that is no special token.
         """
         pairs = zip(texts, after, strict=True)
         texts = [text.lstrip() if last in self._swallowing else text for text, last in pairs]

@@ -5,8 +5,8 @@ number of the next step: nothing is skipped or replayed on resume, and any numbe
 """
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import grain
 import jax
@@ -15,8 +15,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from sr_dpo_jax.batch import SIDES, Batch, Placed, Rows, build_row
 from sr_dpo_jax.data.dataset import TokenizedPairs
-from sr_dpo_jax.data.plan import Plan, Shape, round_up, scoring_shape
-from sr_dpo_jax.parallel.mesh import replicated, row_shards, sharding
+from sr_dpo_jax.data.plan import Limits, Plan, round_up
+from sr_dpo_jax.parallel.mesh import replicated, sharding
 
 THREADS = 2
 PREFETCHED_STEPS = 4
@@ -59,17 +59,18 @@ class StepSource:
     """False lays out the chosen side alone (sft)."""
     augmented: bool
 
-    def __post_init__(self) -> None:
-        if self.augmented and not len(self.pairs.augmentation):
-            raise ValueError("rows with p were asked for, but the pairs were tokenised without it")
-
     def __len__(self) -> int:
         return len(self.plan)
+
+    @property
+    def rows(self) -> int:
+        """R, rows of a micro-batch over all processes."""
+        return self.plan.shape.rows // self.micro_batches
 
     def __getitem__(self, step: int) -> HostStep:
         pair, row = self.plan.pair[step], self.plan.row[step]
         shape, head, p = self.plan.shape, self.pairs.head, self.pairs.augmentation
-        wanted = np.arange(self.micro_batches)[:, None] * (shape.rows // self.micro_batches) + self.local_rows
+        wanted = np.arange(self.micro_batches)[:, None] * self.rows + self.local_rows
         numbers = [np.flatnonzero((row == r) & (pair >= 0)) for r in wanted.flat]
         members = [[self._placed(number, pair[number]) for number in of_row] for of_row in numbers]
         plain, augmented = self._stack(members, shape.row_length, 0, head[:0]), None
@@ -104,18 +105,13 @@ class StepSource:
 
 @dataclasses.dataclass(frozen=True)
 class Feed:
-    """The steps of a source as global batches.
-
-    `row_sharding` is that of `[A, R, T]`, `everywhere` that of arrays that are whole on every device. `reference` is
-    None or `[N, 2 sides, 2 (plain, augmented)]` float32 scores of the data set.
-    """
+    """The steps of a source as global batches."""
 
     source: StepSource
-    rows: int
-    """R, rows of a micro-batch over all processes."""
     row_sharding: NamedSharding
-    everywhere: NamedSharding
+    """The sharding of `[A, R, T]`."""
     reference: np.ndarray | None = None
+    """`[N, 2 sides, 2 (plain, augmented)]` float32, scores of the data set; None where a batch needs none."""
 
     def batches(self, first: int) -> Iterator[tuple[HostStep, Batch]]:
         """Yields the steps from number `first` on; background threads build them ahead."""
@@ -123,62 +119,59 @@ class Feed:
         for step in steps.to_iter_dataset(grain.ReadOptions(THREADS, PREFETCHED_STEPS)):
             yield step, self._to_batch(step)
 
+    def results(self, program: Callable[[Batch], Any]) -> Iterator[tuple[np.ndarray, Any]]:
+        """Runs a program over all steps; yields the pairs of each step and its result, on the host.
+
+        Step n is on its way to the device before the result of step n − 1 is waited for.
+        """
+        pending: list[tuple[np.ndarray, Any]] = []
+        for step, batch in self.batches(0):
+            pending.append((step.pair, program(batch)))
+            if len(pending) > 1:
+                yield jax.device_get(pending.pop(0))
+        yield from map(jax.device_get, pending)
+
     def _to_batch(self, step: HostStep) -> Batch:
-        plain = Rows(**{name: self._globally(array) for name, array in step.plain.items()})
-        augmented = None
+        plain, augmented = self._rows(step.plain), None
         if step.augmented is not None:
-            fields = {name: self._globally(array) for name, array in step.augmented.items()}
-            augmented = Rows(**fields, prefix_tokens=step.prefix_tokens)
-        scores: list[jax.Array | None] = [None, None]
-        if self.reference is not None:
-            present = (step.pair >= 0)[:, None, None]
-            of_step = np.where(present, self.reference[step.pair], 0).astype(np.float32)
-            for kind in range(2 if augmented is not None else 1):
-                array = np.ascontiguousarray(of_step[..., kind])
-                scores[kind] = jax.make_array_from_callback(array.shape, self.everywhere, array.__getitem__)
-        return Batch(plain, augmented, *scores)
+            augmented = dataclasses.replace(self._rows(step.augmented), prefix_tokens=step.prefix_tokens)
+        if self.reference is None:
+            return Batch(plain, augmented)
+        scores = np.where((step.pair >= 0)[:, None, None], self.reference[step.pair], 0).astype(np.float32)
+        return Batch(
+            plain,
+            augmented,
+            reference=self._whole(scores[..., 0]),
+            reference_augmented=None if augmented is None else self._whole(scores[..., 1]),
+        )
+
+    def _rows(self, fields: dict[str, np.ndarray]) -> Rows:
+        return Rows(**{name: self._globally(array) for name, array in fields.items()})
 
     def _globally(self, array: np.ndarray) -> jax.Array:
-        local = local_rows(self.row_sharding, array.shape[0], self.rows)
+        rows = self.source.rows
 
         def part(index: tuple[slice, ...]) -> np.ndarray:
-            return array[:, np.searchsorted(local, np.arange(self.rows)[index[1]])]
+            return array[:, np.searchsorted(self.source.local_rows, np.arange(rows)[index[1]])]
 
-        return jax.make_array_from_callback((array.shape[0], self.rows, array.shape[2]), self.row_sharding, part)
+        return jax.make_array_from_callback((array.shape[0], rows, array.shape[2]), self.row_sharding, part)
+
+    def _whole(self, array: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, replicated(self.row_sharding.mesh), array.__getitem__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """The mesh and the sizes with which pairs are packed; `data/plan.py` packs them."""
+    """The mesh and the numbers with which pairs are packed; `data/plan.py` packs them."""
 
     mesh: Mesh
-    pairs_per_step: int
-    row_length: int
-    """Most tokens of a row."""
-    row_multiple: int
-    """Row lengths are multiples of this."""
+    limits: Limits
     micro_batches: int
     """A, the parts that a step's rows are cut into."""
 
-    @property
-    def rows_multiple(self) -> int:
-        """The number of rows of a step is a multiple of this: row shards × A."""
-        return row_shards(self.mesh) * self.micro_batches
-
-    def scoring_shape(self, tokens: np.ndarray, scored: np.ndarray) -> Shape:
-        """Chooses the shape of one pass over data that is only scored; sizes as `pair_sizes` gives them."""
-        return scoring_shape(
-            tokens,
-            scored,
-            pairs_per_step=min(self.pairs_per_step, len(tokens)),
-            row_length=self.row_length,
-            row_multiple=self.row_multiple,
-            rows_multiple=self.rows_multiple,
-        )
-
     def source(self, pairs: Pairs, plan: Plan, rows: np.ndarray, *, augmented: bool, with_rejected: bool) -> StepSource:
         """Lays out the steps of a plan; `rows` are those of each micro-batch that are built here, ascending."""
-        return StepSource(pairs, plan, rows, self.micro_batches, self.row_multiple, with_rejected, augmented)
+        return StepSource(pairs, plan, rows, self.micro_batches, self.limits.row_multiple, with_rejected, augmented)
 
     def feed(
         self,
@@ -195,7 +188,7 @@ class Packing:
         row_sharding = sharding(self.mesh, ("micro_batches", "rows", None), shape, "batch.plain.tokens")
         here = local_rows(row_sharding, self.micro_batches, rows)
         source = self.source(pairs, plan, here, augmented=augmented, with_rejected=with_rejected)
-        return Feed(source, rows, row_sharding, replicated(self.mesh), reference)
+        return Feed(source, row_sharding, reference)
 
 
 def pair_sizes(pairs: TokenizedPairs, *, with_rejected: bool) -> tuple[np.ndarray, np.ndarray]:

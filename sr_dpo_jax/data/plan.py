@@ -23,6 +23,19 @@ WINDOW_STEPS = 64
 
 
 @dataclasses.dataclass(frozen=True)
+class Limits:
+    """The numbers by which pairs are packed."""
+
+    pairs_per_step: int
+    row_length: int
+    """Most tokens of a row."""
+    row_multiple: int
+    """Row lengths are multiples of this."""
+    rows_multiple: int
+    """The number of rows of a step is a multiple of this: row shards × micro-batches."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Shape:
     """The one compiled shape of a run."""
 
@@ -60,15 +73,12 @@ class Plan:
 def training_plan(
     tokens: np.ndarray,
     scored: np.ndarray,
+    limits: Limits,
     *,
     source: np.ndarray,
     source_weights: np.ndarray,
     seed: int,
     epochs: int,
-    pairs_per_step: int,
-    row_length: int,
-    row_multiple: int,
-    rows_multiple: int,
     room_for: tuple[int, int] = (0, 0),
 ) -> Plan:
     """Plans all steps of all epochs; the pairs of an epoch that do not fill a step are left out, other ones each time.
@@ -76,17 +86,16 @@ def training_plan(
     Args:
       tokens: `[N]`, tokens of each pair: prompt + chosen + rejected.
       scored: `[N]`, response tokens of each pair.
+      limits: the numbers by which they are packed.
       source: `[N]`, index of the source that each pair comes from.
       source_weights: `[S]`, the times that an epoch draws each pair of a source.
-      seed, epochs, pairs_per_step: as configured.
-      row_length: the most tokens that a row may hold.
-      row_multiple: tokens; the row length is a multiple of it.
-      rows_multiple: data shards × accumulation steps; the number of rows is a multiple of it.
+      seed, epochs: as configured.
       room_for: tokens and scored tokens of the longest pair that will be scored in this shape besides these.
 
     Raises:
       UsageError: a pair is longer than a row, or an epoch holds less than one step.
     """
+    pairs_per_step = limits.pairs_per_step
     orders = [_epoch_order(source, source_weights, seed, epoch) for epoch in range(epochs)]
     steps = len(orders[0]) // pairs_per_step
     if steps == 0:
@@ -96,23 +105,15 @@ def training_plan(
         )
     pair = np.concatenate([_deal(order[: steps * pairs_per_step], tokens, scored, pairs_per_step) for order in orders])
     room_for = (max(room_for[0], int(tokens.max())), max(room_for[1], int(scored.max())))
-    shape = _fit_shape(tokens[pair], scored[pair], row_length, row_multiple, rows_multiple, room_for)
+    shape = _fit_shape(tokens[pair], scored[pair], limits, room_for)
     return _place(pair, tokens, scored, shape, steps)
 
 
-def scoring_shape(
-    tokens: np.ndarray,
-    scored: np.ndarray,
-    *,
-    pairs_per_step: int,
-    row_length: int,
-    row_multiple: int,
-    rows_multiple: int,
-) -> Shape:
+def scoring_shape(tokens: np.ndarray, scored: np.ndarray, limits: Limits) -> Shape:
     """Finds the shape for one pass over data that is only scored; arguments and errors as in `training_plan`."""
+    pairs_per_step = min(limits.pairs_per_step, len(tokens))
     pair = _deal(_in_order(len(tokens), pairs_per_step), tokens, scored, pairs_per_step)
-    sizes = _sizes(pair, tokens, scored)
-    return _fit_shape(*sizes, row_length, row_multiple, rows_multiple, (int(tokens.max()), int(scored.max())))
+    return _fit_shape(*_sizes(pair, tokens, scored), limits, (int(tokens.max()), int(scored.max())))
 
 
 def scoring_plan(tokens: np.ndarray, scored: np.ndarray, shape: Shape) -> Plan:
@@ -195,19 +196,13 @@ def _deal(order: np.ndarray, tokens: np.ndarray, scored: np.ndarray, pairs_per_s
     return dealt
 
 
-def _fit_shape(
-    tokens: np.ndarray,
-    scored: np.ndarray,
-    row_length: int,
-    row_multiple: int,
-    rows_multiple: int,
-    room_for: tuple[int, int],
-) -> Shape:
+def _fit_shape(tokens: np.ndarray, scored: np.ndarray, limits: Limits, room_for: tuple[int, int]) -> Shape:
     """Finds the smallest rows × row length, then the fewest scored positions, that hold every step `[steps, B]`.
 
     Row lengths down to half of `row_length` are tried in the order of rows × row length, so the first that works is the
     best. A trap: with no slack only one packing may work, whose scored tokens lie unevenly; so 1 % is added.
     """
+    row_length, row_multiple, rows_multiple = limits.row_length, limits.row_multiple, limits.rows_multiple
     limit, (longest, longest_scored) = row_length - row_length % row_multiple, room_for
     if longest > limit:
         raise UsageError(

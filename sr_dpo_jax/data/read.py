@@ -25,12 +25,7 @@ def read_pairs(
 ) -> TokenizedPairs:
     """Reads, checks and tokenises `sources`; touches no device.
 
-    Args:
-      sources: the files or hub data sets.
-      tokenizer: the model's.
-      architecture: the model's.
-      first_pairs: keeps only so many pairs, the first; None keeps all.
-      settings: the other arguments of `dataset.prepare`.
+    `first_pairs` keeps only so many, the first; `settings` are the other arguments of `dataset.prepare`.
 
     Raises:
       UsageError: unusable rows, sequences longer than those for which the model's rotary embedding is known, or ids

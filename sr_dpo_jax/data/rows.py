@@ -87,14 +87,13 @@ def read_rows(path: str, *, format: str, split: str, revision: str | None = None
     """
     if format not in FORMATS:
         raise UsageError(f"data.format={format!r} is not known; choose one of {', '.join(FORMATS)}")
-    file = os.fspath(path)
-    if not _is_file(file, revision):
-        records = _hub_records(file, split, revision)
-    elif file.endswith(".parquet"):
-        records = _parquet_records(file)
+    if not _is_file(path, revision):
+        records = _hub_records(path, split, revision)
+    elif path.endswith(".parquet"):
+        records = _parquet_records(path)
     else:
-        records = json_records(file)
-    return _checked(records, file, format)
+        records = json_records(path)
+    return _checked(records, path, format)
 
 
 def content_digest(path: str, *, split: str, revision: str | None = None) -> str:
@@ -103,15 +102,14 @@ def content_digest(path: str, *, split: str, revision: str | None = None) -> str
     Raises:
       UsageError: as in `read_rows`.
     """
-    file = os.fspath(path)
-    if _is_file(file, revision):
+    if _is_file(path, revision):
         try:
-            with open(file, "rb") as data:
+            with open(path, "rb") as data:
                 return hashlib.file_digest(data, "sha256").hexdigest()
         except OSError as error:
-            _cannot_read(file, error)
+            _cannot_read(path, error)
     digest = hashlib.sha256()
-    for _, row in _hub_records(file, split, revision):
+    for _, row in _hub_records(path, split, revision):
         digest.update(json.dumps(row, sort_keys=True, default=repr).encode() + b"\n")
     return digest.hexdigest()
 

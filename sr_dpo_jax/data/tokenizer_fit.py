@@ -13,7 +13,17 @@ from sr_dpo_jax.errors import UsageError
 
 
 def require_fit(tokenizer: PreTrainedTokenizerBase, directory: Path, *, vocabulary_tokens: int) -> None:
-    """Refuses a tokenizer that does not fit the model.
+    """Refuses a tokenizer that has `misfits`; all of them are named."""
+    problems = misfits(tokenizer, directory, vocabulary_tokens=vocabulary_tokens)
+    if problems:
+        raise UsageError("\n  ".join([f"{directory}: the tokenizer does not fit the model:", *problems]))
+
+
+def misfits(tokenizer: PreTrainedTokenizerBase, directory: Path, *, vocabulary_tokens: int) -> list[str]:
+    """Lists every way in which a tokenizer does not fit the model, with its remedy.
+
+    A model that names no EOS or BOS token takes any. Added tokens may lie beyond the embedding, as the image token of
+    Gemma 3's text-only models does; `require_embedded` finds rows that use one.
 
     Args:
       tokenizer: as `tokens.load_tokenizer` gives it.
@@ -21,18 +31,7 @@ def require_fit(tokenizer: PreTrainedTokenizerBase, directory: Path, *, vocabula
       vocabulary_tokens: the rows of the model's embedding.
 
     Raises:
-      UsageError: the tokenizer does not fit (every problem is named), or a file cannot be read.
-    """
-    problems = misfits(tokenizer, directory, vocabulary_tokens=vocabulary_tokens)
-    if problems:
-        raise UsageError("\n  ".join([f"{directory}: the tokenizer does not fit the model:", *problems]))
-
-
-def misfits(tokenizer: PreTrainedTokenizerBase, directory: Path, *, vocabulary_tokens: int) -> list[str]:
-    """Lists every problem with its remedy; arguments and errors are those of `require_fit`.
-
-    A model that names no EOS or BOS token takes any. Added tokens may lie beyond the embedding, as the image token of
-    Gemma 3's text-only models does; `require_embedded` finds rows that use one.
+      UsageError: a file cannot be read.
     """
     config, generation = _model_files(directory)
     problems = []

@@ -29,7 +29,6 @@ from sr_dpo_jax.errors import UsageError
 
 LOG = logging.getLogger(__name__)
 SENTINEL = "\ue000sr-dpo\ue001"  # private-use characters: no template writes them, none trims them
-TRUNCATIONS = ("keep_end", "keep_start")
 
 
 @dataclass(frozen=True)
@@ -55,14 +54,12 @@ class _Text:
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """Loads a fast tokenizer from a Hugging Face directory or hub name; code that comes with it is never run.
+    """Loads the fast tokenizer of a Hugging Face directory; code that comes with it is never run.
 
     Raises:
       UsageError: there is no fast tokenizer, it cannot be loaded, or it has no EOS token.
     """
-    if not os.path.isdir(path) and path.startswith(("/", "./", "../", "~")):
-        raise UsageError(f"model.path={path}: no such directory; give a Hugging Face directory or hub name")
-    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "tokenizer.json")):
+    if not os.path.isfile(os.path.join(path, "tokenizer.json")):
         # A trap: for some families transformers would make an empty tokenizer, to which all text is unknown.
         raise UsageError(
             f"model.path={path}: has no tokenizer.json; add it, as save_pretrained of a fast tokenizer writes it"
@@ -127,15 +124,8 @@ def truncate(
       Prompt, chosen and rejected, the same objects where nothing was cut.
 
     Raises:
-      UsageError: `prompt_truncation` is unknown, or there is no room for a response or after the head.
+      UsageError: there is no room after the head.
     """
-    if prompt_truncation not in TRUNCATIONS:
-        raise UsageError(f"data.prompt_truncation={prompt_truncation!r} must be one of {', '.join(TRUNCATIONS)}")
-    if not 0 < max_prompt_length < max_length:
-        raise UsageError(
-            f"data.max_prompt_length={max_prompt_length} must lie between 1 and data.max_length={max_length} − 1, "
-            "so that a response has room"
-        )
     longest = max(len(chosen_tokens), len(rejected_tokens))
     if len(prompt_tokens) + longest > max_length and len(prompt_tokens) > max_prompt_length:
         keep = max_prompt_length - head_tokens
@@ -155,15 +145,7 @@ def truncate(
 
 
 class PairEncoder:
-    """Turns pairs into ids with one tokenizer and one p, a batch at a time.
-
-    Args:
-      tokenizer: a fast tokenizer with an EOS token.
-      augmentation_prompt: the instruction p, or None.
-
-    Raises:
-      UsageError: p is blank.
-    """
+    """Turns pairs into ids with one tokenizer and one p, a batch at a time; raises UsageError where p is blank."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, augmentation_prompt: str | None):
         if augmentation_prompt is not None and not augmentation_prompt.strip():

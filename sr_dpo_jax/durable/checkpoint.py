@@ -14,10 +14,10 @@ is damaged, cut short or foreign is never deleted, at most renamed.
 import contextlib
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
@@ -33,6 +33,7 @@ from sr_dpo_jax.parallel.processes import largest
 log = logging.getLogger(__name__)
 
 GOOD, UNVERIFIED, DAMAGED = range(3)
+PARAMS = "params."
 CONDEMNED = ".deleting"
 LEDGER = "last_verified"
 """The file that names the newest verified step. If it names a step but no usable checkpoint is left, the run refuses to
@@ -42,7 +43,7 @@ MOST_STEPS = 1024
 Params = Any
 
 
-class Checkpoints:
+class Checkpoints(contextlib.AbstractContextManager):
     """The checkpoints of one run directory. In a run of several processes all of them make the same calls.
 
     Args:
@@ -68,9 +69,6 @@ class Checkpoints:
             for half_deleted in self.directory.glob(f"*{CONDEMNED}"):
                 shutil.rmtree(half_deleted)
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Waits for a save under way, except where one of several processes fails: it might wait for a dead one."""
         if kind is None or jax.process_count() == 1:
@@ -82,7 +80,7 @@ class Checkpoints:
         Damaged steps are set aside on the way.
 
         Args:
-          prefix: only arrays whose names begin so are checked: "params." where the optimizer's state is not read.
+          prefix: only arrays whose names begin so are checked: PARAMS where the optimizer's state is not read.
 
         Raises:
           UsageError: no checkpoint is usable although one was damaged or once verified, or with `strict` the newest is
@@ -180,8 +178,8 @@ class Checkpoints:
         log.error("%s; trying once more", message)
         return True
 
-    def restore(self, abstract: Mapping[str, Any], *, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Restores state and data position of a step that `newest_good` or `existing` gave.
+    def restore(self, abstract: Mapping[str, Any], *, step: int) -> dict[str, Any]:
+        """Restores the state of a step that `newest_good` or `existing` gave.
 
         Args:
           abstract: shapes, types and shardings of the state by name; any mesh will do.
@@ -189,36 +187,19 @@ class Checkpoints:
         Raises:
           UsageError: its arrays have other shapes than the configured model.
         """
-        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(dict(abstract)), position=ocp.args.JsonRestore())
-        path = self.directory / str(step)
-        with _shape_errors(path):
-            restored = self._checkpointer.restore(path, args=arguments)
-        return restored["state"], restored["position"]
+        return self._read(step, "state", ocp.args.StandardRestore(dict(abstract)))
 
     def restore_position(self, step: int) -> dict[str, Any]:
         """Reads the position alone, as `save` was given it."""
-        arguments = ocp.args.Composite(position=ocp.args.JsonRestore())
-        return self._checkpointer.restore(self.directory / str(step), args=arguments)["position"]
+        return self._read(step, "position", ocp.args.JsonRestore())
 
-    def restore_params(self, shapes: Params, shardings: Params, *, step: int) -> Params:
-        """Restores the parameters of a step that `newest_good` or `existing` gave; the optimizer's state is not read.
-
-        Raises:
-          UsageError: its parameters have other shapes.
-        """
-        wanted = jax.tree.map(
-            lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where), shapes, shardings
-        )
+    def restore_params(self, abstract: Params, *, step: int) -> Params:
+        """Restores the parameters alone, as `restore` does; the optimizer's state is not read."""
         restore_args = jax.tree.map(
-            lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype), wanted
+            lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype),
+            abstract,
         )
-        arguments = ocp.args.PyTreeRestore(
-            item={"params": wanted}, restore_args={"params": restore_args}, partial_restore=True
-        )
-        path = self.directory / str(step)
-        with _shape_errors(path):
-            restored = self._checkpointer.restore(path, args=ocp.args.Composite(state=arguments))
-        return restored["state"]["params"]
+        return self._read_params(step, abstract, restore_args)
 
     def check_params(self, shapes: Mapping[str, tuple[int, ...]], *, step: int) -> None:
         """Compares the parameters of a step, without reading them, with the shapes that a model has by path.
@@ -244,23 +225,19 @@ class Checkpoints:
         """Reads some parameters of a step by path, whole and into host memory; uses no device."""
         wanted = unflatten_dict(dict.fromkeys(names, 0), sep=".")
         restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-        arguments = ocp.args.PyTreeRestore(
-            item={"params": wanted}, restore_args={"params": restore_args}, partial_restore=True
-        )
-        restored = self._checkpointer.restore(self.directory / str(step), args=ocp.args.Composite(state=arguments))
-        return flatten_dict(restored["state"]["params"], sep=".")
+        return flatten_dict(self._read_params(step, wanted, restore_args), sep=".")
 
-    def existing(self, step: int | None, *, prefix: str = "params.") -> int:
-        """Checks a step, or finds the newest good one for None; raises UsageError where there is none."""
+    def existing(self, step: int | None) -> int:
+        """Checks the parameters of a step, or finds the newest good one for None; raises UsageError without one."""
         if step is None:
-            step = self.newest_good(prefix=prefix)
+            step = self.newest_good(prefix=PARAMS)
             if step is not None:
                 return step
         there = self._listing()
         if step not in there:
             asked = "" if step is None else f" of step {step}"
             raise UsageError(f"{self.directory}: no checkpoint{asked}; there are {there[::-1]}")
-        verdict, reason = self._judge(step, prefix)
+        verdict, reason = self._judge(step, PARAMS)
         if verdict != GOOD:
             raise UsageError(f"{self.directory / str(step)}: {reason}; choose another step of {there[::-1]}")
         return step
@@ -298,6 +275,21 @@ class Checkpoints:
     def close(self) -> None:
         self._background.shutdown()
         self._checkpointer.close()
+
+    def _read_params(self, step: int, wanted: Params, restore_args: Any) -> Params:
+        """Reads the parameters that `wanted` has, and nothing else of the state."""
+        part = {"item": {"params": wanted}, "restore_args": {"params": restore_args}, "partial_restore": True}
+        return self._read(step, "state", ocp.args.PyTreeRestore(**part))["params"]
+
+    def _read(self, step: int, item: str, arguments: Any) -> Any:
+        path = self.directory / str(step)
+        try:
+            return self._checkpointer.restore(path, args=ocp.args.Composite(**{item: arguments}))[item]
+        except ValueError as error:
+            raise UsageError(
+                f"{path}: does not fit the configured model or optimizer ({error}); restore the configuration it was "
+                "made with, or choose another output_dir"
+            ) from error
 
     def _verify(self, step: int, shards: list[tuple[str, integrity.Ranges, np.ndarray]]) -> None:
         """Hashes, waits for the commit, reads back, writes the digests, deletes older steps; runs in the background."""
@@ -358,17 +350,6 @@ class Checkpoints:
             condemned = path.with_name(path.name + CONDEMNED)
             path.rename(condemned)
             shutil.rmtree(condemned)
-
-
-@contextlib.contextmanager
-def _shape_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise UsageError(
-            f"{path}: does not fit the configured model or optimizer ({error}); restore the configuration it was made "
-            "with, or choose another output_dir"
-        ) from error
 
 
 def _first_line(error: BaseException) -> str:

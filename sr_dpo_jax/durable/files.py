@@ -128,16 +128,7 @@ def require_writable(directory: Path) -> None:
 
 
 def require_room(directory: Path, *, checkpoint_bytes: int, checkpoints: int) -> None:
-    """Refuses a disk that has less room than the checkpoints still to come need.
-
-    Args:
-      directory: where they go; it exists.
-      checkpoint_bytes: size of one, uncompressed.
-      checkpoints: how many more than now will stand there at once.
-
-    Raises:
-      UsageError: less is free.
-    """
+    """Raises UsageError where a disk has no room for this many more checkpoints, each of `checkpoint_bytes`."""
     free, needed = shutil.disk_usage(directory).free, checkpoint_bytes * checkpoints
     if free < needed:
         raise UsageError(

@@ -14,8 +14,7 @@ import socket
 import threading
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from sr_dpo_jax.errors import RunError, UsageError
 
@@ -27,7 +26,7 @@ EXPIRY_S = 30.0
 WATCH_S = 0.5
 
 
-class Lease:
+class Lease(contextlib.AbstractContextManager):
     """Holds `root/lease.json` from `take` to the end of the block.
 
     `filelock` has a lease too, but takes a living one over at once where two machines share a host name.
@@ -50,12 +49,7 @@ class Lease:
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
         self._thread.start()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._thread is None:
             return
         self._stop.set()

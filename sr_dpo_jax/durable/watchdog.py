@@ -2,7 +2,6 @@
 
 import faulthandler
 import sys
-from types import TracebackType
 from typing import Self
 
 
@@ -20,9 +19,7 @@ class Watchdog:
         self.beat()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         faulthandler.cancel_dump_traceback_later()
 
     def beat(self, *_: object) -> None:

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from jax.experimental import multihost_utils
 from sr_dpo_jax.errors import UsageError
 
 log = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 COUNTED_BY = {
     "SLURM_STEP_NUM_TASKS": int,
@@ -99,13 +101,17 @@ def from_leader(value: float) -> float:
     return float(np.asarray(multihost_utils.broadcast_one_to_all(bits)).view(np.float64)[0])
 
 
-def on_leader(work: Callable[[], None]) -> None:
-    """Runs `work` on process 0 while the others wait; what it refuses with a UsageError, all refuse."""
-    refusal = None
+def on_leader(work: Callable[[], Result]) -> Result | None:
+    """Runs `work` on process 0 while the others wait; what it refuses with a UsageError, all refuse.
+
+    Process 0 gets its result, all others None.
+    """
+    result = refusal = None
     if jax.process_index() == 0:
         try:
-            work()
+            result = work()
         except UsageError as error:
             refusal = error
     if largest(int(refusal is not None)):
         raise refusal or UsageError("process 0 has refused to go on; its own message says why")
+    return result

@@ -19,15 +19,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sr_dpo_jax import __version__
-from sr_dpo_jax.data.dataset import TokenizedPairs
+from sr_dpo_jax.data.dataset import COUNTED, TokenizedPairs
 from sr_dpo_jax.data.plan import Plan
 from sr_dpo_jax.durable.files import write_json, write_text
 from sr_dpo_jax.errors import UsageError
 
 log = logging.getLogger(__name__)
 
-COUNTED = ("truncated_prompts", "truncated_responses", "identical_pairs", "duplicate_pairs")
-"""Counts of `dataset.Report` that go to the manifest: pairs that were cut, and pairs that train nothing or twice."""
 BEST = "checkpoint.best_metric"
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore")
 
@@ -43,13 +41,8 @@ def identity_of(
 ) -> dict[str, Any]:
     """Collects what must be the same for a checkpoint to go on as the run that it was, by the key that decides it.
 
-    Args:
-      pairs: the training data.
-      plan: which pairs each step holds.
-      tokenizer: its digest.
-      weights: the digest of the base weights.
-      decided_by: configuration key -> value, of all keys that decide what is learned.
-      best_metric: the metric and mode by which the best checkpoint is chosen; None where none is.
+    `tokenizer` and `weights` are digests. `decided_by` holds the value of every key of the configuration that decides
+    what is learned, `best_metric` the metric and mode by which the best checkpoint is chosen.
     """
     p = np.concatenate([pairs.head, pairs.augmentation])
     return {
@@ -134,16 +127,9 @@ def write_run_files(
 ) -> None:
     """Writes config.yaml as resolved, and manifest.json: what the run was made from.
 
-    Args:
-      root: the run directory.
-      pairs: the training data.
-      config: the configuration's YAML.
-      model: the path of the base model and the commit of a hub name.
-      digests: of the tokenizer and of the base weights.
-      identity: from `identity_of`.
-      mesh: the device mesh.
+    `model` holds the path of the base model and the commit of a hub name; `digests` are those of the tokenizer and of
+    the base weights.
     """
-    root.mkdir(parents=True, exist_ok=True)
     manifest = {
         "run_id": run_id_of(root),
         "versions": software(),

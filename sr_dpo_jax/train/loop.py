@@ -1,6 +1,5 @@
 """Runs the training loop: step, write the metrics of the step before, evaluate, save, stop."""
 
-import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,8 +17,8 @@ from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.model.decoder import Params
 from sr_dpo_jax.parallel.processes import from_leader, on_leader
 from sr_dpo_jax.train.identity import run_id_of, write_run_files
-from sr_dpo_jax.train.metrics import MetricsWriter, Progress, StepLog, Trace
-from sr_dpo_jax.train.setup import Job, Setup, prepare, read_held_out, read_model, read_training, set_up
+from sr_dpo_jax.train.metrics import MetricsWriter, Progress, StepLog, Trace, is_due
+from sr_dpo_jax.train.setup import Job, prepare, read_held_out, read_model, read_training, set_up
 from sr_dpo_jax.train.state import TrainState
 from sr_dpo_jax.train.wandb_run import WandbRun, require_wandb
 
@@ -63,57 +62,45 @@ def train(config: Config, *, allowed_changes: Sequence[str] = ()) -> int:
             log.warning("stopped by a signal before the first step; run the same command to go on")
             return EXIT_PREEMPTED
         if jax.process_index() == 0:
-            _write_run_files(setup, job, tokenizer_digest(tokenizer))
+            write_run_files(
+                root,
+                pairs,
+                config=config.to_yaml(),
+                model={"path": config.model.path, "revision": directory.revision},
+                digests={"tokenizer": tokenizer_digest(tokenizer), "weights": setup.model.digest},
+                identity=job.record["identity"],
+                mesh=setup.model.mesh,
+            )
         return run(job, state, stop, lease)
-
-
-@dataclasses.dataclass(frozen=True)
-class DueSteps:
-    """Says after which steps, counted from 1, to save and to evaluate."""
-
-    total_steps: int
-    save_every: int
-    evaluate_every: int | None
-    """None evaluates after the last step alone."""
-
-    def is_last(self, step: int) -> bool:
-        return step == self.total_steps
-
-    def save(self, step: int) -> bool:
-        return self.is_last(step) or step % self.save_every == 0
-
-    def evaluation(self, step: int) -> bool:
-        return self.is_last(step) or (self.evaluate_every is not None and step % self.evaluate_every == 0)
 
 
 def run(job: Job, state: TrainState, stop: StopSignal, lease: Lease) -> int:
     """Takes the steps. Step n is on its way to the device before the metrics of step n − 1 are fetched."""
     stop.stepping()
-    config, leader, selection = job.config, jax.process_index() == 0, job.selection
-    due = DueSteps(job.total_steps, config.checkpoint.every_steps, config.train.eval_every_steps)
-    first, root = int(state.step), Path(config.output_dir)
+    config, total, selection = job.setup.config, job.total_steps, job.selection
+    first, root, leader = int(state.step), Path(config.output_dir), jax.process_index() == 0
     step, saved, preempted = first, first if first else None, False
-    wandb = _wandb(job) if first < job.total_steps and not selection.over else None
-    writer = MetricsWriter(root / "metrics.jsonl", root / "tensorboard", first_step=first, active=leader, wandb=wandb)
-    steps = job.feed.batches(first)
+    wandb = _wandb(config) if first < total and not selection.over else None
+    writer = MetricsWriter(root, first_step=first, active=leader, wandb=wandb)
+    steps, source = job.feed.batches(first), job.feed.source
     with (
         job.checkpoints as checkpoints,
-        Progress(job.objective.name, total=job.total_steps, active=leader) as progress,
+        Progress(config.objective.name, total=total, active=leader) as progress,
         Watchdog(config.train.hang_timeout_s) as watchdog,
         Trace(root / "profile", steps=config.train.profile_steps) as trace,
     ):
         progress.update(first)
         lines = StepLog(
-            job.plan,
-            job.work,
-            job.pairs.ids,
+            source.plan,
+            job.setup.work(source.pairs),
+            source.pairs.ids,
             writer,
             progress,
             every_steps=config.train.log_every_steps,
-            total_steps=job.total_steps,
+            total_steps=total,
             max_skipped_steps=config.train.max_skipped_steps,
         )
-        while step < job.total_steps and not preempted and not selection.over:
+        while step < total and not preempted and not selection.over:
             trace.before_step(step - first)
             host_step, batch = next(steps)
             state, metrics = job.train_step(state, job.reference_params, batch)
@@ -124,8 +111,8 @@ def run(job: Job, state: TrainState, stop: StopSignal, lease: Lease) -> int:
             watchdog.beat()
             preempted = stop.requested()
 
-            evaluate_now = bool(job.held_out) and due.evaluation(step)
-            save_now = checkpoints.poll_save() or preempted or due.save(step)
+            evaluate_now = bool(job.held_out) and is_due(step, config.train.eval_every_steps, last=total)
+            save_now = checkpoints.poll_save() or preempted or is_due(step, config.checkpoint.every_steps, last=total)
             if evaluate_now or save_now:
                 lines.flush()
             if evaluate_now:  # before saving: a committed step has all its lines, and a lost one is done again
@@ -152,7 +139,7 @@ def _evaluate(
     """Writes the metrics of every held-out set and the samples; returns the selection updated with these metrics."""
     metrics: dict[str, float] = {}
     for held in job.held_out:
-        metrics |= held.metrics(job.objective, held.scores(params, lambda _: beat()))
+        metrics |= held.metrics(job.setup.objective, held.scores(params, lambda _: beat()))
     writer.write({"step": step, **metrics})
     if job.samples is not None:
         writer.write_samples(step, job.samples.responses(params, beat))
@@ -163,36 +150,17 @@ def _evaluate(
 
 def _save(job: Job, step: int, state: TrainState, selection: Selection) -> None:
     position = {"next_step": step, **job.record, "selection": selection.record()}
-    config = job.config.model_dump(mode="json")
+    config = job.setup.config.model_dump(mode="json")
     job.checkpoints.save(step, state.tree(), position=position, config=config, best=selection.step)
 
 
-def _write_run_files(setup: Setup, job: Job, tokenizer: str) -> None:
-    config, model = setup.config, setup.model
-    write_run_files(
-        Path(config.output_dir),
-        job.pairs,
-        config=config.to_yaml(),
-        model={"path": config.model.path, "revision": model.directory.revision},
-        digests={"tokenizer": tokenizer, "weights": model.digest},
-        identity=job.record["identity"],
-        mesh=model.mesh,
-    )
-
-
-def _wandb(job: Job) -> WandbRun | None:
+def _wandb(config: Config) -> WandbRun | None:
     """Starts the run in W&B on process 0, where the configuration asks for it; all processes raise its errors."""
-    started: list[WandbRun] = []
-    config = job.config
-    if config.train.wandb_project is not None:
-        root = Path(config.output_dir)
-
-        def start() -> None:
-            values = config.model_dump(mode="json")
-            started.append(WandbRun(root, project=config.train.wandb_project, config=values, run_id=run_id_of(root)))
-
-        on_leader(start)
-    return started[0] if started else None
+    root, project = Path(config.output_dir), config.train.wandb_project
+    if project is None:
+        return None
+    values = config.model_dump(mode="json")
+    return on_leader(lambda: WandbRun(root, project=project, config=values, run_id=run_id_of(root)))
 
 
 def _end(job: Job, step: int, selection: Selection) -> int:

@@ -3,13 +3,14 @@
 Sample responses hold texts of the data: they go to samples.jsonl and TensorBoard, which stay in the run directory.
 """
 
+import contextlib
+import dataclasses
 import json
 import logging
 import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import jax
@@ -31,32 +32,25 @@ class MetricsWriter:
     responses to samples.jsonl.
 
     Args:
-      metrics_file: JSON lines, one a step, with `step`, the steps of the plan done, skipped ones too.
-      tensorboard_dir: event files.
+      root: the run directory.
       first_step: steps done before this run starts. Later lines, from steps after the checkpoint that the run
         resumes from, are dropped: these steps are done again.
       active: False on all processes but one.
       wandb: gets the lines too; None for none.
     """
 
-    def __init__(
-        self,
-        metrics_file: Path,
-        tensorboard_dir: Path,
-        *,
-        first_step: int,
-        active: bool,
-        wandb: WandbRun | None = None,
-    ):
+    def __init__(self, root: Path, *, first_step: int, active: bool, wandb: WandbRun | None = None):
         self._active, self._wandb = active, wandb
-        self.skipped_file = metrics_file.with_name("skipped.jsonl")
-        self._samples_file = metrics_file.with_name("samples.jsonl")
+        self.skipped_file, self._samples_file = root / "skipped.jsonl", root / "samples.jsonl"
         if not active:
             return
-        for file in (metrics_file, self.skipped_file, self._samples_file):
+        recorded = _drop_lines_after(root / "metrics.jsonl", first_step)
+        for file in (self.skipped_file, self._samples_file):
             _drop_lines_after(file, first_step)
-        self._file = metrics_file.open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(str(tensorboard_dir), purge_step=first_step + 1)
+        if wandb is not None:
+            wandb.catch_up(recorded)
+        self._file = (root / "metrics.jsonl").open("a", encoding="utf-8")
+        self._tensorboard = SummaryWriter(str(root / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, line: dict[str, Any]) -> None:
         """Writes one line; numbers that are not finite become strings, as JSON has no number for them."""
@@ -98,23 +92,32 @@ class MetricsWriter:
                 self._wandb.finish()
 
 
-def _drop_lines_after(metrics_file: Path, step: int) -> None:
+def is_due(step: int, every_steps: int | None, *, last: int) -> bool:
+    """Tells whether something is to be done after this step: after every so many, and after the last in any case."""
+    return step == last or (every_steps is not None and step % every_steps == 0)
+
+
+def _drop_lines_after(metrics_file: Path, step: int) -> list[dict[str, Any]]:
+    """Takes the lines of later steps off a file; gives those that stay."""
     if not metrics_file.exists():
-        return
-    kept = []
-    for line in lines_of(metrics_file.read_text(encoding="utf-8")):
+        return []
+    texts, lines = [], []
+    for text in lines_of(metrics_file.read_text(encoding="utf-8")):
         try:
-            if json.loads(line)["step"] > step:
+            line = json.loads(text)
+            if line["step"] > step:
                 continue
         except (json.JSONDecodeError, KeyError):
             # A kill cuts the last line short, and its step is done again; anywhere else the file was damaged.
             log.warning("%s: a line that is not a whole metrics line is dropped", metrics_file)
             continue
-        kept.append(line)
-    write_text(metrics_file, "".join(kept))
+        texts.append(text)
+        lines.append(line)
+    write_text(metrics_file, "".join(texts))
+    return lines
 
 
-class Trace:
+class Trace(contextlib.AbstractContextManager):
     """A profile of some steps for XProf: `tensorboard --logdir OUTPUT_DIR/profile`, with the xprof plugin.
 
     Args:
@@ -126,9 +129,6 @@ class Trace:
 
     def __init__(self, directory: Path, *, steps: int):
         self._directory, self._steps, self._running, self._written = directory, steps, False, False
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._stop()
@@ -179,9 +179,7 @@ class Progress:
         self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
     def update(self, done: int, numbers: str = "") -> None:
@@ -192,38 +190,29 @@ class Progress:
             self._last_line = mark
 
 
+@dataclasses.dataclass
 class StepLog:
     """The lines of metrics.jsonl: each step's is written when the next step is on its way, or at `flush`.
-
-    Args:
-      plan: the plan of training.
-      work: what each pair costs.
-      pair_ids: names the pairs of a step that was skipped.
-      writer: writes the lines.
-      progress: shows the newest.
-      every_steps: how often a line is written; the last step's always is.
-      total_steps: the last step.
-      max_skipped_steps: more steps in a row that change nothing end the run.
 
     Raises:
       RunError: from `add` or `flush`, where more steps in a row than `max_skipped_steps` were skipped.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        work: Work,
-        pair_ids: Sequence[str],
-        writer: MetricsWriter,
-        progress: Progress,
-        *,
-        every_steps: int,
-        total_steps: int,
-        max_skipped_steps: int,
-    ):
-        self._plan, self._work, self._pair_ids = plan, work, pair_ids
-        self._writer, self._progress = writer, progress
-        self._every_steps, self._total_steps, self._max_skipped_steps = every_steps, total_steps, max_skipped_steps
+    plan: Plan
+    work: Work
+    pair_ids: Sequence[str]
+    """The names of the pairs, for steps that are skipped."""
+    writer: MetricsWriter
+    progress: Progress
+    """Shows the numbers of every step."""
+    _: dataclasses.KW_ONLY
+    every_steps: int
+    """Steps between two lines; the last step has one in any case."""
+    total_steps: int
+    max_skipped_steps: int
+    """More steps in a row that change nothing end the run."""
+
+    def __post_init__(self) -> None:
         self._pending: tuple[int, HostStep, dict[str, jax.Array]] | None = None
         self._skipped_in_a_row = 0
         self.restart_clock()
@@ -241,7 +230,7 @@ class StepLog:
         if self._pending is None:
             return
         (step, host_step, metrics), self._pending = self._pending, None
-        plan, work = self._plan, self._work
+        plan, work = self.plan, self.work
         numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
         elapsed = time.monotonic() - self._clock
         self.restart_clock()
@@ -256,23 +245,23 @@ class StepLog:
         }
         if work.peak_flops is not None:
             numbers["mfu"] = float(work.flops[host_step.pair].sum()) / elapsed / work.peak_flops
-        if step % self._every_steps == 0 or step == self._total_steps:
-            self._writer.write({"step": step, **numbers})
+        if is_due(step, self.every_steps, last=self.total_steps):
+            self.writer.write({"step": step, **numbers})
         accuracy = f"accuracy {numbers['rewards/accuracies']:.2f}  " if "rewards/accuracies" in numbers else ""
-        self._progress.update(step, f"loss {numbers['loss']:.4f}  {accuracy}{numbers['pairs_per_second']:.1f} pairs/s")
+        self.progress.update(step, f"loss {numbers['loss']:.4f}  {accuracy}{numbers['pairs_per_second']:.1f} pairs/s")
         self._count_skipped(step, host_step, numbers)
 
     def _count_skipped(self, step: int, host_step: HostStep, numbers: dict[str, float]) -> None:
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if numbers["skipped"] else 0
         if not numbers["skipped"]:
             return
-        ids = [self._pair_ids[pair] for pair in host_step.pair if pair >= 0]
-        self._writer.write_skipped(step, ids, numbers)
+        ids = [self.pair_ids[pair] for pair in host_step.pair if pair >= 0]
+        self.writer.write_skipped(step, ids, numbers)
         log.warning("step %d: loss or gradient is not finite, nothing was updated; pairs: skipped.jsonl", step)
-        if self._skipped_in_a_row > self._max_skipped_steps:
+        if self._skipped_in_a_row > self.max_skipped_steps:
             raise RunError(
                 f"{self._skipped_in_a_row} steps in a row, the last of them {step}, had a loss or gradient that is not "
-                f"finite, and train.max_skipped_steps={self._max_skipped_steps} allows fewer; "
-                f"{self._writer.skipped_file} names their pairs. Nothing was saved since. Look at these pairs, lower "
+                f"finite, and train.max_skipped_steps={self.max_skipped_steps} allows fewer; "
+                f"{self.writer.skipped_file} names their pairs. Nothing was saved since. Look at these pairs, lower "
                 "optimizer.learning_rate, or set model.dtype=float32"
             )

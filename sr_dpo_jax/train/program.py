@@ -14,7 +14,7 @@ import numpy as np
 
 from sr_dpo_jax.data.dataset import TokenizedPairs
 from sr_dpo_jax.data.pipeline import Feed, Packing, pair_sizes
-from sr_dpo_jax.data.plan import Plan, training_plan
+from sr_dpo_jax.data.plan import Limits, Plan, round_up, training_plan
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.model.architecture import Architecture
 from sr_dpo_jax.model.decoder import Params
@@ -23,7 +23,7 @@ from sr_dpo_jax.parallel.chips import peak_flops
 from sr_dpo_jax.train.flops import pair_flops
 from sr_dpo_jax.train.objective import Objective
 from sr_dpo_jax.train.optim import OPTIMIZERS, make_schedule
-from sr_dpo_jax.train.state import TrainState, abstract_state, first_state, state_shapes, state_shardings
+from sr_dpo_jax.train.state import TrainState, abstract_state
 from sr_dpo_jax.train.train_step import make_train_step
 from sr_dpo_jax.weights.placement import PlacedModel
 
@@ -36,7 +36,6 @@ class Program:
 
     step: Any
     optimizer: Any
-    model: PlacedModel
     state: TrainState
     """Shapes and types, with shardings."""
 
@@ -47,22 +46,14 @@ class Program:
         log.info("compiled in %.1f s", time.monotonic() - started)
         return step
 
-    def first_state(self, params: Params) -> TrainState:
-        """Builds the state before any update."""
-        return first_state(self.state, params, self.optimizer, self.model.mesh)
-
 
 def make_program(
     model: PlacedModel, objective: Objective, optimizer: Mapping[str, Any], *, pairs: int, total_steps: int
 ) -> Program:
     """Makes the train step; computes nothing.
 
-    Args:
-      model: the model on its mesh.
-      objective: the loss and its numbers.
-      optimizer: name, schedule and numbers, all keys of the configuration's section `optimizer`.
-      pairs: pairs a step.
-      total_steps: the end of the schedule.
+    `optimizer` holds name, schedule and numbers: all keys of the configuration's section `optimizer`. A step holds
+    this many `pairs`, and the schedule ends after `total_steps`.
     """
     numbers = dict(optimizer)
     schedule = make_schedule(
@@ -72,22 +63,15 @@ def make_program(
         total_steps=total_steps,
     )
     transformation = OPTIMIZERS[numbers.pop("name")](schedule, **numbers)
-    shapes = state_shapes(model.shapes, transformation)
-    shardings = state_shardings(shapes, model.shardings, transformation, model.mesh)
+    state = abstract_state(model.shapes, transformation, model.mesh)
     step = make_train_step(
-        model.graph,
-        transformation,
-        schedule,
-        objective,
-        pairs=pairs,
-        mesh=model.mesh,
-        state_shardings=shardings,
+        model.graph, transformation, schedule, objective, pairs=pairs, mesh=model.mesh, abstract=state
     )
-    return Program(step, transformation, model, abstract_state(shapes, shardings))
+    return Program(step, transformation, state)
 
 
 def plan_training(
-    packing: Packing,
+    limits: Limits,
     objective: Objective,
     pairs: TokenizedPairs,
     held_out: Sequence[TokenizedPairs],
@@ -108,20 +92,17 @@ def plan_training(
     plan = training_plan(
         tokens,
         scored,
+        limits,
         source=pairs.source,
         source_weights=pairs.source_weights,
         seed=seed,
         epochs=epochs,
-        pairs_per_step=packing.pairs_per_step,
-        row_length=packing.row_length,
-        row_multiple=packing.row_multiple,
-        rows_multiple=packing.rows_multiple,
         room_for=tuple(map(max, zip((0, 0), *longest, strict=True))),
     )
     shape = plan.shape
     p_tokens = len(pairs.augmentation) if objective.kind.refined or held_out else 0
     if attention == "splash":
-        require_short_rows(packing, shape.row_length, p_tokens)
+        require_short_rows(limits, shape.row_length, p_tokens)
     log.info(
         "%d steps an epoch, each %d pairs in %d rows of %d tokens, %d of them scored; %.1f %% padding",
         plan.steps_per_epoch,
@@ -134,14 +115,14 @@ def plan_training(
     return plan
 
 
-def require_short_rows(packing: Packing, row_length: int, p_tokens: int) -> None:
+def require_short_rows(limits: Limits, row_length: int, p_tokens: int) -> None:
     """Refuses rows that splash attention cannot take, before anything is loaded or compiled."""
-    multiple = packing.row_multiple
-    tokens = -(-(row_length + p_tokens) // multiple) * multiple
+    multiple = limits.row_multiple
+    tokens = round_up(row_length + p_tokens, multiple)
     if padded_length(tokens) > LONGEST_ROW:
         most = (LONGEST_ROW - p_tokens) // multiple * multiple
         raise UsageError(
-            f"batch.row_length={packing.row_length}: rows would have {tokens} tokens with p, and splash attention "
+            f"batch.row_length={limits.row_length}: rows would have {tokens} tokens with p, and splash attention "
             f"takes at most {LONGEST_ROW}; set batch.row_length to {most} or less, and where a pair is longer than "
             "that, lower data.max_length"
         )

@@ -21,7 +21,6 @@ from safetensors.numpy import save_file
 
 from sr_dpo_jax.data.dataset import TokenizedPairs
 from sr_dpo_jax.data.pipeline import Feed
-from sr_dpo_jax.data.plan import Plan
 from sr_dpo_jax.durable.files import whole
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.model.decoder import Params
@@ -60,21 +59,15 @@ def cache_files(
 
 
 class ReferenceScores:
-    """The reference's scores of one data set, as far as the cache has them.
-
-    Args:
-      files: from `cache_files`.
-      plan: covers every pair.
-      feed: the plan's batches.
-      pairs: N.
+    """The reference's scores of one data set, all of whose pairs `feed` holds, as far as the cache has them.
 
     `scores` is `[N, 2 sides, 2 (plain, augmented)]` float32, NaN where nothing is known. Process 0 reads the cache and
     tells the others, so that all agree on what is left to do.
     """
 
-    def __init__(self, files: tuple[Path, ...], plan: Plan, feed: Feed, pairs: int):
-        self._files, self._plan, self._feed = files, plan, feed
-        self.scores = np.full((pairs, 2, 2), np.nan, np.float32)
+    def __init__(self, files: tuple[Path, ...], feed: Feed):
+        self._files, self._plan, self._feed = files, feed.source.plan, feed
+        self.scores = np.full((len(feed.source.pairs), 2, 2), np.nan, np.float32)
         if jax.process_index() == 0:
             for kind, file in enumerate(files):
                 if file.is_file():
@@ -131,10 +124,7 @@ class ReferenceScores:
     def fill(self, score_step: Callable[..., Scores], params: Params, progress: Callable[[int], None]) -> None:
         """Scores the plan's steps from the first one with a missing pair on, saving about once a minute.
 
-        Args:
-          score_step: `(params, batch) -> Scores`.
-          params: the reference's parameters.
-          progress: called with the number of steps done.
+        `progress` is called with the number of steps done.
 
         Raises:
           UsageError: the weights give a log-probability of NaN.

@@ -13,33 +13,17 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from sr_dpo_jax.data.dataset import TokenizedPairs
+from sr_dpo_jax.data.plan import round_up
 from sr_dpo_jax.generation.generator import Generator, Prompt, Settings
 from sr_dpo_jax.model.decoder import Params
 from sr_dpo_jax.parallel.mesh import row_shards
 from sr_dpo_jax.weights.placement import PlacedModel
 
 
-@dataclasses.dataclass(frozen=True)
-class _Asked:
-    """One prompt of a held-out set."""
-
-    set: str
-    id: str
-    prompt: Prompt
-    text: str
-
-
 class Samples:
-    """The first prompts of every held-out set, and the compiled programs that respond to them.
+    """The first `count` prompts of every held-out set, and the compiled programs that respond to them.
 
-    Args:
-      model: the model on its mesh.
-      eval_sets: the held-out sets by name.
-      tokenizer: the model's.
-      params: the policy's; only shapes and shardings count.
-      count: prompts a set.
-      seed: seeds the sampling.
-      settings: how responses are drawn.
+    Of `params`, the policy's, only shapes and shardings count.
     """
 
     def __init__(
@@ -53,15 +37,15 @@ class Samples:
         seed: int,
         settings: Settings,
     ):
-        self._asked: list[_Asked] = []
+        self._prompts: list[Prompt] = []
+        self._lines: list[dict[str, str]] = []
         for name, pairs in eval_sets.items():
             for place in range(min(count, len(pairs))):
-                index, ids = len(self._asked), pairs.pair(place)[0].tolist()
-                prompt = Prompt(index, 0, ids, seed=(seed * 1_000_003 + index) % 2**32)
-                self._asked.append(_Asked(name, pairs.ids[place], prompt, tokenizer.decode(ids)))
-        shards = row_shards(model.mesh)
-        slots = -(-min(settings.slots, len(self._asked)) // shards) * shards
-        longest = max(len(asked.prompt.ids) for asked in self._asked)
+                index, ids = len(self._prompts), pairs.pair(place)[0].tolist()
+                self._prompts.append(Prompt(index, 0, ids, seed=(seed * 1_000_003 + index) % 2**32))
+                self._lines.append({"set": name, "id": pairs.ids[place], "prompt": tokenizer.decode(ids)})
+        slots = round_up(min(settings.slots, len(self._prompts)), row_shards(model.mesh))
+        longest = max(len(prompt.ids) for prompt in self._prompts)
         settings = dataclasses.replace(settings, slots=slots)
         self._generator = Generator(model, tokenizer, settings, longest_prompt_tokens=longest)
         self._generator.compile(params)
@@ -69,14 +53,8 @@ class Samples:
     def responses(self, params: Params, progress: Callable[[], None]) -> list[dict[str, Any]]:
         """Gives the lines of samples.jsonl of one step, without the step; all processes take part and get the same."""
         found = {}
-        for prompt, response in self._generator.respond(params, [asked.prompt for asked in self._asked]):
-            asked = self._asked[prompt.index]
-            found[prompt.index] = {
-                "set": asked.set,
-                "id": asked.id,
-                "prompt": asked.text,
-                "response": response.text,
-                "finish_reason": response.finish_reason,
-            }
+        for prompt, response in self._generator.respond(params, self._prompts):
+            answer = {"response": response.text, "finish_reason": response.finish_reason}
+            found[prompt.index] = self._lines[prompt.index] | answer
             progress()
         return [found[index] for index in sorted(found)]

@@ -6,6 +6,7 @@ Every pair counts the same, whatever the batch size, the number of hosts or how 
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from sr_dpo_jax.batch import CHOSEN, REJECTED, Batch
 from sr_dpo_jax.data.dataset import TokenizedPairs
 from sr_dpo_jax.data.pipeline import Feed, Packing, pair_sizes
-from sr_dpo_jax.data.plan import Plan, Shape, scoring_plan
+from sr_dpo_jax.data.plan import Plan, Shape, scoring_plan, scoring_shape
 from sr_dpo_jax.model.decoder import Params
 from sr_dpo_jax.train.metrics import Progress
 from sr_dpo_jax.train.objective import Objective
@@ -32,9 +33,8 @@ class ScoredSet:
     name: str
     """`training`, or what its metrics' names begin with: `eval` or `eval/NAME`."""
     pairs: TokenizedPairs
-    plan: Plan
-    """Holds every pair once."""
     feed: Feed
+    """Holds every pair once."""
     score_step: Callable[[Params, Batch], Scores]
     reference: ReferenceScores | None
     """The reference's scores, as far as the cache has them; None where the objective needs no reference."""
@@ -49,31 +49,17 @@ class ScoredSet:
         plain, tokens = np.full((count, 2), np.nan, np.float32), np.zeros((count, 2), np.int32)
         augmented = np.full((count, 2), np.nan, np.float32) if self.feed.source.augmented else None
 
-        def collect(pair: np.ndarray, scores: Scores) -> None:
-            present, host = pair >= 0, jax.device_get(scores)
-            plain[pair[present]] = host.plain[present]
-            tokens[pair[present]] = host.tokens[present]
+        for done, (pair, scores) in enumerate(self.feed.results(partial(self.score_step, params)), 1):
+            present = pair >= 0
+            plain[pair[present]] = scores.plain[present]
+            tokens[pair[present]] = scores.tokens[present]
             if augmented is not None:
-                augmented[pair[present]] = host.augmented[present]
-
-        pending: tuple[np.ndarray, Scores] | None = None
-        for done, (step, batch) in enumerate(self.feed.batches(0), 1):
-            scores = self.score_step(params, batch)
-            if pending is not None:  # step n is on its way to the device before step n − 1 is waited for
-                collect(*pending)
-            pending = (step.pair, scores)
+                augmented[pair[present]] = scores.augmented[present]
             progress(done)
-        if pending is not None:
-            collect(*pending)
         return Scores(plain, augmented, tokens)
 
     def metrics(self, objective: Objective, policy: Scores) -> dict[str, float]:
-        """Averages loss and metrics over all pairs, under their names in metrics.jsonl, with the set's name in front.
-
-        Args:
-          objective: the loss that is reported.
-          policy: from `scores`.
-        """
+        """Averages loss and metrics over all pairs, under their names in metrics.jsonl behind the set's name."""
         reference = self.reference_scores(policy)
         per_pair = pair_metrics(objective, jax.tree.map(jnp.asarray, policy), jax.tree.map(jnp.asarray, reference))
         means = averages({key: np.asarray(value, np.float64) for key, value in per_pair.items()}, policy.tokens)
@@ -101,7 +87,7 @@ class ScoredSet:
         Call it only where the reference's scores are not complete.
         """
         title, leader = f"reference on {self.name} pairs", jax.process_index() == 0
-        with Progress(title, total=len(self.plan), active=leader) as progress:
+        with Progress(title, total=len(self.feed.source), active=leader) as progress:
 
             def done(steps: int) -> None:
                 progress.update(steps)
@@ -142,10 +128,7 @@ def make_scored_set(
     """Plans a set and looks up what the cache has of its reference scores.
 
     Args:
-      name: see `ScoredSet`.
-      pairs: the data.
-      model: the model on its mesh.
-      packing: how rows are packed.
+      name, pairs, model, packing: of the set, and of the run.
       objective: decides which sides are scored and whether a reference is needed; None: both sides, no reference.
       cache_dir: holds the reference's scores.
       shape: the compiled shape to plan in; None chooses one for these pairs.
@@ -155,7 +138,7 @@ def make_scored_set(
     with_rejected = objective is None or objective.kind.needs_rejected
     sizes = pair_sizes(pairs, with_rejected=with_rejected)
     if plan is None:
-        plan = scoring_plan(*sizes, packing.scoring_shape(*sizes) if shape is None else shape)
+        plan = scoring_plan(*sizes, scoring_shape(*sizes, packing.limits) if shape is None else shape)
     if augmented is None:
         augmented = with_rejected and len(pairs.augmentation) > 0
     feed = packing.feed(pairs, plan, augmented=augmented, with_rejected=with_rejected)
@@ -168,6 +151,6 @@ def make_scored_set(
             dtype=f"{model.dtype.name} {model.param_dtype.name}",
             augmented=augmented,
         )
-        reference = ReferenceScores(files, plan, feed, len(pairs))
+        reference = ReferenceScores(files, feed)
     score_step = make_score_step(model.graph, pairs=plan.shape.pairs, mesh=model.mesh)
-    return ScoredSet(name, pairs, plan, feed, score_step, reference)
+    return ScoredSet(name, pairs, feed, score_step, reference)

@@ -25,11 +25,11 @@ from sr_dpo_jax.config.schema import Config, Source
 from sr_dpo_jax.data import dataset
 from sr_dpo_jax.data.dataset import TokenizedPairs
 from sr_dpo_jax.data.pipeline import Feed, Packing, pair_sizes
-from sr_dpo_jax.data.plan import Plan, covering_plan
+from sr_dpo_jax.data.plan import Limits, Plan, covering_plan
 from sr_dpo_jax.data.read import read_pairs
 from sr_dpo_jax.data.tokenizer_fit import end_tokens, require_fit
 from sr_dpo_jax.data.tokens import load_tokenizer, tokenizer_digest
-from sr_dpo_jax.durable.checkpoint import Checkpoints
+from sr_dpo_jax.durable.checkpoint import PARAMS, Checkpoints
 from sr_dpo_jax.durable.files import require_room
 from sr_dpo_jax.durable.preemption import StopSignal
 from sr_dpo_jax.durable.selection import Selection
@@ -38,14 +38,14 @@ from sr_dpo_jax.generation.decode import Sampling
 from sr_dpo_jax.generation.generator import Settings
 from sr_dpo_jax.model.architecture import Architecture
 from sr_dpo_jax.model.decoder import Params
-from sr_dpo_jax.parallel.mesh import make_mesh
+from sr_dpo_jax.parallel.mesh import make_mesh, row_shards
 from sr_dpo_jax.parallel.processes import on_leader, start_distributed
 from sr_dpo_jax.train.identity import identity_of, report_drift, require_same_run, surroundings
 from sr_dpo_jax.train.objective import Objective
 from sr_dpo_jax.train.program import Program, Work, make_program, plan_training, work_of
 from sr_dpo_jax.train.samples import Samples
 from sr_dpo_jax.train.scored_set import ScoredSet, compiled_sets, make_scored_set
-from sr_dpo_jax.train.state import TrainState
+from sr_dpo_jax.train.state import TrainState, first_state
 from sr_dpo_jax.weights import directory as weights
 from sr_dpo_jax.weights.placement import PlacedModel, abstract_params, place_model
 
@@ -68,24 +68,19 @@ def read_model(config: Config) -> tuple[weights.ModelDirectory, PreTrainedTokeni
 
 def read_training(config: Config, tokenizer: PreTrainedTokenizerBase, architecture: Architecture) -> TokenizedPairs:
     """Reads the training pairs, with p where the objective compares two responses."""
-    instruction = _instruction(config)
-    data = config.data
-    return read_pairs_of(config, data.path, data.split, tokenizer, architecture, instruction=instruction)
+    data, p = config.data, _instruction(config)
+    return read_pairs_of(config, data.path, data.split, tokenizer, architecture, instruction=p)
 
 
 def read_held_out(
     config: Config, tokenizer: PreTrainedTokenizerBase, architecture: Architecture
 ) -> dict[str, TokenizedPairs]:
     """Reads every held-out set, under the name that its metrics begin with: `eval` or `eval/NAME`."""
-    read = partial(read_pairs_of, config, tokenizer=tokenizer, architecture=architecture)
+    read = partial(
+        read_pairs_of, config, tokenizer=tokenizer, architecture=architecture, instruction=_instruction(config)
+    )
     return {
-        name: read(
-            held_out.path,
-            held_out.split,
-            instruction=_instruction(config),
-            format=held_out.format,
-            first_pairs=held_out.pairs,
-        )
+        name: read(held_out.path, held_out.split, format=held_out.format, first_pairs=held_out.pairs)
         for name, held_out in config.data.held_out
     }
 
@@ -156,7 +151,7 @@ class Setup:
         seed, epochs = self.config.seed, self.config.train.epochs
         attention = self.model.attention
         return plan_training(
-            self.packing, self.objective, pairs, held_out, seed=seed, epochs=epochs, attention=attention
+            self.packing.limits, self.objective, pairs, held_out, seed=seed, epochs=epochs, attention=attention
         )
 
     def program(self, plan: Plan) -> Program:
@@ -189,9 +184,9 @@ class Setup:
         config = self.config
         if best or (Path(config.output_dir) / "checkpoints").is_dir():
             with Checkpoints(config.output_dir, read_only=True, strict=config.checkpoint.strict) as checkpoints:
-                step = checkpoints.best() if best else checkpoints.newest_good(prefix="params.")
+                step = checkpoints.best() if best else checkpoints.newest_good(prefix=PARAMS)
                 if step is not None:
-                    return checkpoints.restore_params(self.model.shapes, self.model.shardings, step=step), step
+                    return checkpoints.restore_params(self.model.shapes, step=step), step
         return self.model.base_params() if base is None else base, 0
 
     def work(self, pairs: TokenizedPairs) -> Work:
@@ -217,24 +212,21 @@ def set_up_on(mesh: Mesh, config: Config, directory: weights.ModelDirectory) -> 
         attention=section.attention,
         seed=config.seed if section.init == "random" else None,
     )
-    batch = config.batch
-    packing = Packing(mesh, batch.pairs_per_step, batch.row_length, batch.row_multiple, batch.accumulation_steps)
-    return Setup(config, model, packing, Objective.of(config.objective))
+    batch, micro_batches = config.batch, config.batch.accumulation_steps
+    limits = Limits(batch.pairs_per_step, batch.row_length, batch.row_multiple, row_shards(mesh) * micro_batches)
+    return Setup(config, model, Packing(mesh, limits, micro_batches), Objective.of(config.objective))
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
     """The things that the loop works with and never changes."""
 
-    config: Config
-    objective: Objective
-    plan: Plan
-    total_steps: int
-    work: Work
-    pairs: TokenizedPairs
+    setup: Setup
     record: dict[str, Any]
     """Identity, software and reference digests. Each checkpoint stores them, and a start that resumes it compares."""
     feed: Feed
+    """The training pairs and the plan of their steps, as batches."""
+    total_steps: int
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     """Compiled: a batch of another shape raises instead of compiling again."""
     reference_params: Params | None
@@ -275,9 +267,9 @@ def prepare(
     )
     _require_room(config, checkpoints, program.state)
     if resumed is None:
-        state = program.first_state(base)
+        state = first_state(program.state, base, program.optimizer)
     else:
-        state = TrainState(**checkpoints.restore(program.state.tree(), step=resumed)[0])
+        state = TrainState(**checkpoints.restore(program.state.tree(), step=resumed))
     feed = setup.packing.feed(
         pairs,
         plan,
@@ -287,14 +279,10 @@ def prepare(
     )
     stop.meet()
     job = Job(
-        config=config,
-        objective=objective,
-        plan=plan,
-        total_steps=setup.total_steps(plan),
-        work=setup.work(pairs),
-        pairs=pairs,
+        setup=setup,
         record=record,
         feed=feed,
+        total_steps=setup.total_steps(plan),
         train_step=program.compiled(state, reference_params, feed),
         reference_params=reference_params,
         held_out=compiled_sets(held_out, state.params),
@@ -350,7 +338,7 @@ def _reference(
       scored: the sets that the reference scores.
       remembered: digest of each set's scores in the checkpoint that is resumed: those are believed.
       stop: ends the run between two steps of scoring.
-      keep_base: whether training starts from the base parameters, so that they are wanted in any case.
+      keep_base: training starts from the base parameters, so that they are wanted in any case.
 
     Returns:
       Digest of the scores by set, the online reference's parameters or None, and the base parameters or None.

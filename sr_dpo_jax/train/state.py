@@ -29,37 +29,24 @@ class TrainState:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
-def state_shapes(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """Gives shapes and types of the state that goes with these parameters."""
-    return TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(optimizer.init, params))
+def abstract_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Describes the state that goes with parameters by shapes, types and shardings, as `params` describes these.
 
-
-def state_shardings(
-    shapes: TrainState, param_shardings: Params, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> TrainState:
-    """Lays the optimizer's moments where their parameters lie, and counters on every device."""
+    The optimizer's moments lie where their parameters lie, and counters on every device.
+    """
     everywhere = replicated(mesh)
     optimizer_state = optax.tree_utils.tree_map_params(
         optimizer,
-        lambda _, sharding: sharding,
-        shapes.optimizer_state,
-        param_shardings,
-        transform_non_params=lambda _: everywhere,
+        lambda moment, param: moment.update(sharding=param.sharding),
+        jax.eval_shape(optimizer.init, params),
+        params,
+        transform_non_params=lambda counter: counter.update(sharding=everywhere),
     )
-    return TrainState(everywhere, param_shardings, optimizer_state)
+    return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere), params, optimizer_state)
 
 
-def abstract_state(shapes: TrainState, shardings: TrainState) -> TrainState:
-    """Joins shapes and types with the shardings that the state is to be restored on."""
-    return jax.tree.map(
-        lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where), shapes, shardings
-    )
-
-
-def first_state(
-    abstract: TrainState, params: Params, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> TrainState:
-    """Builds the state around `params` before any update, with the shardings of `abstract`."""
+def first_state(abstract: TrainState, params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """Builds the state around `params` before any update, as `abstract` describes it."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    moments = initialise(mesh, lambda: optimizer.init(params), shardings.optimizer_state)
+    moments = initialise(shardings.step.mesh, lambda: optimizer.init(params), shardings.optimizer_state)
     return TrainState(jax.device_put(jnp.int32(0), shardings.step), params, moments)

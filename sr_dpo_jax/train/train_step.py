@@ -110,12 +110,7 @@ def score(graph: nnx.GraphDef, params: Params, batch: Batch, pairs: int) -> Scor
 
 def make_score_step(graph: nnx.GraphDef, *, pairs: int, mesh: Mesh) -> Callable[[Params, Batch], Scores]:
     """Makes `(params, batch) -> Scores`, whole on every device: for the reference, evaluation and `sr-dpo score`."""
-
-    def step(params: Params, batch: Batch) -> Scores:
-        parts = jax.lax.map(lambda micro: score(graph, params, micro, pairs), _micro_batches(batch))
-        return jax.tree.map(lambda part: part.sum(axis=0), parts)
-
-    return jit_on(mesh, step, out_shardings=replicated(mesh), compiler_options=SAME_ROUNDING)
+    return _summed(mesh, lambda params, micro: score(graph, params, micro, pairs))
 
 
 def make_continuation_step(
@@ -129,15 +124,16 @@ def make_continuation_step(
     def part(params: Params, micro: Batch) -> tuple[Array, Array]:
         model = nnx.merge(graph, params)
         hidden, _ = model(micro.plain, None)
-        return continuation_logprobs(
-            hidden,
-            model.vocabulary_matrix,
-            micro.plain,
-            pairs=pairs,
-            cap=model.architecture.logit_cap,
-        )
+        cap = model.architecture.logit_cap
+        return continuation_logprobs(hidden, model.vocabulary_matrix, micro.plain, pairs=pairs, cap=cap)
 
-    def step(params: Params, batch: Batch) -> tuple[Array, Array]:
+    return _summed(mesh, part)
+
+
+def _summed(mesh: Mesh, part: Callable[[Params, Batch], Any]) -> Callable[[Params, Batch], Any]:
+    """Compiles `part` over the micro-batches of a batch, and sums what it gives for each."""
+
+    def step(params: Params, batch: Batch) -> Any:
         parts = jax.lax.map(lambda micro: part(params, micro), _micro_batches(batch))
         return jax.tree.map(lambda sums: sums.sum(axis=0), parts)
 
@@ -152,13 +148,14 @@ def make_train_step(
     *,
     pairs: int,
     mesh: Mesh,
-    state_shardings: TrainState,
+    abstract: TrainState,
 ) -> Callable[[TrainState, Params | None, Batch], tuple[TrainState, dict[str, Array]]]:
     """Makes `(state, reference params or None, batch) -> (state, metrics)`; the state passed in is consumed.
 
-    With an online reference, pass its parameters; with a cached one, pass None: the batch holds its scores. Metrics
-    are means over the step's pairs; `grad_norm` is taken before clipping. Where loss or gradient is not finite,
-    `skipped` is 1 and the step changes nothing but its own number: parameters and optimizer stay as they were.
+    `abstract` describes the state. With an online reference, pass its parameters; with a cached one, pass None: the
+    batch holds its scores. Metrics are means over the step's pairs; `grad_norm` is taken before clipping. Where loss or
+    gradient is not finite, `skipped` is 1 and the step changes nothing but its own number: parameters and optimizer
+    stay as they were.
     """
 
     def loss_sum(params: Params, reference_params: Params | None, micro: Batch) -> tuple[Array, Any]:
@@ -197,7 +194,7 @@ def make_train_step(
         )
         return TrainState(state.step + 1, params, optimizer_state), metrics
 
-    out_shardings = (state_shardings, replicated(mesh))
+    out_shardings = (jax.tree.map(lambda leaf: leaf.sharding, abstract), replicated(mesh))
     return jit_on(mesh, step, donate_argnums=0, out_shardings=out_shardings, compiler_options=SAME_ROUNDING)
 
 

@@ -6,10 +6,10 @@ The package is an extra and is imported on process 0 alone, when a run asks for 
 import json
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sr_dpo_jax.durable.files import lines_of
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.redaction import redact
 
@@ -29,16 +29,10 @@ def require_wandb() -> None:
 
 
 class WandbRun:
-    """A W&B run; every start of the same run continues the same one.
+    """A W&B run, named as the run directory `root`; every start with the same `run_id` continues the same one.
 
-    Steps that W&B lacks, as after a kill, are sent to it from metrics.jsonl. Where W&B cannot be reached or ends on the
-    way, the log says so once, and the run goes on without it: metrics.jsonl and TensorBoard hold all.
-
-    Args:
-      root: the run directory; its name is the run's.
-      project: the W&B project.
-      config: the configuration's values, shown with the run.
-      run_id: the id in the run's manifest, by which W&B knows the run.
+    Where W&B cannot be reached or ends on the way, the log says so once, and the run goes on without it: metrics.jsonl
+    and TensorBoard hold all.
 
     Raises:
       UsageError: the package is missing, or W&B takes neither the key nor the settings.
@@ -62,10 +56,12 @@ class WandbRun:
             ) from error
         except self._outages as error:
             self._give_up(error)
-            return
+
+    def catch_up(self, recorded: Sequence[dict[str, Any]]) -> None:
+        """Logs the lines of metrics.jsonl from before this start: W&B may lack some, as after a kill."""
         if os.environ.get("WANDB_MODE") not in WITHOUT_KEY:  # else nobody knows what W&B has
-            for line in _recorded(root / "metrics.jsonl", first_step=self._next_step):
-                self.log(line)
+            for line in recorded:  # a number that is not finite is a text there
+                self.log(line | {name: float(value) for name, value in line.items() if name != "step"})
 
     def log(self, line: dict[str, Any]) -> None:
         """Logs a line of metrics.jsonl. Steps that W&B has from before the run was resumed stay as they are there.
@@ -73,12 +69,13 @@ class WandbRun:
         The lines of one step are sent as one row, when a later step comes: a row that W&B has can get no more numbers.
         """
         step, numbers = line["step"], {name: value for name, value in line.items() if name != "step"}
+        if self._run is None or step < self._next_step:
+            return
         if self._row is not None and step > self._row[0]:
             self._send()
-        if self._row is not None and step == self._row[0]:
-            self._row[1].update(numbers)
-        else:  # a row of a later step was read from metrics.jsonl, and its step is done again
-            self._row = (step, numbers) if step >= self._next_step else None
+        if self._row is None:
+            self._row = (step, {})
+        self._row[1].update(numbers)
 
     def finish(self) -> None:
         """Waits until all is sent."""
@@ -93,14 +90,14 @@ class WandbRun:
         if self._run is None or self._row is None:
             return
         (step, numbers), self._row = self._row, None
+        self._next_step = step + 1
         try:
             self._run.log(numbers, step=step)
         except self._outages as error:
             self._give_up(error)
-        self._next_step = step + 1
 
     def _give_up(self, error: Exception) -> None:
-        self._run, self._next_step = None, 0
+        self._run = self._row = None
         log.warning(
             "train.wandb_project: W&B gets nothing more of this run (%s: %s); training goes on, and metrics.jsonl and "
             "TensorBoard hold all",
@@ -129,21 +126,6 @@ def _init(wandb: Any, root: Path, project: str, config: dict[str, Any], run_id: 
         config=json.loads(redact(json.dumps(config))),
         settings=settings,
     )
-
-
-def _recorded(metrics_file: Path, *, first_step: int) -> list[dict[str, Any]]:
-    """Reads the lines from that step on; a line that a kill cut short is left out, and `metrics.py` says so."""
-    if not metrics_file.exists():
-        return []
-    found = []
-    for text in lines_of(metrics_file.read_text(encoding="utf-8")):
-        try:
-            line = json.loads(text)
-            if line["step"] >= first_step:
-                found.append({name: value if name == "step" else float(value) for name, value in line.items()})
-        except (json.JSONDecodeError, KeyError):
-            continue
-    return found
 
 
 def _module() -> Any:

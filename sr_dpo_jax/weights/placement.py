@@ -58,9 +58,12 @@ class PlacedModel:
 
     @property
     def shapes(self) -> Params:
-        """Shapes and types of the parameters."""
-        tree = nnx.to_pure_dict(self.abstract)
-        return jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape.shape, self.param_dtype), tree)
+        """Shapes, types and shardings of the parameters."""
+        return jax.tree.map(
+            lambda shape, where: jax.ShapeDtypeStruct(shape.shape, self.param_dtype, sharding=where),
+            nnx.to_pure_dict(self.abstract),
+            self.shardings,
+        )
 
     def base_params(self) -> Params:
         """Reads the weights of the directory, or draws them from the seed, onto the mesh in `param_dtype`."""

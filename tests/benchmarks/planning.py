@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 
-from sr_dpo_jax.data.plan import training_plan
+from sr_dpo_jax.data.plan import Limits, training_plan
 
 
 def main() -> None:
@@ -24,14 +24,11 @@ def main() -> None:
     plan = training_plan(
         tokens,
         scored,
+        Limits(options.pairs_per_step, options.row_length, options.row_multiple, options.rows_multiple),
         source=np.zeros(options.pairs, int),
         source_weights=np.ones(1),
         seed=0,
         epochs=1,
-        pairs_per_step=options.pairs_per_step,
-        row_length=options.row_length,
-        row_multiple=options.row_multiple,
-        rows_multiple=options.rows_multiple,
     )
     seconds = time.perf_counter() - started
     padding = 1 - tokens[plan.pair].sum() / (len(plan) * plan.shape.rows * plan.shape.row_length)

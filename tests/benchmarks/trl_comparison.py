@@ -343,13 +343,14 @@ def run_jax(row: str, options: argparse.Namespace) -> dict:
         setup = set_up(config, directory)
         job, state = prepare(setup, pairs, {}, tokenizer=tokenizer, stop=stop, allowed_changes=())
     clock, first_loss, real = Stopwatch(options.warm_up), None, []
+    work = setup.work(pairs)
     for host_step, batch in job.feed.batches(0):
         state, metrics = job.train_step(state, job.reference_params, batch)
         numbers = jax.device_get(metrics)
         clock.step_done()
         first_loss = float(numbers["loss"]) if first_loss is None else first_loss
-        real.append(int(job.work.tokens[host_step.pair].sum()))
-    shape = job.plan.shape
+        real.append(int(work.tokens[host_step.pair].sum()))
+    shape = job.feed.source.plan.shape
     real_tokens = statistics.mean(real)
     width = [(shape.row_length, real_tokens)]
     if row == "jax-sr-dpo":

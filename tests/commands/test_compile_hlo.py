@@ -12,7 +12,6 @@ from sr_dpo_jax.commands.compile.hlo import read
 from sr_dpo_jax.commands.compile.programs import bytes_wanted, share_visited
 from sr_dpo_jax.commands.compile.traced_flops import splash_flops, traced_flops
 from sr_dpo_jax.model.kernels.splash import splash_path
-from sr_dpo_jax.train.state import state_shapes
 from sr_dpo_jax.train.train_step import make_train_step
 
 LOOPS = """HloModule jit_step, is_scheduled=true
@@ -172,7 +171,7 @@ def traced_step(attention, objective, remat="none", *, online=False):
         tiny.objective_of(objective),
         pairs=8,
         mesh=mesh,
-        state_shardings=model.state_shardings(optimizer),
+        abstract=model.abstract_state(optimizer),
     )
 
     def rows(length, prefix_tokens):
@@ -183,7 +182,7 @@ def traced_step(attention, objective, remat="none", *, online=False):
     refined = objective == "sr_dpo"
     batch = Batch(rows(128, 0), rows(144, 16) if refined else None, scores, scores if refined else None)
     reference = model.shapes if online else None
-    return traced_flops(step.trace(state_shapes(model.shapes, optimizer), reference, batch).jaxpr.jaxpr), batch
+    return traced_flops(step.trace(model.abstract_state(optimizer), reference, batch).jaxpr.jaxpr), batch
 
 
 def parts(length):

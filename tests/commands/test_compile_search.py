@@ -264,9 +264,9 @@ def test_rows_too_long_for_the_kernel_are_refused_by_name(tmp_path):
     with pytest.raises(UsageError, match=r"batch.row_length=65536: rows .* at most 32768; set .* to 32640 or less"):
         setup.plan(pairs, ())
     for row_length, p_tokens in ((32_768, 0), (32_640, 50)):
-        require_short_rows(setup.packing, row_length, p_tokens)
+        require_short_rows(setup.packing.limits, row_length, p_tokens)
     with pytest.raises(UsageError, match="rows would have 32896 tokens"):
-        require_short_rows(setup.packing, 32_768, 50)
+        require_short_rows(setup.packing.limits, 32_768, 50)
 
 
 IN_USE = "ABORTED: The TPU is already in use by another process. Run lsof"

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sr_dpo_jax.data.plan import Plan, covering_plan, scoring_plan, scoring_shape, training_plan
+from sr_dpo_jax.data.plan import Limits, Plan, covering_plan, scoring_plan, scoring_shape, training_plan
 from sr_dpo_jax.errors import UsageError
 
 
@@ -23,12 +23,10 @@ def plan_of(tokens: np.ndarray, scored: np.ndarray, **changed) -> Plan:
         "source_weights": np.ones(1),
         "seed": 0,
         "epochs": 1,
-        "pairs_per_step": 16,
-        "row_length": 2048,
-        "row_multiple": 8,
-        "rows_multiple": 1,
     }
-    return training_plan(tokens, scored, **(given | changed))
+    numbers = {"pairs_per_step": 16, "row_length": 2048, "row_multiple": 8, "rows_multiple": 1}
+    limits = Limits(**{name: changed.pop(name, number) for name, number in numbers.items()})
+    return training_plan(tokens, scored, limits, **(given | changed))
 
 
 def recount(plan: Plan, tokens: np.ndarray, scored: np.ndarray) -> np.ndarray:
@@ -164,8 +162,8 @@ def test_covering_plan_of_whole_epochs_adds_nothing():
 
 def test_scoring_in_its_own_shape():
     tokens, scored = lengths(131)
-    sizes = {"pairs_per_step": 16, "row_length": 1024, "row_multiple": 8, "rows_multiple": 4}
-    plan = scoring_plan(tokens, scored, scoring_shape(tokens, scored, **sizes))
+    limits = Limits(pairs_per_step=16, row_length=1024, row_multiple=8, rows_multiple=4)
+    plan = scoring_plan(tokens, scored, scoring_shape(tokens, scored, limits))
     assert plan.pair.shape == (9, 16) and plan.shape.rows % 4 == 0
     assert sorted(plan.pair[plan.pair >= 0]) == list(range(131))
     recount(plan, tokens, scored)

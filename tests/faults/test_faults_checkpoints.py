@@ -270,7 +270,7 @@ def test_p4_any_mesh_restores_every_value_bitwise(finished, world, sizes):
     wanted = make_program(setup.model, setup.objective, optimizer, pairs=8, total_steps=6).state
     checkpoints = Checkpoints(finished / "run", read_only=True)
     step = checkpoints.newest_good()
-    state, position = checkpoints.restore(wanted.tree(), step=step)
+    state, position = checkpoints.restore(wanted.tree(), step=step), checkpoints.restore_position(step)
     checkpoints.close()
     assert (step, position["next_step"], int(state["step"])) == (6, 6, 6)
     saved = state_of(finished / "run")

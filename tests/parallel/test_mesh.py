@@ -58,7 +58,7 @@ def compile_step(model: tiny.Model, optimizer: Any = OPTIMIZER) -> Any:
         OBJECTIVE,
         pairs=PAIRS,
         mesh=model.mesh,
-        state_shardings=model.state_shardings(optimizer),
+        abstract=model.abstract_state(optimizer),
     )
 
 

@@ -31,7 +31,6 @@ from tiny import NEOX, Batch, LayerKind, build, make_mesh, objective_of, rope
 from sr_dpo_jax.batch import Rows
 from sr_dpo_jax.commands.compile.traced_flops import traced_flops
 from sr_dpo_jax.train.flops import body_weights
-from sr_dpo_jax.train.state import state_shapes
 from sr_dpo_jax.train.train_step import make_train_step
 from sr_dpo_jax.weights.directory import open_directory
 
@@ -90,11 +89,11 @@ def step_of(architecture, name, remat, plain, augmented):
         objective_of(name),
         pairs=PAIRS,
         mesh=model.mesh,
-        state_shardings=model.state_shardings(optimizer),
+        abstract=model.abstract_state(optimizer),
     )
     scores = jax.ShapeDtypeStruct((PAIRS, 2), jnp.float32)
     batch = Batch(plain, augmented, scores, None if augmented is None else scores)
-    return step, (state_shapes(model.shapes, optimizer), None, batch)
+    return step, (model.abstract_state(optimizer), None, batch)
 
 
 @pytest.fixture

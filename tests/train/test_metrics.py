@@ -17,7 +17,7 @@ WORK = Work(np.array([7, 9]), np.array([100.0, 300.0]), devices=2, peak_flops=1e
 
 
 def writer_of(root, first_step=0):
-    return MetricsWriter(root / "metrics.jsonl", root / "tensorboard", first_step=first_step, active=True)
+    return MetricsWriter(root, first_step=first_step, active=True)
 
 
 def lines_of(root, name="metrics.jsonl"):
@@ -77,7 +77,7 @@ def test_lines_of_steps_that_are_done_again_are_dropped(tmp_path, caplog):
 
 
 def test_another_process_writes_nothing(tmp_path):
-    writer = MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", first_step=0, active=False)
+    writer = MetricsWriter(tmp_path, first_step=0, active=False)
     writer.write({"step": 1})
     writer.write_samples(1, [{"set": "eval"}])
     writer.write_skipped(1, ["a"], {"loss": math.nan})

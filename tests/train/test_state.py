@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import tiny
 
-from sr_dpo_jax.train.state import TrainState, abstract_state, first_state, state_shapes, state_shardings
+from sr_dpo_jax.train.state import TrainState, abstract_state, first_state
 
 OPTIMIZER = optax.chain(optax.scale_by_adam(), optax.scale_by_schedule(lambda _: 1.0))
 
@@ -13,10 +13,8 @@ OPTIMIZER = optax.chain(optax.scale_by_adam(), optax.scale_by_schedule(lambda _:
 def test_a_state_is_born_on_the_mesh_and_comes_back_from_its_tree():
     mesh = tiny.make_mesh(fsdp=4, tensor=2)
     model = tiny.build(tiny.LLAMA, mesh)
-    shapes = state_shapes(model.shapes, OPTIMIZER)
-    shardings = state_shardings(shapes, model.shardings, OPTIMIZER, mesh)
-    abstract, params = abstract_state(shapes, shardings), model.params()
-    state = first_state(abstract, params, OPTIMIZER, mesh)
+    abstract, params = abstract_state(model.shapes, OPTIMIZER, mesh), model.params()
+    state = first_state(abstract, params, OPTIMIZER)
     assert int(state.step) == 0 and state.params is params
     for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
         assert (leaf.shape, leaf.dtype) == (wanted.shape, wanted.dtype)

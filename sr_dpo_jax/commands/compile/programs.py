@@ -257,9 +257,7 @@ def _score_program(setup: Setup, plan: Plan, step: HostStep, visited: dict[str, 
 
 def _abstract_reference(model: PlacedModel, params: Any) -> Any:
     shapes = jax.eval_shape(model.reference_copy, params)
-    return jax.tree.map(
-        lambda shape, param: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=param.sharding), shapes, params
-    )
+    return jax.tree.map(lambda shape, param: shape.update(sharding=param.sharding), shapes, params)
 
 
 def _bytes_a_chip(shapes: Any) -> int:

@@ -27,7 +27,7 @@ from sr_dpo_jax.data.tokens import PairEncoder, load_tokenizer, uses_bos
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.parallel import mesh as meshes
 from sr_dpo_jax.train.optim import OPTIMIZERS
-from sr_dpo_jax.train.state import state_shapes, state_shardings
+from sr_dpo_jax.train.state import abstract_state
 from sr_dpo_jax.weights import directory as weights
 from sr_dpo_jax.weights import hub
 from sr_dpo_jax.weights.files import INDEX, ONLY_SAFETENSORS, other_weights, read_headers, weight_files
@@ -289,25 +289,27 @@ def _memory(params: Any, mesh: AbstractMesh, problems: list[str]) -> dict[str, M
 
 def _memory_of(shapes: Any, shardings: Any, mesh: AbstractMesh, dtype: jnp.dtype) -> Memory:
     def in_dtype(dtype: jnp.dtype) -> Any:
-        return jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape.shape, dtype), shapes)
+        return jax.tree.map(
+            lambda shape, where: jax.ShapeDtypeStruct(shape.shape, dtype, sharding=where), shapes, shardings
+        )
 
     params = in_dtype(dtype)
     moments = {}
     for name in OPTIMIZERS:
         numbers = {} if name == "rmsprop" else {"weight_decay": 0.0, "b1": 0.9, "b2": 0.999, "first_moment_dtype": None}
         optimizer = OPTIMIZERS[name](lambda step: 0.0 * step, max_grad_norm=1.0, **numbers)
-        state = state_shapes(params, optimizer)
-        state_places = state_shardings(state, shardings, optimizer, mesh)
-        moments[name] = _bytes_a_chip(state.optimizer_state, state_places.optimizer_state)
+        moments[name] = _bytes_a_chip(abstract_state(params, optimizer, mesh).optimizer_state)
     reference = jax.eval_shape(partial(reference_copy, dtype=jnp.dtype("bfloat16")), params)
+    reference = jax.tree.map(lambda shape, param: shape.update(sharding=param.sharding), reference, params)
     return Memory(
-        parameters_bytes=_bytes_a_chip(params, shardings),
-        gradients_bytes=_bytes_a_chip(in_dtype(jnp.promote_types(dtype, jnp.float32)), shardings),
+        parameters_bytes=_bytes_a_chip(params),
+        gradients_bytes=_bytes_a_chip(in_dtype(jnp.promote_types(dtype, jnp.float32))),
         moments_bytes=moments,
-        online_reference_bytes=_bytes_a_chip(reference, shardings),
+        online_reference_bytes=_bytes_a_chip(reference),
     )
 
 
-def _bytes_a_chip(shapes: Any, shardings: Any) -> int:
-    pairs = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
-    return sum(math.prod(sharding.shard_shape(shape.shape)) * shape.dtype.itemsize for shape, sharding in pairs)
+def _bytes_a_chip(shapes: Any) -> int:
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)
+    )

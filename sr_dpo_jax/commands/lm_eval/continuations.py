@@ -6,13 +6,14 @@ compiled shape serves all requests of a call, and later calls whose requests fit
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 
 from sr_dpo_jax.data.pipeline import Packing
-from sr_dpo_jax.data.plan import Shape, scoring_plan
+from sr_dpo_jax.data.plan import Shape, round_up, scoring_plan, scoring_shape
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.model.architecture import require_exact_positions
 from sr_dpo_jax.model.decoder import Params
@@ -72,20 +73,10 @@ class ContinuationScorer:
         plan = scoring_plan(tokens, scored, shape)
         feed = self._packing.feed(_Packed(requests), plan, augmented=False, with_rejected=False)
         logprobs, greedy = np.full(len(requests), np.nan, np.float32), np.zeros(len(requests), bool)
-        pending: tuple[np.ndarray, Any] | None = None
-
-        def collect(pair: np.ndarray, of_step: tuple[jax.Array, jax.Array]) -> None:
-            sums, misses = jax.device_get(of_step)
-            logprobs[pair[pair >= 0]], greedy[pair[pair >= 0]] = sums[pair >= 0], misses[pair >= 0] == 0
-
         with Progress(title, total=len(plan), active=jax.process_index() == 0) as progress:
-            for done, (host_step, batch) in enumerate(feed.batches(0), 1):
-                on_the_way = (host_step.pair, step(self._params, batch))
-                if pending is not None:  # step n is on its way to the device before step n − 1 is waited for
-                    collect(*pending)
-                pending = on_the_way
+            for done, (pair, (sums, misses)) in enumerate(feed.results(partial(step, self._params)), 1):
+                logprobs[pair[pair >= 0]], greedy[pair[pair >= 0]] = sums[pair >= 0], misses[pair >= 0] == 0
                 progress.update(done)
-        collect(*pending)
         if np.isnan(logprobs).any():
             raise UsageError(
                 f"{np.isnan(logprobs).sum()} of {len(requests)} continuations have a log-probability of NaN; set "
@@ -97,10 +88,10 @@ class ContinuationScorer:
         for shape, step in self._compiled:
             if tokens.max() <= shape.row_length and scored.max() <= shape.scored:
                 return shape, step
-        multiple = self._packing.row_multiple
-        longest = -(-int(tokens.max()) // multiple) * multiple
-        packing = dataclasses.replace(self._packing, row_length=max(self._packing.row_length, longest))
-        shape = packing.scoring_shape(tokens, scored)
+        limits = self._packing.limits
+        longest = round_up(int(tokens.max()), limits.row_multiple)
+        limits = dataclasses.replace(limits, row_length=max(limits.row_length, longest))
+        shape = scoring_shape(tokens, scored, limits)
         step = make_continuation_step(self._model.graph, pairs=shape.pairs, mesh=self._model.mesh)
         self._compiled.append((shape, step))
         return shape, step
