@@ -15,7 +15,7 @@ import jax
 from sr_dpo_jax.commands import console
 from sr_dpo_jax.commands.demo.corpus import Knobs
 from sr_dpo_jax.commands.demo.page import render, write_pictures
-from sr_dpo_jax.commands.demo.protocol import FULL, SMALL, Layout, Setting
+from sr_dpo_jax.commands.demo.protocol import FULL, PAIRS_PER_STEP, SMALL, Layout, Setting
 from sr_dpo_jax.commands.demo.results import Results, collect, markdown, tables
 from sr_dpo_jax.commands.demo.stages import Interrupted, make_base, make_sft, run_arm
 from sr_dpo_jax.commands.report.page import report
@@ -77,8 +77,8 @@ def _check(setting: Setting, knobs: Knobs) -> None:
     knobs.check()
     if setting.seeds < 1:
         raise UsageError(f"--seeds {setting.seeds}: must be 1 or more")
-    if knobs.pairs < setting.pairs_per_step:
-        raise UsageError(f"--pairs {knobs.pairs}: a step holds {setting.pairs_per_step}; give at least as many")
+    if knobs.pairs < PAIRS_PER_STEP:
+        raise UsageError(f"--pairs {knobs.pairs}: a step holds {PAIRS_PER_STEP}; give at least as many")
 
 
 def _begin(layout: Layout, setting: Setting, knobs: Knobs) -> None:

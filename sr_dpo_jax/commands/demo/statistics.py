@@ -27,8 +27,8 @@ class Paired(NamedTuple):
     p: float
 
 
-def mean_of(values: Sequence[float]) -> Mean:
-    """Gives the mean of one value or more, with its interval."""
+def mean_of(values: Sequence[float | None]) -> Mean:
+    """Gives the mean of one value or more, with its interval; None counts as NaN."""
     array = np.asarray(values, np.float64)
     mean = float(array.mean())
     if len(array) < 2:

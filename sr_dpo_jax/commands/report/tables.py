@@ -69,6 +69,12 @@ def number(value: Any, digits: int = 3) -> str:
     return text.replace("-", "−")
 
 
+def with_interval(value: Any, low: Any, high: Any, digits: int = 3) -> str:
+    """Gives a number as text, with its interval in brackets where both ends are finite."""
+    text, *ends = (number(part, digits) for part in (value, low, high))
+    return text if NONE in ends else f"{text} [{', '.join(ends)}]"
+
+
 def final_metrics(runs: Sequence[Run]) -> Table:
     """Has one row a run: its newest evaluation, and its median throughput."""
     rows = []
@@ -88,8 +94,9 @@ def final_metrics(runs: Sequence[Run]) -> Table:
             "λΔ / βm": number(shift_share(run)),
         }
         for name in ("pearson", "spearman", "kendall"):
-            value, low, high = (number(final.get(f"eval/margin/{name}{end}"), 2) for end in ("", "/low", "/high"))
-            row[name.capitalize()] = value if NONE in (low, high) else f"{value} [{low}, {high}]"
+            row[name.capitalize()] = with_interval(
+                *(final.get(f"eval/margin/{name}{end}") for end in ("", "/low", "/high")), 2
+            )
         row["best"] = (
             f"{number(best[0][run.config['checkpoint.best_metric']])} (step {run.best_step})" if best else NONE
         )
@@ -155,8 +162,7 @@ def _share(share: float | None, pairs: float | None) -> str:
     """Gives a share with its 95 % interval, where it and the number of pairs are known."""
     if share is None or not pairs:
         return number(share)
-    low, high = share_interval(share, pairs)
-    return f"{number(share)} [{number(low)}, {number(high)}]"
+    return with_interval(share, *share_interval(share, pairs))
 
 
 def headline(runs: Sequence[Run]) -> list[str]:
