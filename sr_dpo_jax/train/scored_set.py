@@ -5,7 +5,7 @@ Every pair counts the same, whatever the batch size, the number of hosts or how 
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,22 +49,11 @@ class ScoredSet:
         plain, tokens = np.full((count, 2), np.nan, np.float32), np.zeros((count, 2), np.int32)
         augmented = np.full((count, 2), np.nan, np.float32) if self.feed.source.augmented else None
 
-        def collect(pair: np.ndarray, scores: Scores) -> None:
-            present, host = pair >= 0, jax.device_get(scores)
-            plain[pair[present]] = host.plain[present]
-            tokens[pair[present]] = host.tokens[present]
+        for done, (pair, scores) in enumerate(results_of(self.feed, self.score_step, params), 1):
+            plain[pair], tokens[pair] = scores.plain, scores.tokens
             if augmented is not None:
-                augmented[pair[present]] = host.augmented[present]
-
-        pending: tuple[np.ndarray, Scores] | None = None
-        for done, (step, batch) in enumerate(self.feed.batches(0), 1):
-            scores = self.score_step(params, batch)
-            if pending is not None:  # step n is on its way to the device before step n − 1 is waited for
-                collect(*pending)
-            pending = (step.pair, scores)
+                augmented[pair] = scores.augmented
             progress(done)
-        if pending is not None:
-            collect(*pending)
         return Scores(plain, augmented, tokens)
 
     def metrics(self, objective: Objective, policy: Scores) -> dict[str, float]:
@@ -108,6 +97,23 @@ class ScoredSet:
                 between()
 
             self.reference.fill(self.score_step, params, done)
+
+
+def results_of(feed: Feed, step: Callable[[Params, Batch], Any], params: Params) -> Iterator[tuple[np.ndarray, Any]]:
+    """Runs a step on every batch; yields the indices of its pairs and what the step gives of them, on the host."""
+
+    def of_pairs(pair: np.ndarray, result: Any) -> tuple[np.ndarray, Any]:
+        present = pair >= 0
+        return pair[present], jax.tree.map(lambda array: array[present], jax.device_get(result))
+
+    pending: tuple[np.ndarray, Any] | None = None
+    for host_step, batch in feed.batches(0):
+        begun = host_step.pair, step(params, batch)
+        if pending is not None:  # step n is on its way to the device before step n − 1 is waited for
+            yield of_pairs(*pending)
+        pending = begun
+    if pending is not None:
+        yield of_pairs(*pending)
 
 
 def compiled_sets(sets: Sequence[ScoredSet], params: Params) -> tuple[ScoredSet, ...]:

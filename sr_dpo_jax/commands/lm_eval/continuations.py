@@ -17,6 +17,7 @@ from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.model.architecture import require_exact_positions
 from sr_dpo_jax.model.decoder import Params
 from sr_dpo_jax.train.metrics import Progress
+from sr_dpo_jax.train.scored_set import results_of
 from sr_dpo_jax.train.train_step import make_continuation_step
 from sr_dpo_jax.weights.placement import PlacedModel
 
@@ -42,13 +43,7 @@ class _Packed:
 
 
 class ContinuationScorer:
-    """Scores continuations on the mesh.
-
-    Args:
-      model: the model on its mesh.
-      packing: how rows are packed; `pairs_per_step` requests make up a step.
-      params: the model's parameters.
-    """
+    """Scores continuations on the mesh; `packing.pairs_per_step` requests make up a step."""
 
     def __init__(self, model: PlacedModel, packing: Packing, params: Params):
         self._model, self._packing, self._params = model, packing, params
@@ -72,20 +67,10 @@ class ContinuationScorer:
         plan = scoring_plan(tokens, scored, shape)
         feed = self._packing.feed(_Packed(requests), plan, augmented=False, with_rejected=False)
         logprobs, greedy = np.full(len(requests), np.nan, np.float32), np.zeros(len(requests), bool)
-        pending: tuple[np.ndarray, Any] | None = None
-
-        def collect(pair: np.ndarray, of_step: tuple[jax.Array, jax.Array]) -> None:
-            sums, misses = jax.device_get(of_step)
-            logprobs[pair[pair >= 0]], greedy[pair[pair >= 0]] = sums[pair >= 0], misses[pair >= 0] == 0
-
         with Progress(title, total=len(plan), active=jax.process_index() == 0) as progress:
-            for done, (host_step, batch) in enumerate(feed.batches(0), 1):
-                on_the_way = (host_step.pair, step(self._params, batch))
-                if pending is not None:  # step n is on its way to the device before step n − 1 is waited for
-                    collect(*pending)
-                pending = on_the_way
+            for done, (number, (sums, misses)) in enumerate(results_of(feed, step, self._params), 1):
+                logprobs[number], greedy[number] = sums, misses == 0
                 progress.update(done)
-        collect(*pending)
         if np.isnan(logprobs).any():
             raise UsageError(
                 f"{np.isnan(logprobs).sum()} of {len(requests)} continuations have a log-probability of NaN; set "
