@@ -57,7 +57,7 @@ class Samples:
         for name, pairs in eval_sets.items():
             for place in range(min(count, len(pairs))):
                 index, ids = len(self._asked), pairs.pair(place)[0].tolist()
-                prompt = Prompt(index, 0, ids, seed=(seed * 1_000_003 + index) % 2**32)
+                prompt = Prompt(index, ids, seed=(seed * 1_000_003 + index) % 2**32)
                 self._asked.append(_Asked(name, pairs.ids[place], prompt, tokenizer.decode(ids)))
         shards = row_shards(model.mesh)
         slots = -(-min(settings.slots, len(self._asked)) // shards) * shards
