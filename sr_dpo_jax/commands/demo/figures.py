@@ -142,6 +142,5 @@ def _points(axes: Axes, means: Sequence[Mean], places: np.ndarray, *, colour: st
 
 def _bars(means: Sequence[Mean]) -> np.ndarray | None:
     """Gives the lengths of error bars, `[2, N]`; None for one seed."""
-    if any(np.isnan(mean.low) for mean in means):
-        return None
-    return np.array([[mean.value - mean.low for mean in means], [mean.high - mean.value for mean in means]])
+    value, low, high = np.transpose(means)
+    return None if np.isnan(low).any() else np.array([value - low, high - value])

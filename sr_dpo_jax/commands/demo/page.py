@@ -57,8 +57,9 @@ FIGURES = (
 )
 
 
-def write_pictures(results: Results, directory: Path) -> None:
-    """Writes the figures of the findings page as SVG files; leaves out one that has nothing to show."""
+def write_page(results: Results, directory: Path) -> None:
+    """Writes results.html, and the figures of the findings page as SVG files; leaves out one that shows nothing."""
+    write_text(directory / "results.html", render(results))
     for draw in (figures.quality, figures.margins):
         drawn = svg(draw, results)
         if drawn is not None:

@@ -61,8 +61,9 @@ def make_base(layout: Layout, setting: Setting, knobs: Knobs) -> None:
         texts = base_rows(
             setting.base_texts, kinds=kinds, rated_share=knobs.rated_share, rating_noise=knobs.rating_noise, seed=0
         )
-        for name, rows in {"held_out": held_out, "rated": rated, "base": texts}.items():  # `base` says that all are there
-            write_rows(layout.data(name), rows)
+        write_rows(layout.data("held_out"), held_out)
+        write_rows(layout.data("rated"), rated)
+        write_rows(layout.data("base"), texts)  # the last one: where it is, all three are
     config = base_config(layout, setting)
     _make_model(layout, config, layout.base_model)
     _respond(config, layout.data("rated"), layout.base_run / "rated.jsonl", temperature=1.0)

@@ -127,23 +127,20 @@ def _set_metrics(line: Mapping[str, Any], name: str) -> dict[str, str]:
     }
 
 
-def samples(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Gives each prompt with every run's responses, (step, text), newest first; only for those who ask for texts."""
-    responses: dict[tuple[str, str, str], dict[int, list[tuple[int, str]]]] = {}
+def samples(runs: Sequence[Run]) -> dict[tuple[str, str, str], list[list[tuple[int, str]]]]:
+    """Gives the responses, (step, text), newest first, of each run with samples to each (set, id, prompt).
+
+    Only for those who ask for texts.
+    """
     sampled = [run for run in runs if run.samples]
-    for run in sampled:
+    responses: dict[tuple[str, str, str], list[list[tuple[int, str]]]] = {}
+    for place, run in enumerate(sampled):
         for line in run.samples:
-            of_run = responses.setdefault((line["set"], line["id"], line["prompt"]), {})
-            of_run.setdefault(run.number, []).insert(0, (int(line["step"]), line["response"]))
-    return [
-        {
-            "set": set_title(held_out),
-            "id": identity,
-            "prompt": prompt,
-            "responses": [of_run.get(run.number, []) for run in sampled],
-        }
-        for (held_out, identity, prompt), of_run in responses.items()
-    ]
+            of_prompt = responses.setdefault(
+                (set_title(line["set"]), line["id"], line["prompt"]), [[] for _ in sampled]
+            )
+            of_prompt[place].insert(0, (int(line["step"]), line["response"]))
+    return responses
 
 
 def shift_share(run: Run) -> float:
