@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -72,11 +71,7 @@ def score_command(config: Config, output: Path) -> int:
 
 
 def require_finite(pairs: TokenizedPairs, scores: Scores, config: Config) -> None:
-    """Refuses scores that are no numbers.
-
-    Raises:
-      UsageError: names the first pair by file and line.
-    """
+    """Refuses scores that are no numbers with a UsageError that names the first pair by file and line."""
     given = [part for part in (scores.plain, scores.augmented) if part is not None]
     bad = ~np.isfinite(np.concatenate(given, axis=1)).all(axis=1)
     if bad.any():
@@ -92,18 +87,15 @@ def write_scores(path: Path, pairs: TokenizedPairs, scores: Scores, held: Scored
 
     With a held-out set also the reference's log-probs and the margins.
     """
-    counts = {name: getattr(pairs, name) for name in ("prompt_tokens", "chosen_tokens", "rejected_tokens")}
-    columns = _logp_columns("", scores)
-    ratings = {"chosen_score": pairs.chosen_score, "rejected_score": pairs.rejected_score}
+    names = ("prompt_tokens", "chosen_tokens", "rejected_tokens", "chosen_score", "rejected_score")
+    columns = {name: getattr(pairs, name) for name in names} | _logp_columns("", scores)
     if held is not None:
         columns |= _logp_columns("reference_", held.reference_scores(scores)) | held.margins(scores)
-        ratings["rating_difference"] = pairs.chosen_score - pairs.rejected_score
+        columns["rating_difference"] = pairs.chosen_score - pairs.rejected_score
     with whole(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for index, identity in enumerate(pairs.ids):
-            line: dict[str, Any] = {"id": identity} | {name: int(values[index]) for name, values in counts.items()}
-            line |= {name: float(values[index]) for name, values in columns.items()}
-            line |= {name: float(values[index]) for name, values in ratings.items() if not np.isnan(values[index])}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            numbers = {name: values[index].item() for name, values in columns.items() if not np.isnan(values[index])}
+            file.write(json.dumps({"id": identity} | numbers, ensure_ascii=False) + "\n")
 
 
 def _logp_columns(prefix: str, scores: Scores) -> dict[str, np.ndarray]:

@@ -58,8 +58,8 @@ def export(
     Args:
       run_dir: the output_dir of a run.
       out_dir: a directory that does not exist.
-      step: the step of the checkpoint; None takes the latest.
-      best: whether to take the best checkpoint, in place of a step.
+      step: the step of the checkpoint; None takes the latest, or the `best` one.
+      best: whether to take the best checkpoint.
       dtype: the type of the weights; None takes the run's model.param_dtype.
       shard_bytes: the most bytes of tensors in one file.
 
@@ -90,15 +90,7 @@ def export(
 
 
 def model_card(config: Config, origin: Origin, *, name: str, step: int, dtype: str) -> str:
-    """Writes the README.md of an exported model: its origin and its numbers; of a local path only the last name shows.
-
-    Args:
-      config: the run's configuration.
-      origin: the run's origin.
-      name: the title of the card.
-      step: the number of optimizer updates done.
-      dtype: the type of the weights.
-    """
+    """Writes the README.md of an exported model, its origin and numbers; of a local path only the last name shows."""
     objective, path = config.objective, Path(config.model.path)
     base = path.name if path.is_absolute() else config.model.path
     header = ModelCardData(

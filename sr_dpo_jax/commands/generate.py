@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,12 +56,12 @@ def generate_command(config: Config, prompts_file: Path, output: Path, *, best: 
     leader, total = jax.process_index() == 0, sum(1 + len(line.later_turns) for line in lines)
     with (
         Progress("generate", total=total, active=leader) as progress,
-        _appending(unfinished, settings, leader) as append,
+        _appending(unfinished if leader else Path(os.devnull), settings) as append,
     ):
         for turn in range(1 + max(len(line.later_turns) for line in lines)):
             encoded = _encode(encoder, lines, vocabulary_tokens, turn=turn, finished=finished, where=prompts_file)
             prompts = [
-                Prompt(index, turn, ids, seed=(config.seed * 1_000_003 + turn * 7_000_003 + index) % 2**32)
+                Prompt(index, ids, seed=(config.seed * 1_000_003 + turn * 7_000_003 + index) % 2**32)
                 for index, ids in encoded.items()
                 if (index, turn) not in finished
             ]
@@ -68,12 +69,12 @@ def generate_command(config: Config, prompts_file: Path, output: Path, *, best: 
                 longest = max(map(len, encoded.values()))
                 generator = Generator(model, tokenizer, generation, longest_prompt_tokens=longest)
                 for prompt, response in generator.respond(params, prompts):
-                    finished[prompt.index, prompt.turn] = kept = {
+                    finished[prompt.index, turn] = kept = {
                         "response": response.text,
                         "response_tokens": len(response.ids),
                         "finish_reason": response.finish_reason,
                     }
-                    append({"index": prompt.index, "turn": prompt.turn, **kept})
+                    append({"index": prompt.index, "turn": turn, **kept})
                     progress.update(len(finished))
     if leader:
         _write_all(output, lines, finished)
@@ -119,11 +120,8 @@ def _settings(config: Config, model: PlacedModel, lines: Sequence[PromptLine], s
 
 
 @contextlib.contextmanager
-def _appending(path: Path, settings: str, active: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Gives what adds a line to the file of finished responses, whose first line holds the settings, where active."""
-    if not active:
-        yield lambda line: None
-        return
+def _appending(path: Path, settings: str) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Gives what adds a line to the file of finished responses, whose first line holds the settings."""
 
     def append(line: dict[str, Any]) -> None:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -132,17 +132,13 @@ def _require_metric(config: Config, metric: str) -> None:
 def tune(path: str, overrides: Sequence[str], *, metric: str, eval_pairs: int | None) -> int:
     """Trains every point that is not finished, prints a table, writes tune.json; returns the exit code.
 
-    Args:
-      path: the YAML file of the configuration.
-      overrides: `section.key=value`, with several values for the keys of the grid.
-      metric: the metric that decides, as in metrics.jsonl.
-      eval_pairs: the number of first pairs of its held-out set to decide on; None takes all.
+    The metric, as in metrics.jsonl, decides on the first `eval_pairs` pairs of its held-out set; None takes all.
 
     Raises:
       UsageError: see `candidates`; or tune.json or a run's metrics are damaged, or no run has a finite metric.
     """
     grid = candidates(path, overrides, metric=metric, eval_pairs=eval_pairs)
-    state = Path(grid[0].config.output_dir).parent / "tune.json"
+    state = Path(grid[0].config.output_dir).with_name("tune.json")
     state.parent.mkdir(parents=True, exist_ok=True)
     finished = _read_finished(state)
     with _Child() as child:

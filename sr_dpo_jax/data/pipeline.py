@@ -120,16 +120,22 @@ class Feed:
             yield step, self._to_batch(step)
 
     def results(self, program: Callable[[Batch], Any]) -> Iterator[tuple[np.ndarray, Any]]:
-        """Runs a program over all steps; yields the pairs of each step and its result, on the host.
+        """Runs a program that gives arrays `[B, ...]` over all steps; yields the pairs of each step and what it gives
+        of them, on the host.
 
         Step n is on its way to the device before the result of step n − 1 is waited for.
         """
+
+        def of_pairs(pair: np.ndarray, result: Any) -> tuple[np.ndarray, Any]:
+            present = pair >= 0
+            return pair[present], jax.tree.map(lambda array: array[present], jax.device_get(result))
+
         pending: list[tuple[np.ndarray, Any]] = []
         for step, batch in self.batches(0):
             pending.append((step.pair, program(batch)))
             if len(pending) > 1:
-                yield jax.device_get(pending.pop(0))
-        yield from map(jax.device_get, pending)
+                yield of_pairs(*pending.pop(0))
+        yield from (of_pairs(*last) for last in pending)
 
     def _to_batch(self, step: HostStep) -> Batch:
         plain, augmented = self._rows(step.plain), None

@@ -26,12 +26,10 @@ NO_WINDOW = 2**30
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Keys, rotated, and values; a position that was never written is never read."""
+    """Keys, rotated, and values, each `[L, S, C, K, D]`; a position that was never written is never read."""
 
     key: Array
-    """`[L, S, C, K, D]`."""
     value: Array
-    """`[L, S, C, K, D]`."""
 
 
 def cache_shape(architecture: Architecture, *, slots: int, positions: int) -> tuple[int, ...]:
@@ -87,11 +85,9 @@ class CachedAttention:
     positions: Array
     """`[S, T]` int32, of the new tokens."""
     start: Array
-    """`[S]` int32, the first of them."""
     keys: Array
-    """`[S, C, K, D]`; after `attend` with the new ones."""
     values: Array
-    """`[S, C, K, D]`, likewise."""
+    """Keys and values are `[S, C, K, D]`; after `attend` the new ones are among them, from `start`, `[S]`, on."""
 
     def attend(self, query: Array, key: Array, value: Array) -> Array:
         """Computes softmax attention of `[S, T, H, D]` over the positions up to each query's own, in its window."""

@@ -56,9 +56,9 @@ class State:
     """bool; free slots are finished too."""
 
 
-def make_state(decoder_graph: nnx.GraphDef, params: Any, *, slots: int, positions: int, mesh: Mesh) -> State:
+def make_state(graph: nnx.GraphDef, params: Any, *, slots: int, positions: int, mesh: Mesh) -> State:
     """Makes the state in which all slots are free."""
-    decoder = nnx.merge(decoder_graph, params)
+    decoder = nnx.merge(graph, params)
     shape = cache_shape(decoder.architecture, slots=slots, positions=positions)
     where = sharding(mesh, CACHE_AXES, shape, "generation cache (generation.slots over rows)")
     zeros = [jnp.zeros(shape, decoder.dtype, device=where) for _ in range(2)]
@@ -89,23 +89,11 @@ def make_programs(
         hidden, filled = advance(decoder, fresh, prompts, jnp.zeros_like(lengths))
         last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
         token = draw(_logits(decoder, last), seeds, lengths, sampling)
-
-        def put(of_slots: Array, new: Array) -> Array:
-            return of_slots.at[slots].set(new, mode="drop")
-
         cache = jax.tree.map(lambda whole, part: whole.at[:, slots].set(part, mode="drop"), state.cache, filled)
         finished = _ends(token, sampling) | (lengths >= limits)
-        return (
-            State(
-                cache,
-                token=put(state.token, token),
-                position=put(state.position, lengths),
-                limit=put(state.limit, limits),
-                seed=put(state.seed, seeds),
-                finished=put(state.finished, finished),
-            ),
-            token,
-        )
+        new = {"token": token, "position": lengths, "limit": limits, "seed": seeds, "finished": finished}
+        of_slots = {name: getattr(state, name).at[slots].set(value, mode="drop") for name, value in new.items()}
+        return State(cache, **of_slots), token
 
     def step(params: Any, state: State) -> tuple[State, Array]:
         decoder = nnx.merge(graph, params)

@@ -39,8 +39,6 @@ class Prompt:
 
     index: int
     """Its place in the file."""
-    turn: int
-    """0 for the first one of a conversation."""
     ids: list[int]
     seed: int
 
@@ -55,13 +53,7 @@ class Response:
 
 
 class Generator:
-    """Continues prompts on the mesh, S at a time.
-
-    Args:
-      model: the model on its mesh.
-      tokenizer: decodes the responses.
-      settings: how tokens are drawn.
-      longest_prompt_tokens: no prompt is longer.
+    """Continues prompts on the mesh, S at a time; none is longer than `longest_prompt_tokens`.
 
     Raises:
       UsageError: the slots do not divide over the devices, or responses may be longer than the model's rotary embedding

@@ -42,7 +42,7 @@ class Samples:
         for name, pairs in eval_sets.items():
             for place in range(min(count, len(pairs))):
                 index, ids = len(self._prompts), pairs.pair(place)[0].tolist()
-                self._prompts.append(Prompt(index, 0, ids, seed=(seed * 1_000_003 + index) % 2**32))
+                self._prompts.append(Prompt(index, ids, seed=(seed * 1_000_003 + index) % 2**32))
                 self._lines.append({"set": name, "id": pairs.ids[place], "prompt": tokenizer.decode(ids)})
         slots = round_up(min(settings.slots, len(self._prompts)), row_shards(model.mesh))
         longest = max(len(prompt.ids) for prompt in self._prompts)

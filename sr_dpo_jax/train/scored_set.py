@@ -50,11 +50,9 @@ class ScoredSet:
         augmented = np.full((count, 2), np.nan, np.float32) if self.feed.source.augmented else None
 
         for done, (pair, scores) in enumerate(self.feed.results(partial(self.score_step, params)), 1):
-            present = pair >= 0
-            plain[pair[present]] = scores.plain[present]
-            tokens[pair[present]] = scores.tokens[present]
+            plain[pair], tokens[pair] = scores.plain, scores.tokens
             if augmented is not None:
-                augmented[pair[present]] = scores.augmented[present]
+                augmented[pair] = scores.augmented
             progress(done)
         return Scores(plain, augmented, tokens)
 

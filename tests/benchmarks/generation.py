@@ -89,14 +89,14 @@ def main() -> None:
     ids = prompts_of_hh(root / "model", options.prompts)
     generator, params = make_generator(root, options, max(map(len, ids)))
     read, proceed = generator._read, generator._proceed
-    list(generator.respond(params, [Prompt(0, 0, ids[0], 1), Prompt(1, 0, ids[1], 2)]))  # compiles both
+    list(generator.respond(params, [Prompt(0, ids[0], 1), Prompt(1, ids[1], 2)]))  # compiles both
     generator._read, generator._proceed = Timed(read), Timed(proceed)
     compiled: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, _seconds, **_: compiled.append(event) if event.endswith("backend_compile_duration") else None
     )
     started, tokens = time.perf_counter(), []
-    for _, response in generator.respond(params, [Prompt(n, 0, each, 100 + n) for n, each in enumerate(ids)]):
+    for _, response in generator.respond(params, [Prompt(n, each, 100 + n) for n, each in enumerate(ids)]):
         tokens.append(len(response.ids) + (response.finish_reason == "end"))
     wall_s = time.perf_counter() - started
     reading_s, decoding_s = sum(generator._read.seconds), sum(generator._proceed.seconds)

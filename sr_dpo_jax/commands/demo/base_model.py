@@ -10,7 +10,7 @@ from sr_dpo_jax.commands.demo.tasks import OTHER_WORDS, WORDS, instruction_parts
 from sr_dpo_jax.durable.files import whole
 
 END, UNKNOWN = "<|end|>", "<|unknown|>"
-HIDDEN, LAYERS, HEADS = 144, 4, 4
+HIDDEN = 144
 INITIALISER = 0.08
 """The standard deviation of random weights. With Pythia's 0.02 so small a model learns nothing for long."""
 
@@ -23,8 +23,8 @@ def write_base_model(directory: Path) -> None:
     config = GPTNeoXConfig(
         vocab_size=len(tokenizer),
         hidden_size=HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
+        num_hidden_layers=4,
+        num_attention_heads=4,
         intermediate_size=4 * HIDDEN,
         rotary_pct=1.0,
         max_position_embeddings=512,

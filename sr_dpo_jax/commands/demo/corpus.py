@@ -47,11 +47,7 @@ class Knobs:
     1/0.1, where the weight of a pair is about one half whatever its margin is, so that a shift changes nothing."""
 
     def check(self) -> None:
-        """Refuses values out of their range.
-
-        Raises:
-          UsageError: names the option and its value.
-        """
+        """Refuses values out of their range with a UsageError that names the option and its value."""
         for name in ("rated_share", "rating_noise", "label_noise"):
             share = getattr(self, name)
             if not 0 <= share <= 1:
@@ -65,11 +61,7 @@ class Knobs:
 
 
 def parse_gaps(text: str) -> tuple[float, float, float]:
-    """Reads the weights of `--gaps`.
-
-    Raises:
-      UsageError: they are not three numbers.
-    """
+    """Reads the weights of `--gaps`; raises UsageError where they are not three numbers."""
     try:
         close, clear, far = map(float, text.split(","))
     except ValueError as error:
@@ -106,16 +98,7 @@ def preference_rows(
     seed: str,
     without: Collection[str] = (),
 ) -> list[dict[str, Any]]:
-    """Draws pairs of responses.
-
-    Args:
-      count: the number of pairs.
-      kinds: the kinds of tasks.
-      gaps: the weights of close, clear and far pairs.
-      label_noise: the share of pairs whose chosen response is the worse one.
-      seed: decides all of it.
-      without: prompts that must not occur.
-    """
+    """Draws pairs of responses to tasks of these kinds, but for the prompts `without`; the rest as in `Knobs`."""
     rng = random.Random(f"pairs {seed}")
     rows: list[dict[str, Any]] = []
     while len(rows) < count:

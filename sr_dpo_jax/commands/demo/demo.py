@@ -14,9 +14,9 @@ import jax
 
 from sr_dpo_jax.commands import console
 from sr_dpo_jax.commands.demo.corpus import Knobs
-from sr_dpo_jax.commands.demo.page import render, write_pictures
-from sr_dpo_jax.commands.demo.protocol import FULL, SMALL, Layout, Setting
-from sr_dpo_jax.commands.demo.results import Results, collect, markdown, tables
+from sr_dpo_jax.commands.demo.page import write_page
+from sr_dpo_jax.commands.demo.protocol import FULL, PAIRS_PER_STEP, SMALL, Layout, Setting
+from sr_dpo_jax.commands.demo.results import collect, markdown, tables
 from sr_dpo_jax.commands.demo.stages import Interrupted, make_base, make_sft, run_arm
 from sr_dpo_jax.commands.report.page import report
 from sr_dpo_jax.durable.files import write_json, write_text
@@ -55,7 +55,9 @@ def run_setting(output_dir: Path, setting: Setting, knobs: Knobs) -> int:
                 console.say(f"seed {seed}: {arm.name}", "bold")
                 run_arm(layout, setting, knobs, seed, arm)
             results = collect(layout, setting, knobs, range(seed + 1))
-            _write(results, output_dir)
+            write_json(output_dir / "results.json", results)
+            write_text(output_dir / "results.md", markdown(results))
+            write_page(results, output_dir)
     except Interrupted as interrupted:
         return interrupted.code
     page = output_dir / "report.html"
@@ -77,8 +79,8 @@ def _check(setting: Setting, knobs: Knobs) -> None:
     knobs.check()
     if setting.seeds < 1:
         raise UsageError(f"--seeds {setting.seeds}: must be 1 or more")
-    if knobs.pairs < setting.pairs_per_step:
-        raise UsageError(f"--pairs {knobs.pairs}: a step holds {setting.pairs_per_step}; give at least as many")
+    if knobs.pairs < PAIRS_PER_STEP:
+        raise UsageError(f"--pairs {knobs.pairs}: a step holds {PAIRS_PER_STEP}; give at least as many")
 
 
 def _begin(layout: Layout, setting: Setting, knobs: Knobs) -> None:
@@ -98,10 +100,3 @@ def _keep_compiled(directory: Path) -> None:
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(directory))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-
-
-def _write(results: Results, directory: Path) -> None:
-    write_json(directory / "results.json", results)
-    write_text(directory / "results.md", markdown(results))
-    write_text(directory / "results.html", render(results))
-    write_pictures(results, directory)

@@ -7,8 +7,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sr_dpo_jax.commands.demo.protocol import MORE, PAIRS, SHUFFLED
-from sr_dpo_jax.commands.demo.results import DECODINGS, Results, label, stages_of
+from sr_dpo_jax.commands.demo.protocol import MORE, PAIRS, SHUFFLED, TEMPERATURES
+from sr_dpo_jax.commands.demo.results import OUTCOMES, Results, label, models_of
 from sr_dpo_jax.commands.demo.statistics import Mean, mean_of
 from sr_dpo_jax.commands.report.figures import COLOURS, HEIGHT, LINE_STYLES, WIDTH
 from sr_dpo_jax.train.objective import OBJECTIVES
@@ -31,9 +31,9 @@ def knowledge(results: Results) -> Figure:
 
 def quality(results: Results) -> Figure:
     """Draws a row for each stage and arm: mean quality, sampled and greedy, with intervals."""
-    rows = stages_of(results) + [(label(arm), arm) for arm in results["arms"].values()]
+    rows = models_of(results)
     figure, axes = _panel([name for name, _ in rows])
-    for index, decoding in enumerate(DECODINGS):
+    for index, decoding in enumerate(TEMPERATURES):
         places = np.arange(len(rows)) + (index - 0.5) * 0.25
         means = [mean_of(row[decoding]) for _, row in rows]
         _points(axes, means, places, colour=COLOURS[index], name=decoding)
@@ -48,7 +48,7 @@ def outcomes(results: Results) -> Figure | None:
         return None
     figure, axes = _panel([f"{label(arms[one['arm']])} – {label(arms[one['against']])}" for one in compared])
     left = np.zeros(len(compared))
-    for key, colour in (("win", COLOURS[2]), ("tie", "#cccccc"), ("lose", COLOURS[1])):
+    for key, colour in zip(OUTCOMES, (COLOURS[2], "#cccccc", COLOURS[1]), strict=True):
         widths = np.array([100 * np.mean(one["sampled"][key]) for one in compared])
         axes.barh(np.arange(len(compared)), widths, left=left, color=colour, label=key, height=0.7)
         left += widths
@@ -142,6 +142,5 @@ def _points(axes: Axes, means: Sequence[Mean], places: np.ndarray, *, colour: st
 
 def _bars(means: Sequence[Mean]) -> np.ndarray | None:
     """Gives the lengths of error bars, `[2, N]`; None for one seed."""
-    if any(np.isnan(mean.low) for mean in means):
-        return None
-    return np.array([[mean.value - mean.low for mean in means], [mean.high - mean.value for mean in means]])
+    value, low, high = np.transpose(means)
+    return None if np.isnan(low).any() else np.array([value - low, high - value])

@@ -104,11 +104,7 @@ def stage_measures(scores: Path, reference: Path | None) -> dict[str, Any]:
 def arm_measures(run: Path, *, beta: float, lam: float | None, scale: float) -> dict[str, float]:
     """Measures one preference run, from eval.json, eval_pairs.jsonl and metrics.jsonl.
 
-    Args:
-      run: its directory.
-      beta: β of Δ = β·m̂.
-      lam: λ; None without refinement.
-      scale: the factor of m where λΔ is subtracted from it, β or 1.
+    λΔ = λβ·m̂ is subtracted from `scale`·m; λ is None without refinement.
     """
     evaluation = json.loads((run / "eval.json").read_text(encoding="utf-8"))
     pairs = read_lines(run / "eval_pairs.jsonl")

@@ -22,17 +22,6 @@ class Picture:
     caption: str
 
 
-QUALITY = Picture(
-    "True quality of responses",
-    figures.quality,
-    "Greedy responses show what a model can do, sampled ones (temperature 1) what it does. Bars are 95 % intervals "
-    "over seeds.",
-)
-MARGINS = Picture(
-    "Margins over training (figure 1)",
-    figures.margins,
-    "Held-out pairs, without p (full lines) and with it (broken). Means over seeds.",
-)
 FIGURES = (
     Picture(
         "What the base model knows",
@@ -40,14 +29,23 @@ FIGURES = (
         "The instruction asks for a response of rating k; responses that follow it lie on the broken line. Ratings "
         "drawn by chance in the base text, and tasks that were not learned, flatten the climb.",
     ),
-    QUALITY,
+    Picture(
+        "True quality of responses",
+        figures.quality,
+        "Greedy responses show what a model can do, sampled ones (temperature 1) what it does. Bars are 95 % intervals "
+        "over seeds.",
+    ),
     Picture(
         "Win, tie and lose",
         figures.outcomes,
         "The first arm of each row against the second, on the same pairs and with the same random draws; arms with a β "
         "of their own are the controls.",
     ),
-    MARGINS,
+    Picture(
+        "Margins over training (figure 1)",
+        figures.margins,
+        "Held-out pairs, without p (full lines) and with it (broken). Means over seeds.",
+    ),
     Picture(
         "Accuracy over training (figure 1)",
         figures.accuracies,
@@ -59,12 +57,13 @@ FIGURES = (
 )
 
 
-def write_pictures(results: Results, directory: Path) -> None:
-    """Writes the figures of the findings page as SVG files; leaves out one that has nothing to show."""
-    for name, picture in {"quality": QUALITY, "margins": MARGINS}.items():
-        drawn = svg(picture.draw, results)
+def write_page(results: Results, directory: Path) -> None:
+    """Writes results.html, and the figures of the findings page as SVG files; leaves out one that shows nothing."""
+    write_text(directory / "results.html", render(results))
+    for draw in (figures.quality, figures.margins):
+        drawn = svg(draw, results)
         if drawn is not None:
-            write_text(directory / f"{name}.svg", drawn)
+            write_text(directory / f"{draw.__name__}.svg", drawn)
 
 
 def render(results: Results) -> str:

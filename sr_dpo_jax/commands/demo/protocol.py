@@ -19,6 +19,9 @@ from sr_dpo_jax.config.load import config_from_dict
 from sr_dpo_jax.config.schema import Config
 
 LAMBDAS = (0.1, 0.3, 0.5, 1.0)
+BASE_TEXTS_PER_STEP, PAIRS_PER_STEP = 64, 32
+TEMPERATURES = {"sampled": 1.0, "greedy": 0.0}
+"""The temperature of each file of responses that a model gives to held-out tasks."""
 PAIRS, MORE, SHUFFLED = "pairs", "more", "shuffled"
 """Preference sets: the seed's own, one of several times its size, and its own with labels drawn by a coin."""
 
@@ -54,8 +57,14 @@ class Setting:
     """The size of the preference set `more` as a multiple of that of `pairs`."""
     evaluations: int
     """The number of evaluations on held-out pairs while an arm trains, the last one at its end."""
-    base_pairs_per_step: int = 64
-    pairs_per_step: int = 32
+
+    @property
+    def base_texts(self) -> int:
+        return self.base_steps * BASE_TEXTS_PER_STEP
+
+    def pairs_of(self, data: str, knobs: Knobs) -> int:
+        """Gives the size of a preference set."""
+        return knobs.pairs * (self.more_factor if data == MORE else 1)
 
 
 def _with_beta(objective: str, beta_share: float) -> Arm:
@@ -101,7 +110,6 @@ FULL = Setting(
     more_factor=4,
     evaluations=4,
 )
-LEARNING_RATE = {"base": 4e-3, "sft": 5e-4, "preference": 1e-4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +137,7 @@ class Layout:
         return self.root / f"seed-{seed}" / name
 
     def sft_model(self, seed: int) -> Path:
-        return self.root / f"seed-{seed}" / "sft-model"
+        return self.run(seed, "sft-model")
 
 
 def base_config(layout: Layout, setting: Setting) -> Config:
@@ -137,100 +145,72 @@ def base_config(layout: Layout, setting: Setting) -> Config:
     return _config(
         layout,
         layout.base_run,
-        layout.base,
-        layout.data("base"),
-        {"name": "sft"},
-        init="random",
-        pairs_per_step=setting.base_pairs_per_step,
-        optimizer={"learning_rate": LEARNING_RATE["base"], "warmup_steps": 50, "schedule": "cosine"},
+        model={"path": str(layout.base), "init": "random"},
+        data={"path": str(layout.data("base"))},
+        objective={"name": "sft"},
+        optimizer={"learning_rate": 4e-3, "warmup_steps": 50, "schedule": "cosine"},
+        batch={"pairs_per_step": BASE_TEXTS_PER_STEP},
         train={"max_steps": setting.base_steps},
     )
 
 
-def sft_config(layout: Layout, setting: Setting, seed: int) -> Config:
+def sft_config(layout: Layout, seed: int) -> Config:
     """Configures SFT of the base model on the chosen responses of the seed's pairs."""
     return _config(
         layout,
         layout.run(seed, "sft"),
-        layout.base_model,
-        layout.data(PAIRS, seed),
-        {"name": "sft"},
         seed=seed,
-        pairs_per_step=setting.pairs_per_step,
-        optimizer={"learning_rate": LEARNING_RATE["sft"]},
+        model={"path": str(layout.base_model)},
+        data={"path": str(layout.data(PAIRS, seed))},
+        objective={"name": "sft"},
+        optimizer={"learning_rate": 5e-4},
     )
 
 
 def arm_config(layout: Layout, setting: Setting, knobs: Knobs, seed: int, arm: Arm) -> Config:
     """Configures one preference run from the seed's SFT model."""
-    steps = knobs.pairs * (setting.more_factor if arm.data == MORE else 1) // setting.pairs_per_step
-    objective = {"name": arm.objective, "beta": arm.beta(knobs.beta)} | ({} if arm.lam is None else {"lam": arm.lam})
+    steps = setting.pairs_of(arm.data, knobs) // PAIRS_PER_STEP
     return _config(
         layout,
         layout.run(seed, arm.name),
-        layout.sft_model(seed),
-        layout.data(arm.data, seed),
-        objective,
         seed=seed,
-        pairs_per_step=setting.pairs_per_step,
-        eval_path=str(layout.data("held_out")),
+        model={"path": str(layout.sft_model(seed))},
+        data={"path": str(layout.data(arm.data, seed)), "eval_path": str(layout.data("held_out"))},
+        objective={"name": arm.objective, "beta": arm.beta(knobs.beta)} | ({} if arm.lam is None else {"lam": arm.lam}),
         train={"eval_every_steps": max(1, steps // setting.evaluations)},
     )
 
 
-def scoring_config(layout: Layout, setting: Setting, model: Path) -> Config:
+def scoring_config(layout: Layout, model: Path) -> Config:
     """Configures `sr-dpo score` of the held-out pairs with the base or an SFT model, which have no reference."""
     return _config(
         layout,
         model.parent / f"{model.name}-scores",
-        model,
-        layout.data("held_out"),
-        {"name": "dpo"},
-        pairs_per_step=setting.pairs_per_step,
+        model={"path": str(model)},
+        data={"path": str(layout.data("held_out"))},
+        objective={"name": "dpo"},
     )
 
 
-def _config(
-    layout: Layout,
-    output_dir: Path,
-    model: Path,
-    data: Path,
-    objective: dict[str, Any],
-    *,
-    pairs_per_step: int,
-    init: str = "pretrained",
-    seed: int = 0,
-    eval_path: str | None = None,
-    optimizer: dict[str, Any] | None = None,
-    train: dict[str, Any] | None = None,
-) -> Config:
-    raw = {
-        "output_dir": str(output_dir),
-        "cache_dir": str(layout.root / "cache"),
-        "seed": seed,
+def _config(layout: Layout, output_dir: Path, *, seed: int = 0, **sections: dict[str, Any]) -> Config:
+    """Makes the configuration that all runs share; the keys in `sections` add to it or replace its own."""
+    shared: dict[str, dict[str, Any]] = {
         # Rows are shorter than two tiles: computing a whole row at once is faster.
-        "model": {"path": str(model), "dtype": "float32", "init": init, "attention": "dense"},
-        "data": {
-            "path": str(data),
-            "eval_path": eval_path,
-            "format": "preference",
-            "max_length": 48,
-            "max_prompt_length": 32,
-        },
-        "objective": objective,
+        "model": {"dtype": "float32", "attention": "dense"},
+        "data": {"format": "preference", "max_length": 48, "max_prompt_length": 32},
         "optimizer": {
             "name": "adamw",
-            "learning_rate": LEARNING_RATE["preference"],
+            "learning_rate": 1e-4,
             "warmup_steps": 10,
             "max_grad_norm": 1.0,
             "schedule": "constant",
             "b2": 0.98,
-            **(optimizer or {}),
         },
         # All runs have one row length, so that a program is compiled once and the next run finds it.
-        "batch": {"pairs_per_step": pairs_per_step, "row_length": 64, "row_multiple": 64},
-        "train": train or {},
+        "batch": {"pairs_per_step": PAIRS_PER_STEP, "row_length": 64, "row_multiple": 64},
         "checkpoint": {"every_steps": 1000},
         "generation": {"max_new_tokens": 10, "slots": 128},
     }
+    merged = {name: shared.get(name, {}) | sections.get(name, {}) for name in (*shared, *sections)}
+    raw = {"output_dir": str(output_dir), "cache_dir": str(layout.root / "cache"), "seed": seed, **merged}
     return config_from_dict(raw, where=str(output_dir))

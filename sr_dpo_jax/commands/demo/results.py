@@ -6,7 +6,7 @@ Imports no jax.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,22 @@ import numpy as np
 from sr_dpo_jax import __version__
 from sr_dpo_jax.commands.demo import measure
 from sr_dpo_jax.commands.demo.corpus import Knobs
-from sr_dpo_jax.commands.demo.protocol import LAMBDAS, MORE, PAIRS, SHUFFLED, Arm, Layout, Setting
-from sr_dpo_jax.commands.demo.statistics import Mean, mean_of, outcomes, paired
-from sr_dpo_jax.commands.report.tables import NONE, Table, number
+from sr_dpo_jax.commands.demo.protocol import (
+    LAMBDAS,
+    MORE,
+    PAIRS,
+    SHUFFLED,
+    TEMPERATURES,
+    Arm,
+    Layout,
+    Setting,
+)
+from sr_dpo_jax.commands.demo.statistics import mean_of, outcomes, paired
+from sr_dpo_jax.commands.report.tables import Table, number, with_interval
 from sr_dpo_jax.train.objective import OBJECTIVES
 
-DECODINGS = ("sampled", "greedy")
 DIGITS = 5
+OUTCOMES = ("win", "tie", "lose")
 KNOBS = ("rated_share", "rating_noise", "label_noise", "gaps", "beta")
 Results = dict[str, Any]
 
@@ -32,9 +41,8 @@ def collect(layout: Layout, setting: Setting, knobs: Knobs, seeds: Sequence[int]
     base, sft = layout.base_run, [layout.run(seed, "sft") for seed in seeds]
     scores = base / "scores.jsonl"
     sizes = {name: getattr(setting, name) for name in ("name", "tasks", "base_steps", "held_out_pairs", "more_factor")}
-    texts = setting.base_steps * setting.base_pairs_per_step
     results = {
-        "setting": {**sizes, **dataclasses.asdict(knobs), "seeds": len(seeds), "base_texts": texts},
+        "setting": {**sizes, **dataclasses.asdict(knobs), "seeds": len(seeds), "base_texts": setting.base_texts},
         "versions": {"sr_dpo_jax": __version__, "jax": version("jax")},
         "knowledge": measure.knowledge(base / "rated.jsonl"),
         "counting_words": measure.counting_words(layout.data("held_out")),
@@ -79,15 +87,15 @@ def _arm(layout: Layout, knobs: Knobs, seeds: Sequence[int], arm: Arm) -> dict[s
 
 
 def _responses(runs: Sequence[Path]) -> dict[str, list[float]]:
-    return {name: [float(measure.qualities(run / f"{name}.jsonl").mean()) for run in runs] for name in DECODINGS}
+    return {name: [float(measure.qualities(run / f"{name}.jsonl").mean()) for run in runs] for name in TEMPERATURES}
 
 
 def _outcomes(layout: Layout, seeds: Sequence[int], arm: str, baseline: str) -> dict[str, Any]:
     compared: dict[str, Any] = {"arm": arm, "against": baseline}
-    for name in DECODINGS:
+    for name in TEMPERATURES:
         pairs = [[layout.run(seed, which) / f"{name}.jsonl" for which in (arm, baseline)] for seed in seeds]
         shares = [outcomes(*map(measure.qualities, pair)) for pair in pairs]
-        compared[name] = dict(zip(("win", "tie", "lose"), zip(*shares, strict=True), strict=True))
+        compared[name] = dict(zip(OUTCOMES, zip(*shares, strict=True), strict=True))
     return compared
 
 
@@ -150,59 +158,44 @@ def knowledge_table(results: Results) -> Table:
 
 
 def quality_table(results: Results) -> Table:
-    rows = []
-    for name, row in stages_of(results) + [(label(arm), arm) for arm in results["arms"].values()]:
-        accuracies = {"accuracy of m": "accuracy", "accuracy of m̂": "augmented_accuracy"}
-        cells = {heading: _mean_cell(row[key]) if key in row else NONE for heading, key in accuracies.items()}
-        rows.append({"": name, **{key: _mean_cell(row[key], 1) for key in DECODINGS}, **cells})
-    return Table.of(rows)
+    columns = {"sampled": ("sampled", 1), "greedy": ("greedy", 1)}
+    columns |= {"accuracy of m": ("accuracy", 3), "accuracy of m̂": ("augmented_accuracy", 3)}
+    return _means([({"": name}, measures) for name, measures in models_of(results)], columns)
 
 
 def outcome_table(results: Results) -> Table:
     rows = []
     for arm, baseline, shares in _compared(results):
-        percent = {key: np.multiply(100, shares[key]) for key in ("win", "tie", "lose")}
-        balance = paired(percent["win"], percent["lose"])
-        difference = paired(arm["sampled"], baseline["sampled"])
-        rows.append(
-            {
-                "": label(arm),
-                "against": label(baseline),
-                **{f"{key} %": number(float(values.mean()), 1) for key, values in percent.items()},
-                "win − lose": _interval(balance.difference, 1),
-                "p of it": _p(balance.p),
-                "difference in quality": _interval(difference.difference, 1),
-                "p of that": _p(difference.p),
-            }
-        )
+        percent = {key: np.multiply(100, shares[key]) for key in OUTCOMES}
+        row = {"": label(arm), "against": label(baseline)}
+        row |= {f"{key} %": number(float(values.mean()), 1) for key, values in percent.items()}
+        row["win − lose"], row["p of it"] = _difference(percent["win"], percent["lose"], 1)
+        row["difference in quality"], row["p of that"] = _difference(arm["sampled"], baseline["sampled"], 1)
+        rows.append(row)
     return Table.of(rows)
 
 
 def correlation_table(results: Results) -> Table:
-    keys = {"m: ": "", "m̂: ": "augmented_"}
-    return Table.of(
-        [
-            {"": label(arm)}
-            | {
-                f"{kind}{name.capitalize()}": _mean_cell(arm[f"{prefix}{name}"])
-                for kind, prefix in keys.items()
-                for name in measure.STATISTICS
-            }
-            for arm in results["arms"].values()
-        ]
-    )
+    columns = {
+        f"{kind}: {name.capitalize()}": (f"{prefix}{name}", 3)
+        for kind, prefix in (("m", ""), ("m̂", "augmented_"))
+        for name in measure.STATISTICS
+    }
+    return _means(_arms_of(results), columns)
 
 
 def paired_table(results: Results) -> Table:
     """Has the differences arm − baseline, and p of their paired t tests."""
-    compared = {"accuracy of m": "accuracy", "Spearman of m and the gap": "spearman", "greedy quality": "greedy"}
+    compared = {
+        "accuracy of m": ("accuracy", 3),
+        "Spearman of m and the gap": ("spearman", 3),
+        "greedy quality": ("greedy", 1),
+    }
     rows = []
     for arm, baseline, _ in _compared(results):
         row = {"": label(arm), "against": label(baseline)}
-        for heading, key in compared.items():
-            test = paired(arm[key], baseline[key])
-            row[heading] = _interval(test.difference, 1 if key == "greedy" else 3)
-            row[f"p of {heading}"] = _p(test.p)
+        for heading, (key, digits) in compared.items():
+            row[heading], row[f"p of {heading}"] = _difference(arm[key], baseline[key], digits)
         rows.append(row)
     return Table.of(rows)
 
@@ -214,44 +207,34 @@ def stage_table(results: Results) -> Table:
         "plain_margin": "m: reference base",
         "augmented_margin": "m̂: reference base, with p",
     }
-    measured = [
-        (name, what, stage[key]) for name, stage in stages_of(results) for key, what in kinds.items() if key in stage
+    rows = [
+        ({"": name, "what": what}, stage[key])
+        for name, stage in _stages_of(results)
+        for key, what in kinds.items()
+        if key in stage
     ]
-    for arm in results["arms"].values():
-        columns = {key: arm[f"augmented_{key}"] for key in ("accuracy", "accuracy_of_clear", "spearman")} | {
-            "given_plain": arm["given_plain"]
-        }
-        measured.append((label(arm), "m̂: reference SFT, with p", columns))
+    for about, arm in _arms_of(results):
+        measures = {key: arm[f"augmented_{key}"] for key in ("accuracy", "accuracy_of_clear", "spearman")}
+        rows.append((about | {"what": "m̂: reference SFT, with p"}, measures | {"given_plain": arm["given_plain"]}))
     counted = {key: [value] for key, value in results["counting_words"].items()}
-    measured.append(("no model", "words that stand in the task, counted", counted))
-    return Table.of(
-        [
-            {
-                "": name,
-                "what": what,
-                "accuracy": _mean_cell(columns["accuracy"]),
-                f"accuracy, gap ≥ {measure.LEAST_GAP:g}": _mean_cell(columns["accuracy_of_clear"]),
-                "Spearman with the gap": _mean_cell(columns["spearman"]),
-                "the same, given what is said without p": _mean_cell(columns.get("given_plain", [None]), 2),
-            }
-            for name, what, columns in measured
-        ]
-    )
+    rows.append(({"": "no model", "what": "words that stand in the task, counted"}, counted))
+    columns = {
+        "accuracy": ("accuracy", 3),
+        f"accuracy, gap ≥ {measure.LEAST_GAP:g}": ("accuracy_of_clear", 3),
+        "Spearman with the gap": ("spearman", 3),
+        "the same, given what is said without p": ("given_plain", 2),
+    }
+    return _means(rows, columns)
 
 
 def shift_table(results: Results) -> Table:
-    return Table.of(
-        [
-            {
-                "": label(arm),
-                "margin m": _mean_cell(arm["margin"], 1),
-                "augmented margin m̂": _mean_cell(arm["augmented_margin"], 1),
-                "Pearson of m and m̂": _mean_cell(arm["margins_agree"], 2),
-                "λΔ relative to what it is taken from": _mean_cell(arm.get("shift_share", [None]), 2),
-            }
-            for arm in results["arms"].values()
-        ]
-    )
+    columns = {
+        "margin m": ("margin", 1),
+        "augmented margin m̂": ("augmented_margin", 1),
+        "Pearson of m and m̂": ("margins_agree", 2),
+        "λΔ relative to what it is taken from": ("shift_share", 2),
+    }
+    return _means(_arms_of(results), columns)
 
 
 def cost_table(results: Results) -> Table:
@@ -273,9 +256,17 @@ def label(arm: dict[str, Any]) -> str:
     return text + {PAIRS: "", MORE: ", more pairs", SHUFFLED: ", shuffled labels"}[arm["data"]]
 
 
-def stages_of(results: Results) -> list[tuple[str, dict[str, Any]]]:
-    """Gives the models before preference training, with their names in tables and figures."""
+def models_of(results: Results) -> list[tuple[str, dict[str, Any]]]:
+    """Gives the models before and after preference training, with their names in tables and figures."""
+    return _stages_of(results) + [(label(arm), arm) for arm in results["arms"].values()]
+
+
+def _stages_of(results: Results) -> list[tuple[str, dict[str, Any]]]:
     return [("Base model", results["stages"]["base"]), ("SFT", results["stages"]["sft"])]
+
+
+def _arms_of(results: Results) -> list[tuple[dict[str, str], dict[str, Any]]]:
+    return [({"": label(arm)}, arm) for arm in results["arms"].values()]
 
 
 def _compared(results: Results) -> list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
@@ -284,14 +275,26 @@ def _compared(results: Results) -> list[tuple[dict[str, Any], dict[str, Any], di
     return [(arms[one["arm"]], arms[one["against"]], one["sampled"]) for one in results["outcomes"]]
 
 
-def _mean_cell(values: Sequence[float | None], digits: int = 3) -> str:
-    return _interval(mean_of([math.nan if value is None else value for value in values]), digits)
+def _means(rows: Sequence[tuple[dict[str, str], dict[str, Any]]], columns: Mapping[str, tuple[str, int]]) -> Table:
+    """Makes a table of means over seeds.
+
+    Args:
+      rows: of each row the first cells by heading, and the measures, lists of one value a seed.
+      columns: of each heading the measure, which a row may lack, and the number of decimals.
+    """
+    return Table.of(
+        [
+            first | {heading: _mean(measures.get(key, [None]), digits) for heading, (key, digits) in columns.items()}
+            for first, measures in rows
+        ]
+    )
 
 
-def _interval(mean: Mean, digits: int) -> str:
-    text = number(mean.value, digits)
-    return text if math.isnan(mean.low) else f"{text} [{number(mean.low, digits)}, {number(mean.high, digits)}]"
+def _mean(values: Sequence[float | None], digits: int) -> str:
+    return with_interval(*mean_of(values), digits)
 
 
-def _p(value: float) -> str:
-    return "< 0.001" if value < 0.0005 else number(value)
+def _difference(first: Sequence[float], second: Sequence[float], digits: int) -> tuple[str, str]:
+    """Gives the cells of a paired test: the mean difference with its interval, and p."""
+    test = paired(first, second)
+    return with_interval(*test.difference, digits), "< 0.001" if test.p < 0.0005 else number(test.p)

@@ -13,6 +13,7 @@ from sr_dpo_jax.commands.demo.protocol import (
     MORE,
     PAIRS,
     SHUFFLED,
+    TEMPERATURES,
     Arm,
     Layout,
     Setting,
@@ -31,9 +32,6 @@ from sr_dpo_jax.train.loop import EXIT_DONE, train
 
 log = logging.getLogger(__name__)
 
-GREEDY, SAMPLED, RATED, SCORES = "greedy.jsonl", "sampled.jsonl", "rated.jsonl", "scores.jsonl"
-DECODING = {GREEDY: 0.0, SAMPLED: 1.0}
-"""Files of responses, and their temperatures."""
 RATED_PROMPTS = 64
 """The number of held-out tasks that the base model does at every rating."""
 
@@ -50,25 +48,25 @@ def make_base(layout: Layout, setting: Setting, knobs: Knobs) -> None:
     """Makes held-out data and the base model, its responses at every rating and its scores of held-out pairs."""
     layout.data("held_out").parent.mkdir(parents=True, exist_ok=True)
     write_base_model(layout.base)
-    held_out = preference_rows(
-        setting.held_out_pairs, kinds=setting.tasks, gaps=knobs.gaps, label_noise=0.0, seed="held out"
-    )
-    _write_once(layout.data("held_out"), held_out)
-    rated = [
-        {**row, "prompt": instruction(rating) + row["prompt"], "rating": rating}
-        for rating in RATINGS
-        for row in held_out[:RATED_PROMPTS]
-    ]
-    _write_once(layout.data("rated"), rated)
-    config = base_config(layout, setting)
+    kinds = setting.tasks
     if not layout.data("base").exists():
-        count = setting.base_steps * setting.base_pairs_per_step
-        rows = base_rows(
-            count, kinds=setting.tasks, rated_share=knobs.rated_share, rating_noise=knobs.rating_noise, seed=0
+        held_out = preference_rows(
+            setting.held_out_pairs, kinds=kinds, gaps=knobs.gaps, label_noise=0.0, seed="held out"
         )
-        write_rows(layout.data("base"), rows)
-    _make_model(layout, setting, config, layout.base_model)
-    _respond(config, layout.data("rated"), layout.base_run / RATED, temperature=1.0)
+        rated = [
+            {**row, "prompt": instruction(rating) + row["prompt"], "rating": rating}
+            for rating in RATINGS
+            for row in held_out[:RATED_PROMPTS]
+        ]
+        texts = base_rows(
+            setting.base_texts, kinds=kinds, rated_share=knobs.rated_share, rating_noise=knobs.rating_noise, seed=0
+        )
+        write_rows(layout.data("held_out"), held_out)
+        write_rows(layout.data("rated"), rated)
+        write_rows(layout.data("base"), texts)  # the last one: where it is, all three are
+    config = base_config(layout, setting)
+    _make_model(layout, config, layout.base_model)
+    _respond(config, layout.data("rated"), layout.base_run / "rated.jsonl", temperature=1.0)
 
 
 def make_sft(layout: Layout, setting: Setting, knobs: Knobs, seed: int) -> None:
@@ -77,7 +75,7 @@ def make_sft(layout: Layout, setting: Setting, knobs: Knobs, seed: int) -> None:
     for name in dict.fromkeys([PAIRS, *(arm.data for arm in setting.arms)]):
         if not layout.data(name, seed).exists():
             rows = preference_rows(
-                knobs.pairs * (setting.more_factor if name == MORE else 1),
+                setting.pairs_of(name, knobs),
                 kinds=setting.tasks,
                 gaps=knobs.gaps,
                 label_noise=0.5 if name == SHUFFLED else knobs.label_noise,
@@ -85,7 +83,7 @@ def make_sft(layout: Layout, setting: Setting, knobs: Knobs, seed: int) -> None:
                 without=held_out,
             )
             write_rows(layout.data(name, seed), rows)
-    _make_model(layout, setting, sft_config(layout, setting, seed), layout.sft_model(seed))
+    _make_model(layout, sft_config(layout, seed), layout.sft_model(seed))
 
 
 def run_arm(layout: Layout, setting: Setting, knobs: Knobs, seed: int, arm: Arm) -> None:
@@ -98,19 +96,15 @@ def run_arm(layout: Layout, setting: Setting, knobs: Knobs, seed: int, arm: Arm)
     _respond_to_all(config, layout)
 
 
-def _write_once(path: Path, rows: list) -> None:
-    if not path.exists():
-        write_rows(path, rows)
-
-
-def _make_model(layout: Layout, setting: Setting, config: Config, model: Path) -> None:
+def _make_model(layout: Layout, config: Config, model: Path) -> None:
     """Trains and exports a model without a reference, scores the held-out pairs with it and samples its responses."""
     run = Path(config.output_dir)
     if not model.exists():
         _train(config)
         export(run, model)
-    if not (run / SCORES).exists():
-        score_command(scoring_config(layout, setting, model), run / SCORES)
+    scores = run / "scores.jsonl"
+    if not scores.exists():
+        score_command(scoring_config(layout, model), scores)
     _respond_to_all(config, layout)
 
 
@@ -126,8 +120,9 @@ def _train(config: Config) -> None:
 
 
 def _respond_to_all(config: Config, layout: Layout) -> None:
-    for name, temperature in DECODING.items():
-        _respond(config, layout.data("held_out"), Path(config.output_dir) / name, temperature=temperature)
+    for name, temperature in TEMPERATURES.items():
+        output = Path(config.output_dir) / f"{name}.jsonl"
+        _respond(config, layout.data("held_out"), output, temperature=temperature)
 
 
 def _respond(config: Config, prompts: Path, output: Path, *, temperature: float) -> None:

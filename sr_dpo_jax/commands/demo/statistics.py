@@ -27,13 +27,12 @@ class Paired(NamedTuple):
     p: float
 
 
-def mean_of(values: Sequence[float]) -> Mean:
-    """Gives the mean of one value or more, with its interval."""
+def mean_of(values: Sequence[float | None]) -> Mean:
+    """Gives the mean of one value or more, with its interval; None counts as NaN."""
     array = np.asarray(values, np.float64)
-    mean = float(array.mean())
-    if len(array) < 2:
-        return Mean(mean, np.nan, np.nan)
-    half = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, len(array) - 1) * scipy.stats.sem(array)
+    mean, half = float(array.mean()), np.nan
+    if len(array) > 1:
+        half = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, len(array) - 1) * scipy.stats.sem(array)
     return Mean(mean, float(mean - half), float(mean + half))
 
 

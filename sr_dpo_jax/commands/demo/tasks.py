@@ -77,12 +77,7 @@ def _counts(words: Sequence[str]) -> list[str]:
 
 
 def quality(response: str, answer: Sequence[str]) -> float:
-    """Computes the quality of a response, 0 to 100, by the formula above. White space separates words.
-
-    Args:
-      response: any text.
-      answer: the words of the right answer, at least one.
-    """
+    """Computes the quality of a response to a task, 0 to 100, by the formula above. White space separates words."""
     words = response.split()
     most = max(len(words), len(answer))
     return 100.0 * (most - edit_distance(words, answer)) / most
@@ -118,11 +113,7 @@ def rating_of(quality: float) -> int:
 
 
 def instruction(rating: int) -> str:
-    """Gives the paper's p with another rating in place of its 100; p itself, letter by letter, at 100.
-
-    Raises:
-      UsageError: the rating is not in `RATINGS`.
-    """
+    """Gives the paper's p with another of `RATINGS` in place of its 100; p itself, letter by letter, at 100."""
     if rating not in RATINGS:
         raise UsageError(f"rating {rating}: this world has the ratings {', '.join(map(str, RATINGS))}")
     return RATING_IN_P.sub(f" {rating}", PAPER_INSTRUCTION)

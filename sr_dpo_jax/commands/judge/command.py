@@ -29,13 +29,7 @@ def judge_command(
 
     Replies are kept in OUTPUT.replies.jsonl: the same command again asks only for what is missing there.
 
-    Args:
-      first, second: files of answers.
-      questions: the questions that they answer.
-      output: the JSON file to write.
-      judge_config: a YAML file whose keys replace those of judge.yaml.
-      model: the judge's name at the endpoint; None takes that of the settings.
-      base_url: the address of the endpoint; None takes that of the settings.
+    `judge_config`, a YAML file, replaces keys of judge.yaml; `model` and `base_url` of the judge replace those of both.
 
     Raises:
       UsageError: files or settings cannot be used, the endpoint refuses, or no comparison has a verdict.

@@ -52,15 +52,9 @@ def parse(pattern: str, reply: str | None) -> str | None:
 
 
 class Replies:
-    """The replies that hold a verdict, in a file of JSON lines of `key` and `reply`.
+    """The replies that hold a verdict, in a file of JSON lines of `key` and `reply`; those of earlier runs are read.
 
-    Each is written as it comes, so that a kill loses none of them.
-
-    Args:
-      path: the file; the replies of an earlier run are read from it.
-
-    Raises:
-      UsageError: the file is damaged.
+    Each is written as it comes, so that a kill loses none of them. Raises UsageError where the file is damaged.
     """
 
     def __init__(self, path: Path):
@@ -80,15 +74,7 @@ class Replies:
 
 
 class Judge:
-    """Asks for verdicts.
-
-    Args:
-      settings: the endpoint, the model and the parameters of requests.
-      replies: the replies of earlier runs, to which new ones are added.
-
-    Raises:
-      UsageError: the environment has no key.
-    """
+    """Asks for verdicts, and adds new replies to those of earlier runs; raises UsageError where there is no key."""
 
     def __init__(self, settings: Settings, replies: Replies):
         key = os.environ.get(settings.api_key_variable)
@@ -105,9 +91,7 @@ class Judge:
     def verdicts(self, conversations: Sequence[Messages], progress: Callable[[int], None]) -> list[Verdict]:
         """Gives the verdict on each conversation; several of those that are not known yet are asked for at a time.
 
-        Args:
-          conversations: the messages of each request.
-          progress: called with the number of verdicts so far.
+        `progress` is called with the number of verdicts so far.
 
         Raises:
           UsageError: the endpoint refuses the key, or knows no such model.

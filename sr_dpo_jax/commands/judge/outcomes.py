@@ -22,9 +22,8 @@ class Comparison:
     turn: int
     category: str | None
     shown_first: Verdict
-    """The verdict where our model's answer was shown as A."""
     shown_second: Verdict
-    """The verdict where our model's answer was shown as B."""
+    """The verdicts where our model's answer was shown as A, and as B."""
 
     @property
     def outcome(self) -> str:
@@ -77,7 +76,7 @@ def share(values: np.ndarray, comparisons: np.ndarray, bootstrap: Bootstrap) -> 
     Args:
       values: `[Q]`, each question's part of the sum.
       comparisons: `[Q]`, the number of usable comparisons of each question, at least one.
-      bootstrap: the number of resamples, the interval's confidence and the seed.
+      bootstrap: the resampling.
     """
     value = float(values.sum() / comparisons.sum()) if len(values) else None
     if len(values) < 2:

@@ -91,16 +91,9 @@ def load(path: Path | None, *, model: str | None, base_url: str | None) -> Setti
 def messages(
     prompts: Prompts, question: Question, turn: int, first: tuple[str, ...], second: tuple[str, ...]
 ) -> list[dict[str, str]]:
-    """Makes the conversation that asks for a verdict on one turn.
+    """Makes the messages that ask the endpoint for a verdict on turn 1 or 2.
 
-    Args:
-      prompts: the texts to fill.
-      question: the question.
-      turn: 1 or 2.
-      first, second: the answers to each turn of the model that is shown as A and of the one that is shown as B.
-
-    Returns:
-      The messages as the endpoint takes them.
+    `first` are the answers to each turn of the model that is shown as A, `second` of the one that is shown as B.
     """
     known = "\n\n".join(question.reference[:turn])
     reference = Template(prompts.reference).substitute(reference=known) if question.reference else ""

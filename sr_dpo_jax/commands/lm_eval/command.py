@@ -65,14 +65,11 @@ def lm_eval_command(
     """Runs tasks, prints their metrics and writes them to `output`.
 
     Args:
-      model: the output_dir of a run, whose latest checkpoint is taken, or a Hugging Face directory or hub name.
+      model: the output_dir of a run, whose latest or `best` checkpoint is taken, or a Hugging Face directory or name.
       overrides: `section.key=value`, of the run's configuration or of the defaults.
       tasks: names of tasks of the harness or of `include_path`; None takes those of the paper.
-      include_path: a directory of task files.
       num_fewshot: examples before each question, except in tasks that fix the count to 0; None takes each task's own.
       limit: the number of first examples of each task; None takes all.
-      output: a JSON file, or None.
-      best: whether to take the run's best checkpoint, in place of its latest.
 
     Raises:
       UsageError: model, tasks or options cannot be used, or there is no best checkpoint.
@@ -122,16 +119,10 @@ def read_config(model: str, overrides: Sequence[str]) -> Config:
 
 
 def load_tasks(fewshot: dict[str, int | None], include_path: Path | None) -> dict[str, Any]:
-    """Loads tasks of the harness, whose data is read or fetched.
+    """Loads tasks, as the harness's `evaluate` takes them; their data is read or fetched.
 
-    Seeds are those of the harness's own command, so examples and order are too.
-
-    Args:
-      fewshot: the number of examples before each question by task or group; None takes what the task says.
-      include_path: a directory of further task files.
-
-    Returns:
-      The tasks as the harness's `evaluate` takes them.
+    Seeds are those of the harness's own command, so examples and order are too. `fewshot` holds the number of examples
+    before each question by task or group; None takes what the task says.
 
     Raises:
       UsageError: there is no such task, its data cannot be had, or it is of a kind that is not run here.

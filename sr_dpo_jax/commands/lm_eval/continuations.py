@@ -43,13 +43,7 @@ class _Packed:
 
 
 class ContinuationScorer:
-    """Scores continuations on the mesh.
-
-    Args:
-      model: the model on its mesh.
-      packing: how rows are packed; `pairs_per_step` requests make up a step.
-      params: the model's parameters.
-    """
+    """Scores continuations on the mesh; `packing.pairs_per_step` requests make up a step."""
 
     def __init__(self, model: PlacedModel, packing: Packing, params: Params):
         self._model, self._packing, self._params = model, packing, params
@@ -75,7 +69,7 @@ class ContinuationScorer:
         logprobs, greedy = np.full(len(requests), np.nan, np.float32), np.zeros(len(requests), bool)
         with Progress(title, total=len(plan), active=jax.process_index() == 0) as progress:
             for done, (pair, (sums, misses)) in enumerate(feed.results(partial(step, self._params)), 1):
-                logprobs[pair[pair >= 0]], greedy[pair[pair >= 0]] = sums[pair >= 0], misses[pair >= 0] == 0
+                logprobs[pair], greedy[pair] = sums, misses == 0
                 progress.update(done)
         if np.isnan(logprobs).any():
             raise UsageError(

@@ -36,13 +36,7 @@ GENERATION_KEYS = ("until", "do_sample", "temperature", "top_k", "top_p", "max_g
 
 
 class MeshLM(TemplateLM):
-    """A model as the harness sees it.
-
-    Args:
-      setup: the model on the mesh, the packing of rows, and the slots of generation.
-      params: the model's parameters.
-      tokenizer: the model's tokenizer.
-    """
+    """A model as the harness sees it."""
 
     def __init__(self, setup: Setup, params: Params, tokenizer: PreTrainedTokenizerBase):
         super().__init__()
@@ -112,10 +106,8 @@ class MeshLM(TemplateLM):
         done = 0
         with Progress("generation", total=len(requests), active=jax.process_index() == 0) as progress:
             for settings, numbers in groups.items():
-                prompts = [
-                    Prompt(number, 0, self._context(requests[number].args[0], settings), seed=number)
-                    for number in numbers
-                ]
+                contexts = {number: self._context(requests[number].args[0], settings) for number in numbers}
+                prompts = [Prompt(number, ids, seed=number) for number, ids in contexts.items()]
                 longest = max(len(prompt.ids) for prompt in prompts)
                 generator = Generator(self._model, self.tokenizer, settings, longest_prompt_tokens=longest)
                 for prompt, response in generator.respond(self._params, prompts):

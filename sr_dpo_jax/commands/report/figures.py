@@ -88,28 +88,13 @@ def loss(runs: Sequence[Run]) -> Figure | None:
         starts = {run.kind.loss_at_zero(run.beta) for run in members if run.kind.loss_at_zero and run.beta > 0}
         for start in sorted(starts):
             axes.axhline(start, **UNTRAINED)
-            axes.annotate(
-                "untrained",
-                (1, start),
-                xycoords=("axes fraction", "data"),
-                ha="right",
-                va="bottom",
-                xytext=(0, 2),
-                textcoords="offset points",
-                color="#666666",
-                fontsize=8,
-            )
+            where = axes.get_yaxis_transform()  # x as a share of the axes, y as data
+            axes.text(1, start, "untrained", transform=where, ha="right", va="bottom", color="#666666", fontsize=8)
     return figure
 
 
 def curve(name: str, title: str, *, is_share: bool = False) -> Callable[[Sequence[Run]], Figure | None]:
-    """Makes the function that draws one metric over steps.
-
-    Args:
-      name: the metric, as in metrics.jsonl.
-      title: of the vertical axis.
-      is_share: draws chance, 0.5, and keeps the axis around it; otherwise draws 0.
-    """
+    """Makes the function that draws a metric of metrics.jsonl over steps, and 0, or for a share chance, 0.5."""
 
     def draw(runs: Sequence[Run]) -> Figure | None:
         shown = [run for run in runs if any(name in line for line in run.steps) or len(_held_out(run, name)[0])]

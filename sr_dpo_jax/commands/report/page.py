@@ -189,7 +189,7 @@ def render(runs: Sequence[Run], *, with_texts: bool) -> str:
         sets=(SETS, image(SETS.draw, runs)),
         set_metrics=tables.held_out_sets(runs),
         sampled=[run for run in runs if run.samples],
-        completions=tables.samples(runs) if with_texts else [],
+        completions=tables.samples(runs) if with_texts else {},
         samples=samples,
         texts=texts_of(scored, ids) if with_texts and scored is not None else {},
         with_texts=with_texts,

@@ -47,9 +47,8 @@ class Run:
     evaluations: Sequence[Line]
     """The lines of metrics.jsonl for evaluations during training, by step."""
     evaluation: Line
-    """eval.json; empty where `sr-dpo eval` was not run."""
     pairs: Sequence[Line]
-    """The lines of eval_pairs.jsonl; empty where `sr-dpo eval` was not run."""
+    """eval.json, and the lines of eval_pairs.jsonl; empty where `sr-dpo eval` was not run."""
     sets: Sequence[str]
     """The held-out sets that were evaluated, `eval` and `eval/NAME`, in the order of the configuration."""
     shown_set: str
@@ -245,12 +244,7 @@ def _read_lines(
 ) -> list[dict[str, Any]]:
     """Reads the JSON objects of a file, one a line, or the single one of a .json file, and names what is damaged.
 
-    Args:
-      path: the file.
-      problems: takes the sentences about it.
-      needs: names of the numbers without which a line is damaged.
-      texts: names of the texts without which a line is damaged; they stay texts even where they read `nan`.
-      hint: says in a problem how the file comes to be.
+    A line is damaged without the numbers that it `needs`, or the `texts`, which stay texts even where they read `nan`.
     """
     try:
         text = path.read_text(encoding="utf-8", errors="replace")

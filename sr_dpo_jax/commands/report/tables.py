@@ -69,6 +69,12 @@ def number(value: Any, digits: int = 3) -> str:
     return text.replace("-", "−")
 
 
+def with_interval(value: Any, low: Any, high: Any, digits: int = 3) -> str:
+    """Gives a number as text, with its interval in brackets where both ends are finite."""
+    text, *ends = (number(part, digits) for part in (value, low, high))
+    return text if NONE in ends else f"{text} [{', '.join(ends)}]"
+
+
 def final_metrics(runs: Sequence[Run]) -> Table:
     """Has one row a run: its newest evaluation, and its median throughput."""
     rows = []
@@ -88,8 +94,9 @@ def final_metrics(runs: Sequence[Run]) -> Table:
             "λΔ / βm": number(shift_share(run)),
         }
         for name in ("pearson", "spearman", "kendall"):
-            value, low, high = (number(final.get(f"eval/margin/{name}{end}"), 2) for end in ("", "/low", "/high"))
-            row[name.capitalize()] = value if NONE in (low, high) else f"{value} [{low}, {high}]"
+            row[name.capitalize()] = with_interval(
+                *(final.get(f"eval/margin/{name}{end}") for end in ("", "/low", "/high")), 2
+            )
         row["best"] = (
             f"{number(best[0][run.config['checkpoint.best_metric']])} (step {run.best_step})" if best else NONE
         )
@@ -120,23 +127,20 @@ def _set_metrics(line: Mapping[str, Any], name: str) -> dict[str, str]:
     }
 
 
-def samples(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Gives each prompt with every run's responses, (step, text), newest first; only for those who ask for texts."""
-    responses: dict[tuple[str, str, str], dict[int, list[tuple[int, str]]]] = {}
+def samples(runs: Sequence[Run]) -> dict[tuple[str, str, str], list[list[tuple[int, str]]]]:
+    """Gives the responses, (step, text), newest first, of each run with samples to each (set, id, prompt).
+
+    Only for those who ask for texts.
+    """
     sampled = [run for run in runs if run.samples]
-    for run in sampled:
+    responses: dict[tuple[str, str, str], list[list[tuple[int, str]]]] = {}
+    for place, run in enumerate(sampled):
         for line in run.samples:
-            of_run = responses.setdefault((line["set"], line["id"], line["prompt"]), {})
-            of_run.setdefault(run.number, []).insert(0, (int(line["step"]), line["response"]))
-    return [
-        {
-            "set": set_title(held_out),
-            "id": identity,
-            "prompt": prompt,
-            "responses": [of_run.get(run.number, []) for run in sampled],
-        }
-        for (held_out, identity, prompt), of_run in responses.items()
-    ]
+            of_prompt = responses.setdefault(
+                (set_title(line["set"]), line["id"], line["prompt"]), [[] for _ in sampled]
+            )
+            of_prompt[place].insert(0, (int(line["step"]), line["response"]))
+    return responses
 
 
 def shift_share(run: Run) -> float:
@@ -155,8 +159,7 @@ def _share(share: float | None, pairs: float | None) -> str:
     """Gives a share with its 95 % interval, where it and the number of pairs are known."""
     if share is None or not pairs:
         return number(share)
-    low, high = share_interval(share, pairs)
-    return f"{number(share)} [{number(low)}, {number(high)}]"
+    return with_interval(share, *share_interval(share, pairs))
 
 
 def headline(runs: Sequence[Run]) -> list[str]:
