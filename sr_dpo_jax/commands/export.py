@@ -19,7 +19,6 @@ from sr_dpo_jax.durable.checkpoint import Checkpoints
 from sr_dpo_jax.durable.files import whole
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.weights.directory import ModelDirectory, open_directory
-from sr_dpo_jax.weights.families import tensors_of
 from sr_dpo_jax.weights.files import CONFIG, GENERATION_CONFIG, TEMPLATES, TOKENIZER_FILES
 from sr_dpo_jax.weights.layout import flatten
 from sr_dpo_jax.weights.placement import abstract_params
@@ -84,8 +83,7 @@ def export(
             _write_configs(directory, out, dtype)
             card = model_card(config, origin, name=out_dir.name, step=step, dtype=dtype)
             (out / "README.md").write_text(card, encoding="utf-8")
-            tensors = tensors_of(directory.architecture, directory.model_type)
-            groups = (checkpoints.read_params(tensor.params, step=step) for tensor in tensors)
+            groups = (checkpoints.read_params(tensor.params, step=step) for tensor in directory.tensors)
             save_params(groups, directory, abstract, out, dtype=np.dtype(dtype), shard_bytes=shard_bytes)
 
 

@@ -27,9 +27,9 @@ class LayerKind:
     """The sliding window: a query sees keys fewer than this many positions before it; None: all of them."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """The sizes and choices of a decoder-only transformer."""
+    """The sizes and choices of a decoder-only transformer; a choice that is not made is as in most families."""
 
     vocabulary_tokens: int
     hidden: int
@@ -46,32 +46,32 @@ class Architecture:
     """The index into `kinds` of each layer."""
     query_scale: float
     """The factor on the attention scores."""
-    attention_cap: float | None
+    attention_cap: float | None = None
     """Attention scores s become cap · tanh(s / cap); None leaves them."""
-    logit_cap: float | None
+    logit_cap: float | None = None
     """The same cap for the logits."""
-    head_norm: Literal["none", "head", "all"]
+    head_norm: Literal["none", "head", "all"] = "none"
     """The RMSNorm of queries and keys before rotation: none, within each head, or over all heads together."""
 
-    norm: Literal["layer", "rms"]
+    norm: Literal["layer", "rms"] = "rms"
     norm_epsilon: float
-    norm_offset: float
+    norm_offset: float = 0.0
     """Norms multiply by offset + scale; the offset is 1 where weight files hold the factor − 1."""
-    norm_inputs: bool
+    norm_inputs: bool = True
     """Attention and MLP read the normalised residual stream."""
-    norm_outputs: bool
+    norm_outputs: bool = False
     """The outputs of attention and MLP are normalised before they are added to the residual stream."""
-    parallel_residual: bool
+    parallel_residual: bool = False
     """Attention and MLP both read the layer's input, and both outputs are added to it."""
 
     activation: Literal["gelu", "gelu_tanh", "silu"]
-    gated: bool
+    gated: bool = True
     """The MLP is down(activation(gate(x)) · up(x)); otherwise down(activation(up(x)))."""
-    query_bias: bool
+    query_bias: bool = False
     """Query, key and value have biases."""
-    output_bias: bool
-    mlp_bias: bool
-    embedding_scale: float
+    output_bias: bool = False
+    mlp_bias: bool = False
+    embedding_scale: float = 1.0
     """The factor on the embeddings as they enter the residual stream."""
     tied: bool
     """The unembedding is the embedding."""

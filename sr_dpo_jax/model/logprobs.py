@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sr_dpo_jax.batch import SIDES, Rows
+from sr_dpo_jax.batch import CHOSEN, SIDES, Rows
 from sr_dpo_jax.model.attention import at_least_float32, soft_cap
 from sr_dpo_jax.parallel.mesh import constrain
 
@@ -40,13 +40,9 @@ def response_logprobs(
 
     Source: arXiv:2405.21040, section 2: sums over response tokens, end-of-sequence included.
     """
-    scored = jnp.take_along_axis(hidden, rows.source[..., None], axis=1)
-    scored = constrain(scored, ("rows", "scored", None))
-    per_token = token_logprobs(scored, vocabulary_matrix, rows.target, cap)
-    slots = SIDES * pairs + 1  # the last one collects unused positions
-    sums = jax.ops.segment_sum(per_token.reshape(-1), rows.slot.reshape(-1), slots)
-    tokens = jax.ops.segment_sum(jnp.ones(rows.slot.size, jnp.int32), rows.slot.reshape(-1), slots)
-    return sums[:-1].reshape(pairs, SIDES), tokens[:-1].reshape(pairs, SIDES)
+    per_token = token_logprobs(_scored(hidden, rows), vocabulary_matrix, rows.target, cap)
+    tokens = jnp.ones(rows.slot.shape, jnp.int32)
+    return _sums_by_response(per_token, rows, pairs), _sums_by_response(tokens, rows, pairs)
 
 
 def continuation_logprobs(
@@ -60,13 +56,22 @@ def continuation_logprobs(
       Log-probabilities `[B]` float32 in nats, and how many tokens were not the likeliest, `[B]` int32: 0 where the
       whole of the response is greedy. A token that ties with another one counts as likeliest.
     """
+    largest, normaliser, at_target = _scan(_scored(hidden, rows), vocabulary_matrix, rows.target, cap)
+    sums = _sums_by_response(at_target - normaliser, rows, pairs)
+    misses = _sums_by_response((at_target < largest).astype(jnp.int32), rows, pairs)
+    return sums[:, CHOSEN], misses[:, CHOSEN]
+
+
+def _scored(hidden: Array, rows: Rows) -> Array:
+    """Picks the hidden states that predict the targets, `[R, M, d]`."""
     scored = jnp.take_along_axis(hidden, rows.source[..., None], axis=1)
-    scored = constrain(scored, ("rows", "scored", None))
-    largest, normaliser, at_target = _scan(scored, vocabulary_matrix, rows.target, cap)
-    slots, slot = SIDES * pairs + 1, rows.slot.reshape(-1)
-    sums = jax.ops.segment_sum((at_target - normaliser).reshape(-1), slot, slots)
-    misses = jax.ops.segment_sum((at_target < largest).astype(jnp.int32).reshape(-1), slot, slots)
-    return sums[:-1:SIDES], misses[:-1:SIDES]
+    return constrain(scored, ("rows", "scored", None))
+
+
+def _sums_by_response(values: Array, rows: Rows, pairs: int) -> Array:
+    """Adds up the values `[R, M]` of each response's positions, `[B, 2]`."""
+    slots = SIDES * pairs + 1  # the last one collects unused positions
+    return jax.ops.segment_sum(values.reshape(-1), rows.slot.reshape(-1), slots)[:-1].reshape(pairs, SIDES)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))

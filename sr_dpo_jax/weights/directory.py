@@ -26,7 +26,7 @@ from safetensors import safe_open
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.model.architecture import Architecture
 from sr_dpo_jax.weights import hub
-from sr_dpo_jax.weights.families import architecture_of, require_known, tensors_of
+from sr_dpo_jax.weights.families import Tensor, architecture_of, require_known, tensors_of
 from sr_dpo_jax.weights.files import (
     CONFIG,
     FLOATS,
@@ -49,7 +49,7 @@ IGNORED = re.compile(r"\.(rotary_emb\.inv_freq|attention\.(bias|masked_bias))$")
 HEADS = ("lm_head.weight", "embed_out.weight")
 """Tensors that a tied model's files may hold beside the embedding, where they are equal to it."""
 ROWS = 4096
-"""Rows of a tensor that are compared at a time, so that it is never whole in memory."""
+"""Rows of a tensor that are compared, or searched for numbers that are not finite, at a time, to take no memory."""
 MOST_LAYERS = 10_000
 BAD_CONFIG = (ValueError, OSError, KeyError, TypeError, AttributeError, ArithmeticError, StrictDataclassError)
 """The errors that transformers and the families' tables raise on fields that make no sense."""
@@ -74,6 +74,11 @@ class ModelDirectory:
     architecture: Architecture
     revision: str | None
     """The commit that a hub name was resolved to; None for a directory that the user named."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The rows of the family's table."""
+        return tensors_of(self.architecture, self.model_type)
 
 
 def open_directory(path: str, *, revision: str | None = None, weights: bool = True) -> ModelDirectory:
@@ -184,6 +189,7 @@ def faults(
     """
     expected = _expected(directory, abstract)
     optional = set(HEADS) if directory.architecture.tied else set()
+    mapped_to = weight_map or {}
     held: dict[str, list[str]] = {}
     problems, unreadable = [], set()
     for path, header in headers.items():
@@ -197,12 +203,12 @@ def faults(
                 problems.append(f"{name}: shape {shape}, {CONFIG} asks {expected[name]}")
             if name in expected and dtype not in FLOATS:
                 problems.append(f"{name}: type {dtype}, supported: {', '.join(FLOATS)}")
-    for name in sorted(expected.keys() | held.keys() | (weight_map or {}).keys()):
+    for name in sorted(expected.keys() | held.keys() | mapped_to.keys()):
         if name not in expected:
             if name not in optional and not IGNORED.search(name):
                 problems.append(f"{name!r}: not part of this architecture")
             continue
-        holders, mapped = held.get(name, []), (weight_map or {}).get(name)
+        holders, mapped = held.get(name, []), mapped_to.get(name)
         if len(holders) > 1:
             problems.append(f"{name}: held by {' and by '.join(holders)}")
         elif not holders and mapped not in unreadable and not (weight_map is None and unreadable):
@@ -224,7 +230,7 @@ def _expected(directory: ModelDirectory, abstract: Any) -> dict[str, tuple[int, 
     flat, layers = flatten(abstract), directory.architecture.layers
     return {
         name: file_shape(blocks_of(tensor, flat))
-        for tensor in tensors_of(directory.architecture, directory.model_type)
+        for tensor in directory.tensors
         for name, _ in names_of(tensor, layers)
     }
 
@@ -233,8 +239,7 @@ def _untied(directory: ModelDirectory, file_of: Mapping[str, Path]) -> list[str]
     """Lists heads that differ from the embedding they are tied to: transformers would untie them and use the head."""
     if not directory.architecture.tied:
         return []
-    tensors = tensors_of(directory.architecture, directory.model_type)
-    (table,) = [tensor.name for tensor in tensors if tensor.params == ("embedding",)]
+    (table,) = [tensor.name for tensor in directory.tensors if tensor.params == ("embedding",)]
     return [
         f"{head}: is not {table}, to which {CONFIG} ties it; set tie_word_embeddings=false there, or remove the tensor"
         for head in HEADS

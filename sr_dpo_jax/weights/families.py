@@ -32,23 +32,6 @@ class Tensor:
     """The paths of the parameters in the tree, in the order in which the tensor holds them."""
 
 
-def architecture_of(config: Any, *, where: str) -> Architecture:
-    """Reads a transformers config of a known family into an architecture.
-
-    Args:
-      config: a transformers config.
-      where: names the file in errors.
-
-    Raises:
-      UsageError: the family, or something that the config asks for, is not supported; names the field and its value.
-    """
-    require_known(config.model_type, where=where)
-    architecture = _read(config, where)
-    if architecture.heads % architecture.kv_heads:
-        _refuse(where, "num_key_value_heads", architecture.kv_heads, f"divisors of {architecture.heads} heads")
-    return architecture
-
-
 def require_known(model_type: Any, *, where: str) -> None:
     """Refuses a config that names no family, or one that has no table here.
 
@@ -91,8 +74,16 @@ ACTIVATIONS = {
 """Names of activations in configs, and in `Architecture`."""
 
 
-def _read(config: Any, where: str) -> Architecture:
-    """Builds the architecture from the fields that most families share, as Llama has them, and the family's choices."""
+def architecture_of(config: Any, *, where: str) -> Architecture:
+    """Reads an architecture from the fields that most families share, as Llama has them, and the family's choices.
+
+    Args:
+      config: a transformers config of a known family.
+      where: names the file in errors.
+
+    Raises:
+      UsageError: something that the config asks for is not supported; names the field and its value.
+    """
     choices = _choices(config, where)
     activation = "hidden_activation" if hasattr(config, "hidden_activation") else "hidden_act"
     if getattr(config, activation) not in ACTIVATIONS:
@@ -109,24 +100,13 @@ def _read(config: Any, where: str) -> Architecture:
         "mlp": config.intermediate_size,
         "context_tokens": config.max_position_embeddings,
         "query_scale": _head_dim(config) ** -0.5,
-        "attention_cap": None,
-        "logit_cap": None,
-        "head_norm": "none",
-        "norm": "rms",
         "norm_epsilon": getattr(config, "rms_norm_eps", None),
-        "norm_offset": 0.0,
-        "norm_inputs": True,
-        "norm_outputs": False,
-        "parallel_residual": False,
         "activation": ACTIVATIONS[getattr(config, activation)],
-        "gated": True,
-        "query_bias": False,
-        "output_bias": False,
-        "mlp_bias": False,
-        "embedding_scale": 1.0,
         "tied": config.tie_word_embeddings,
         "init_scale": config.initializer_range,
     }
+    if shared["heads"] % shared["kv_heads"]:
+        _refuse(where, "num_key_value_heads", shared["kv_heads"], f"divisors of {shared['heads']} heads")
     return Architecture(**shared | choices)
 
 
@@ -138,8 +118,8 @@ def _kinds(config: Any, where: str, windows: dict[str, int | None]) -> dict[str,
     """Gives `kinds` and `kind_of_layer` from the window of each layer type; the key "" stands for all layers alike."""
     layer_types = [""] * config.num_hidden_layers if "" in windows else list(config.layer_types)
     unknown = sorted(set(layer_types) - set(windows))
-    if unknown or len(layer_types) != config.num_hidden_layers:
-        _refuse(where, "layer_types", unknown or len(layer_types), f"one of {', '.join(windows)} for each layer")
+    if unknown:
+        _refuse(where, "layer_types", unknown, ", ".join(windows))
     names = sorted(set(layer_types))
     kinds = []
     for name in names:
@@ -162,7 +142,7 @@ def _alternating(config: Any, where: str) -> dict[str, Any]:
 
 
 def _choices(config: Any, where: str) -> dict[str, Any]:
-    """Gives the fields of the architecture in which a family differs from the shared ones."""
+    """Gives the fields in which a family differs from the shared ones and from the defaults of `Architecture`."""
     biases = {name: getattr(config, "attention_bias", False) for name in ("query_bias", "output_bias")}
     match config.model_type:
         case "gpt_neox":

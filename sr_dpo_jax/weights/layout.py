@@ -20,7 +20,6 @@ from sr_dpo_jax.weights.families import Tensor
 
 Bounds = tuple[tuple[int, int], ...]
 """The start and stop of a shard on each axis of a parameter, `layers` included."""
-Params = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Block:
         return wanted | seen
 
     def region(self, wanted: Mapping[str, tuple[int, int]]) -> tuple[slice, ...]:
-        """Gives the slice of the file's tensor around `wanted`: exact where only a dimension's first axis is cut."""
+        """Gives the slice of the file's tensor that holds `wanted`; of a dimension's axes only the first may be cut."""
         slices = []
         for number, (first, *inner) in enumerate(self.dimensions):
             step = math.prod(self.sizes[axis] for axis in inner)
@@ -63,16 +62,16 @@ class Block:
     def parts(self, array: np.ndarray, wanted: Mapping[str, tuple[int, int]]) -> dict[str, np.ndarray]:
         """Gives a view of each parameter in its own axes; `array` is the file's tensor at `region(wanted)`."""
         axes = [axis for dimension in self.dimensions for axis in dimension]
-        leading = {first for first, *_ in self.dimensions}
-        held = {axis: wanted[axis] if axis in leading else (0, self.sizes[axis]) for axis in axes}
-        array = array.reshape([stop - start for start, stop in held.values()])
-        inner = tuple(slice(None) if axis in leading else slice(*wanted[axis]) for axis in axes)
-        parts = {}
-        for number, (param, own) in enumerate(self.own_axes.items()):
-            index = tuple(number if axis == "part" else side for axis, side in zip(axes, inner, strict=True))
-            kept = [axis for axis in axes if axis != "part"]
-            parts[param] = array[index].transpose([kept.index(axis) for axis in own])
-        return parts
+        array = array.reshape([wanted[axis][1] - wanted[axis][0] for axis in axes])
+        if "part" in axes:
+            stacked = np.moveaxis(array, axes.index("part"), 0)
+            axes.remove("part")
+        else:
+            stacked = array[np.newaxis]
+        return {
+            param: part.transpose([axes.index(axis) for axis in own])
+            for (param, own), part in zip(self.own_axes.items(), stacked, strict=True)
+        }
 
 
 def blocks_of(tensor: Tensor, abstract: Mapping[str, Any]) -> tuple[Block, ...]:
@@ -118,7 +117,7 @@ def names_of(tensor: Tensor, layers: int) -> list[tuple[str, int | None]]:
     return [(tensor.name.format(layer=layer), layer) for layer in range(layers)]
 
 
-def flatten(tree: Any) -> Params:
+def flatten(tree: Any) -> dict[str, Any]:
     """Gives the leaves of a tree of parameters by path, as the tables name them: `layers.mlp.up`."""
     leaves = jax.tree.leaves_with_path(tree, is_leaf=lambda node: not isinstance(node, Mapping))
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

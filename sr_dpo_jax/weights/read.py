@@ -18,17 +18,15 @@ from flax.traverse_util import unflatten_dict
 from safetensors import safe_open
 
 from sr_dpo_jax.errors import UsageError
-from sr_dpo_jax.weights.directory import ModelDirectory, check
-from sr_dpo_jax.weights.families import tensors_of
+from sr_dpo_jax.model.decoder import Params
+from sr_dpo_jax.weights.directory import ROWS, ModelDirectory, check
 from sr_dpo_jax.weights.files import FLOATS, read_headers
-from sr_dpo_jax.weights.layout import Block, Bounds, Params, blocks_of, flatten, names_of
+from sr_dpo_jax.weights.layout import Block, Bounds, blocks_of, flatten, names_of
 
 log = logging.getLogger(__name__)
 
 ALIGNMENT_BYTES = 64
 """A CPU device adopts a buffer that starts on a multiple of this address, and copies any other."""
-ROWS = 4096
-"""Rows of a slice that are searched at a time for numbers that are not finite, so that the search takes no memory."""
 
 
 def load_params(directory: ModelDirectory, abstract: Any, shardings: Any, *, dtype: np.dtype) -> Params:
@@ -52,7 +50,7 @@ def load_params(directory: ModelDirectory, abstract: Any, shardings: Any, *, dty
     with contextlib.ExitStack() as opened:
         files = {path: opened.enter_context(safe_open(path, framework="numpy")) for path in set(file_of.values())}
         _report_types(directory, file_of, dtype)
-        for tensor in tensors_of(directory.architecture, directory.model_type):
+        for tensor in directory.tensors:
             blocks = blocks_of(tensor, flat_abstract)
             names = names_of(tensor, directory.architecture.layers)
             pieces: dict[str, list[jax.Array]] = {param: [] for param in tensor.params}

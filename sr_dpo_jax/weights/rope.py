@@ -17,6 +17,7 @@ from sr_dpo_jax.model.architecture import Rope
 SUPPORTED = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
 
+@np.errstate(all="ignore")  # numbers that are not finite are refused at the end, by the file's name
 def rope_of(parameters: Mapping[str, Any], *, head_dim: int, context_tokens: int, where: str) -> Rope:
     """Computes the frequencies of one kind of layers.
 
@@ -30,19 +31,6 @@ def rope_of(parameters: Mapping[str, Any], *, head_dim: int, context_tokens: int
       UsageError: the scaling is not supported, or its numbers make no sense.
     """
     name = parameters.get("rope_type", "default")
-    with np.errstate(all="ignore"):  # numbers that are not finite are refused below, by the file's name
-        frequencies, scale, exact_positions = _rope(name, parameters, head_dim, context_tokens, where)
-    if not (np.isfinite([*frequencies, scale]).all() and (frequencies > 0).all()):
-        raise UsageError(
-            f"{where}: rope_parameters={dict(parameters)} give no finite positive frequencies; correct them"
-        )
-    return Rope(tuple(frequencies.tolist()), scale, exact_positions)
-
-
-def _rope(
-    name: str, parameters: Mapping[str, Any], head_dim: int, context_tokens: int, where: str
-) -> tuple[np.ndarray, float, int | None]:
-    """Computes the frequencies, their scale, and the length up to which they are exact (None: any length)."""
     theta, rotary_dims = float(parameters["rope_theta"]), int(head_dim * parameters.get("partial_rotary_factor", 1.0))
     plain = theta ** -(np.arange(0, rotary_dims, 2, dtype=np.float64) / rotary_dims)
     scale, exact_positions = 1.0, None
@@ -71,7 +59,11 @@ def _rope(
             raise UsageError(
                 f"{where}: rope_parameters.rope_type={name!r} is not supported; supported: {', '.join(SUPPORTED)}"
             )
-    return frequencies, scale, exact_positions
+    if not (np.isfinite([*frequencies, scale]).all() and (frequencies > 0).all()):
+        raise UsageError(
+            f"{where}: rope_parameters={dict(parameters)} give no finite positive frequencies; correct them"
+        )
+    return Rope(tuple(frequencies.tolist()), scale, exact_positions)
 
 
 def _llama3(plain: np.ndarray, parameters: Mapping[str, Any]) -> np.ndarray:

@@ -11,7 +11,6 @@ from safetensors.numpy import save_file
 
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.weights.directory import ModelDirectory
-from sr_dpo_jax.weights.families import tensors_of
 from sr_dpo_jax.weights.files import INDEX, SINGLE
 from sr_dpo_jax.weights.layout import Block, blocks_of, file_shape, flatten, names_of
 
@@ -41,23 +40,22 @@ def save_params(
       UsageError: a number is not finite in `dtype`.
     """
     flat, layers = flatten(abstract), directory.architecture.layers
-    tensors = tensors_of(directory.architecture, directory.model_type)
-    blocks = {tensor: blocks_of(tensor, flat) for tensor in tensors}
+    blocks = {tensor: blocks_of(tensor, flat) for tensor in directory.tensors}
     sizes = {
-        name: math.prod(file_shape(blocks[tensor])) * np.dtype(dtype).itemsize
-        for tensor in tensors
+        name: math.prod(file_shape(of_tensor)) * np.dtype(dtype).itemsize
+        for tensor, of_tensor in blocks.items()
         for name, _ in names_of(tensor, layers)
     }
     weight_map = plan_files(sizes, shard_bytes)
     filling: dict[str, np.ndarray] = {}
     stream = iter(groups)
-    for tensor in tensors:
+    for tensor, of_tensor in blocks.items():
         group = next(stream)  # a trap: zip would keep the last group alive until it has the next one
         for name, layer in names_of(tensor, layers):
             if filling and weight_map[name] != weight_map[next(iter(filling))]:
                 _save(filling, out, weight_map)
             parts = {param: stack if layer is None else stack[layer] for param, stack in group.items()}
-            filling[name] = _file_tensor(name, parts, blocks[tensor], dtype)
+            filling[name] = _file_tensor(name, parts, of_tensor, dtype)
         del group, parts  # frees them before the next group is made
     _save(filling, out, weight_map)
     if len(set(weight_map.values())) > 1:
