@@ -195,7 +195,7 @@ def _add_runs(command: Command, with_config: WithConfig) -> None:
         metavar="KEY",
         help="resumes although this key, named in the refusal, has another value than before; may be repeated",
     )
-    score = with_config(command("score", "log-probabilities of every pair of data.path under model.path"))
+    score = with_config(command("score", "log-probs of every pair of data.path under model.path"))
     score.add_argument("--output", required=True, type=Path, metavar="FILE.jsonl")
     evaluate = with_config(
         command("eval", "metrics on held-out pairs, of the latest checkpoint of output_dir or of model.path")

@@ -38,7 +38,7 @@ def dpo(margin: Array, *, beta: float, label_smoothing: float = 0.0) -> Array:
 
 
 def ipo(margin: Array, *, beta: float) -> Array:
-    """`(m − 1/(2β))²` on sums of log-probabilities.
+    """`(m − 1/(2β))²` on sums of log-probs.
 
     Args:
       margin: m, `[pairs]` float32, nats.

@@ -26,6 +26,14 @@ import jax
 import pytest
 
 
+LONGEST = ("test_every_command_end_to_end", "test_the_protocol_end_to_end", "test_an_epoch_of_sr_dpo")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the longest tests first, so that no worker is left alone with one of them at the end."""
+    items.sort(key=lambda item: not item.name.startswith(LONGEST))
+
+
 @pytest.fixture
 def float64():
     """64-bit jax arrays for the length of one test."""

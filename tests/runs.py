@@ -125,6 +125,20 @@ def make_config(root: Path, model_path: Path, data_path: Path, **sections: Any) 
     return config_from_dict(raw_config(root, model_path, data_path, **sections), where="test")
 
 
+def tiny_setup(root: Path, model_path: Path, data_path: Path, **sections: Any) -> tuple[Any, Any, Any]:
+    """The set-up of a small run on one device, its training pairs and its tokenizer."""
+    import jax
+
+    from sr_dpo_jax.parallel.mesh import make_mesh
+    from sr_dpo_jax.train.setup import read_model, read_training, set_up_on
+
+    config = make_config(root, model_path, data_path, **sections)
+    directory, tokenizer = read_model(config)
+    pairs = read_training(config, tokenizer, directory.architecture)
+    mesh = make_mesh(replica=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
+    return set_up_on(mesh, config, directory), pairs, tokenizer
+
+
 def written(root: Path, raw: dict[str, Any]) -> str:
     """A configuration's file under `root`."""
     path = root / "config.yaml"

@@ -247,3 +247,10 @@ def test_no_import_cycle():
 
     for name in sorted(graph):
         visit(name, ())
+
+
+@pytest.mark.parametrize("room", ["train", "durable"])
+def test_every_module_has_a_test_file_of_its_name(room):
+    modules = {path.stem for path in (PACKAGE / room).glob("*.py")} - {"__init__"}
+    tests = {path.stem.removeprefix("test_") for path in (PACKAGE.parent / "tests" / room).glob("test_*.py")}
+    assert modules <= tests, sorted(modules - tests)

@@ -1,4 +1,4 @@
-"""Packed rows: a worked example by hand, and the proof that packing changes no log-probability and no gradient."""
+"""Packed rows: a worked example by hand, and the proof that packing changes no log-prob and no gradient."""
 
 import dataclasses
 from typing import Any

@@ -7,7 +7,7 @@ import pytest
 
 from sr_dpo_jax import losses
 
-# Two pairs: log-probabilities under policy and reference, and lengths (reference/peers_torch.md, fixture F).
+# Two pairs: log-probs under policy and reference, and lengths (reference/peers_torch.md, fixture F).
 CHOSEN, REFERENCE_CHOSEN, CHOSEN_TOKENS = np.array([-3.0, -5.0]), np.array([-3.5, -4.6]), np.array([3, 2])
 REJECTED, REFERENCE_REJECTED, REJECTED_TOKENS = np.array([-4.0, -2.5]), np.array([-3.8, -2.9]), np.array([2, 4])
 CHOSEN_RATIO, REJECTED_RATIO = CHOSEN - REFERENCE_CHOSEN, REJECTED - REFERENCE_REJECTED

@@ -210,3 +210,8 @@ def test_how_to_add_a_loss(tmp_path):
     lines = metrics_of(raw["output_dir"])
     assert [line["step"] for line in lines] == [1, 2]
     assert lines[0]["loss"] == 1.0 and 0 < lines[1]["loss"] < 1.01 and lines[0]["grad_norm"] > 0
+    # The tests of the table take the new row as it is.
+    test = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
+    test += [str(REPOSITORY / "tests" / "train" / "test_objective.py"), "-k", "hinge or table"]
+    done = subprocess.run(test, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "[hinge]" not in done.stdout and "2 passed" in done.stdout, done.stdout

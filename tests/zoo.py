@@ -194,7 +194,7 @@ def token_ids(vocabulary_tokens: int, rows: int = 2) -> np.ndarray:
 
 
 def logits(model: tiny.Model, params: Any, tokens: np.ndarray) -> np.ndarray:
-    """`[rows, T, V]` float32 of plain causal rows, without any of the code for log-probabilities."""
+    """`[rows, T, V]` float32 of plain causal rows, without any of the code for log-probs."""
     every = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
     unused = np.zeros((len(tokens), 1), np.int32)
     rows = Rows(tokens, every, np.zeros_like(every), every + 1, unused, unused, unused)

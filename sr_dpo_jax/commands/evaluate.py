@@ -77,7 +77,7 @@ def require_finite(pairs: TokenizedPairs, scores: Scores, config: Config) -> Non
     if bad.any():
         raise UsageError(
             f"{bad.sum()} of {len(bad)} pairs, first {pairs.place(np.flatnonzero(bad)[0])}, have no finite "
-            f"log-probability with the weights of model.path={config.model.path} in model.dtype={config.model.dtype}; "
+            f"log-prob with the weights of model.path={config.model.path} in model.dtype={config.model.dtype}; "
             "set model.dtype=float32, or choose other weights"
         )
 

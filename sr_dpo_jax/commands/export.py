@@ -14,7 +14,7 @@ from huggingface_hub import ModelCardData
 
 from sr_dpo_jax import __version__
 from sr_dpo_jax.config.load import load_config
-from sr_dpo_jax.config.schema import Config, DpoObjective, PairObjective, RefinedObjective
+from sr_dpo_jax.config.schema import Config
 from sr_dpo_jax.durable.checkpoint import Checkpoints
 from sr_dpo_jax.durable.files import whole
 from sr_dpo_jax.errors import UsageError
@@ -98,12 +98,9 @@ def model_card(config: Config, origin: Origin, *, name: str, step: int, dtype: s
         tags=["sr_dpo_jax", objective.name],
     )
     rows = {"objective": objective.name}
-    if isinstance(objective, PairObjective):
-        rows["beta (β)"] = f"{objective.beta:g}"
-    if isinstance(objective, RefinedObjective):
-        rows["lam (λ)"] = f"{objective.lam:g}"
-    if isinstance(objective, DpoObjective) and objective.label_smoothing:
-        rows["label smoothing"] = f"{objective.label_smoothing:g}"
+    symbols = {"beta": "beta (β)", "lam": "lam (λ)"}
+    numbers = objective.model_dump(exclude={"name"})
+    rows |= {symbols.get(key, key.replace("_", " ")): f"{value:g}" for key, value in numbers.items()}
     pinned = "" if config.model.revision is None else f" at revision `{config.model.revision}`"
     commit = "" if origin.revision is None else f", commit `{origin.revision}`"
     rows |= {

@@ -27,10 +27,11 @@ from typing import Any
 
 from sr_dpo_jax.commands import console
 from sr_dpo_jax.config.load import load_config
-from sr_dpo_jax.config.schema import Config, PairObjective
+from sr_dpo_jax.config.schema import Config
 from sr_dpo_jax.durable.files import read_lines, write_json
 from sr_dpo_jax.durable.selection import Selection
 from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.train.objective import OBJECTIVES
 
 log = logging.getLogger(__name__)
 
@@ -123,8 +124,9 @@ def _require_metric(config: Config, metric: str) -> None:
         raise UsageError("data.eval_path is not set, nor data.eval_sets: they name the held-out pairs that decide")
     if held_out not in known:
         raise UsageError(f"--metric {metric}: no held-out set has it; those of the configuration: {', '.join(known)}")
-    if not metric.endswith("/loss") and not isinstance(config.objective, PairObjective):
-        raise UsageError(f"--metric {metric}: objective.name=sft has only {held_out}/loss")
+    kind = OBJECTIVES[config.objective.name]
+    if not metric.endswith("/loss") and not (kind.needs_rejected and kind.needs_reference):
+        raise UsageError(f"--metric {metric}: objective.name={config.objective.name} has only {held_out}/loss")
     if "augmented" in metric and not config.refinement.prompt:
         raise UsageError(f"--metric {metric}: refinement.prompt is empty, so no run has it; remove that key")
 

@@ -28,8 +28,13 @@ def explain(item: Any, root: type[BaseModel]) -> str:
     key_path, parent = ".".join(location), sections[-1]
     match item["type"]:
         case "missing":
-            return f"  {key_path}: missing; set it in the file or with {key_path}=..."
+            field = parent[0].model_fields.get(location[-1])
+            about = (field and field.description) or ""
+            return f"  {key_path}: missing; set it in the file or with {key_path}=... {about}".rstrip()
         case "union_tag_not_found":
+            if not isinstance(item["input"], dict):
+                names = _names(parent)
+                return f"  {key_path}={item['input']!r}: is no section; write {key_path}: {{name: ...}}, one of {names}"
             return f"  {key_path}.name: missing; set it to one of {_names(parent)}"
         case "union_tag_invalid":
             return f"  {key_path}.name={item['ctx']['tag']!r}: not known; choose one of {_names(parent)}"
@@ -43,9 +48,11 @@ def _unknown(key_path: str, key: str, value: Any, sections: Sequence[list[type[B
     (section,), alternatives = sections[-1], sections[-2] if len(sections) > 1 else []
     others = [kind for kind in alternatives if key in kind.model_fields]
     if others:  # the section's name decides which keys it has
-        return f"  {key_path}={value!r}: only {_names(others)} takes it; remove it, or choose {_names(others, ' or ')}"
+        only = f"only {_names(others)} {'take' if ',' in _names(others) else 'takes'} it"
+        return f"  {key_path}={value!r}: {only}; remove it, or choose {_names(others, ' or ')}"
     known = list(section.model_fields)
-    close = difflib.get_close_matches(key, known, n=1)
+    elsewhere = [name for kind in alternatives for name in kind.model_fields]
+    close = difflib.get_close_matches(key, [*known, *elsewhere], n=1)
     hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
     return f"  {key_path}: no such key; {hint}"
 

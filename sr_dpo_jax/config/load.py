@@ -25,7 +25,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UsageError(f"{path}: cannot read the configuration ({error}); name an existing YAML file") from error
     if not isinstance(raw, dict):
         raise UsageError(f"{path}: holds {type(raw).__name__}, not a mapping of sections; the README shows one")
-    return config_from_dict(raw, overrides, where=str(path))
+    return config_from_dict(raw, overrides, where=str(path), of_a_run=(Path(path).parent / "manifest.json").is_file())
 
 
 def config_for_model(path: str, overrides: Sequence[str] = ()) -> Config:
@@ -34,8 +34,17 @@ def config_for_model(path: str, overrides: Sequence[str] = ()) -> Config:
     return config_from_dict(raw, overrides, where=path)
 
 
-def config_from_dict(raw: dict[str, Any], overrides: Sequence[str] = (), *, where: str) -> Config:
-    """Checks a nested mapping, which takes the overrides; `where` names its origin in error messages."""
+def config_from_dict(
+    raw: dict[str, Any], overrides: Sequence[str] = (), *, where: str, of_a_run: bool = False
+) -> Config:
+    """Checks a nested mapping, which takes the overrides.
+
+    Args:
+      raw: the mapping.
+      overrides: `section.key=value` each.
+      where: the mapping's origin, for messages.
+      of_a_run: it is what a run wrote of itself: keys of another objective or optimizer in it are passed over.
+    """
     for override in overrides:
         apply_override(raw, override)
     secrets = list(secrets_in(raw))
@@ -43,7 +52,7 @@ def config_from_dict(raw: dict[str, Any], overrides: Sequence[str] = (), *, wher
         raise _refusal(where, secrets)
     try:
         # Strict JSON mode takes a list for a tuple and an integer for a float, and nothing else across types.
-        config = Config.model_validate_json(json.dumps(raw))
+        config = Config.model_validate_json(json.dumps(raw), context=of_a_run)
     except pydantic.ValidationError as error:
         raise _refusal(where, [explain(item, Config) for item in error.errors()]) from None
     except (TypeError, ValueError) as error:

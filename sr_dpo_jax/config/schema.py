@@ -20,6 +20,7 @@ from pydantic import (
     Field,
     PlainSerializer,
     Tag,
+    ValidationInfo,
 )
 
 PAPER_INSTRUCTION = (
@@ -35,7 +36,14 @@ Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+    )
 
 
 class Model(Section):
@@ -46,7 +54,7 @@ class Model(Section):
     init: Literal["pretrained", "random"] = "pretrained"
     """`random` draws the weights from `seed` and reads nothing but `config.json` and the tokenizer."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of activations and matmuls. Norms, softmax and log-probabilities are float32 whatever it is."""
+    """Type of activations and matmuls. Norms, softmax and log-probs are float32 whatever it is."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the trained parameters and of the optimizer's moments. A frozen reference is kept in `dtype`.
     bfloat16 parameters lose every update below about 1/256 of their value, as the paper's learning rate gives."""
@@ -140,10 +148,11 @@ class Data(Section):
 def _only_what_says_something(*kinds: type[Section]) -> BeforeValidator:
     """Drops from a section the keys of its other kinds that hold null or that kind's default: they ask for nothing.
 
-    So `objective.lam=null` on the command line takes a key away, and the resolved files of earlier runs load.
+    So `objective.lam=null` on the command line takes a key away. Runs wrote keys of all kinds once, with any value: in
+    their own files all of them are dropped.
     """
 
-    def drop(section: Any) -> Any:
+    def drop(section: Any, info: ValidationInfo) -> Any:
         if not isinstance(section, dict):
             return section
         name = section.get("name", kinds[0].model_fields["name"].default)
@@ -153,7 +162,12 @@ def _only_what_says_something(*kinds: type[Section]) -> BeforeValidator:
         others = {
             key: field.default for kind in kinds for key, field in kind.model_fields.items() if key not in mine[0]
         }
-        return {key: value for key, value in section.items() if key not in others or value not in (None, others[key])}
+
+        def asks(key: str, value: Any) -> bool:
+            default = others.get(key)
+            return value is not None and not info.context and (type(value), value) != (type(default), default)
+
+        return {key: value for key, value in section.items() if key not in others or asks(key, value)}
 
     return BeforeValidator(drop)
 
@@ -167,6 +181,7 @@ class SftObjective(Section):
 class PairObjective(Section):
     """An objective that compares two responses by their margins over the reference."""
 
+    name: str
     beta: Rate = 0.1
     """β, the strength of the pull towards the reference."""
 

@@ -166,7 +166,7 @@ def prepare(
         metadata = {"report": report, "sha256": _digest_of_arrays(arrays, report)}
         _write(cached, lambda path: safetensors.numpy.save_file(arrays, path, metadata))
     pairs = _assemble(content, sources, _digest_of(contents))
-    _refuse(pairs.report, max_bad_rows, cache_dir, pairs.content_digest)
+    _refuse(pairs.report, max_bad_rows, cache_dir / f"bad_rows-{key[:16]}.jsonl")
     return pairs
 
 
@@ -301,25 +301,23 @@ def _assemble(content: _Content, sources: Sequence[Source], raw_digest: str) -> 
     )
 
 
-def _refuse(report: Report, max_bad_rows: int, cache_dir: Path, content: str) -> None:
-    """Names all bad rows in a file; refuses more than are allowed, and data without a usable row."""
+def _refuse(report: Report, max_bad_rows: int, everything: Path) -> None:
+    """Names all bad rows in the file `everything`; refuses more than are allowed, and data without a usable row."""
     bad = report.bad_rows
-    everything = cache_dir / ("bad_rows.jsonl" if len(bad) > max_bad_rows else f"bad_rows-{content[:8]}.jsonl")
-    if bad:
-        lines = "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in bad)
-        _write(everything, lambda path: path.write_text(lines))
-    if len(bad) > max_bad_rows:
-        listed = [f"  {row.file}:{row.line}: {row.reason}" for row in bad[:LISTED_BAD_ROWS]]
-        if len(bad) > LISTED_BAD_ROWS:
-            listed.append(f"  and {len(bad) - LISTED_BAD_ROWS} more")
-        raise UsageError(
-            f"{len(bad)} of {report.rows} rows cannot be used, and data.max_bad_rows={max_bad_rows} allows fewer:\n"
-            + "\n".join(listed)
-            + f"\nAll of them are written to {everything}. Fix or remove them, or set data.max_bad_rows={len(bad)} to "
-            "skip them."
-        )
+    lines = "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in bad)
+    if bad and not (everything.is_file() and everything.read_text(encoding="utf-8") == lines):
+        _write(everything, lambda path: path.write_text(lines, encoding="utf-8"))
+    listed = [f"  {row.file}:{row.line}: {row.reason}" for row in bad[:LISTED_BAD_ROWS]]
+    if len(bad) > LISTED_BAD_ROWS:
+        listed.append(f"  and {len(bad) - LISTED_BAD_ROWS} more")
+    named = "\n".join(["", *listed, f"All of them are written to {everything}."]) if bad else ""
     if report.pairs == 0:
-        raise UsageError(f"none of {report.rows} rows can be used; correct data.path or data.format")
+        raise UsageError(f"none of {report.rows} rows can be used; correct data.path or data.format{named}")
+    if len(bad) > max_bad_rows:
+        raise UsageError(
+            f"{len(bad)} of {report.rows} rows cannot be used, and data.max_bad_rows={max_bad_rows} allows fewer:"
+            f"{named} Fix or remove them, or set data.max_bad_rows={len(bad)} to skip them."
+        )
     if bad:
         LOG.warning("%d of %d rows cannot be used and are skipped; named in %s", len(bad), report.rows, everything)
 

@@ -68,6 +68,8 @@ class Checkpoints(contextlib.AbstractContextManager):
             self.directory.mkdir(parents=True, exist_ok=True)
             for half_deleted in self.directory.glob(f"*{CONDEMNED}"):
                 shutil.rmtree(half_deleted)
+            for half_written in self.directory.glob(f".{LEDGER}.*"):
+                half_written.unlink(missing_ok=True)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Waits for a save under way, except where one of several processes fails: it might wait for a dead one."""
@@ -322,7 +324,8 @@ class Checkpoints(contextlib.AbstractContextManager):
             found = sorted((int(path.name) for path in numbered if str(int(path.name)) == path.name), reverse=True)
             steps[: len(found)] = found[:MOST_STEPS]
             known = {LEDGER, *(str(step) for step in found)}
-            others = sorted({path.name for path in self.directory.iterdir()} - known)
+            names = {path.name for path in self.directory.iterdir()} - known
+            others = sorted(name for name in names if not name.startswith(f".{LEDGER}."))
             if others:
                 log.warning("%s: not checkpoints, ignored: %s", self.directory, ", ".join(others))
         if jax.process_count() > 1:

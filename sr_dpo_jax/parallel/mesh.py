@@ -4,6 +4,7 @@ An axis that is not in the table, or a size that its mesh axes do not divide, ra
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -155,3 +156,9 @@ def param_shardings(mesh: Mesh, abstract: Any) -> Any:
         abstract,
         is_leaf=lambda node: hasattr(node, "get_metadata"),
     )
+
+
+def bytes_a_chip(shapes: Any) -> int:
+    """Counts the bytes that a tree of arrays, or of shapes with shardings, takes on one device."""
+    leaves = jax.tree.leaves(shapes)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)

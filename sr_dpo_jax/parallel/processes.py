@@ -43,7 +43,7 @@ def start_distributed(
     Raises:
       UsageError: jax.distributed finds no cluster, or another number of processes than `distributed.processes`.
     """
-    if processes > 1:
+    if processes > 1 and not jax.distributed.is_initialized():  # an earlier call of this program may have joined
         log.info(
             "joining %d processes; all must have come within distributed.join_timeout_s=%d", processes, join_timeout_s
         )
@@ -60,7 +60,7 @@ def start_distributed(
                 f"distributed.processes={processes}: jax found no cluster to join ({error}); set "
                 "distributed.coordinator_address and distributed.process_id"
             ) from error
-    else:
+    elif processes == 1:
         _warn_of_others()
     if jax.process_count() != processes:
         raise UsageError(

@@ -27,6 +27,8 @@ from sr_dpo_jax.errors import UsageError
 log = logging.getLogger(__name__)
 
 BEST = "checkpoint.best_metric"
+NAMES = ("objective.name", "optimizer.name")
+"""The keys that decide which other keys their sections have."""
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore")
 
 
@@ -79,18 +81,22 @@ def require_same_run(
     Raises:
       UsageError: a key differs that is not allowed to, or an allowed one is no key.
     """
-    unknown = sorted(set(allowed_changes) - now.keys())
+    unknown = sorted(set(allowed_changes) - now.keys() - before.keys())
     if unknown:
         raise UsageError(f"--allow-change {', '.join(unknown)}: no such key; known: {', '.join(now)}")
-    changed = [key for key in now if before.get(key) != now[key]]
+    # Another objective or optimizer has other keys: those come and go with its name, and need no flag of their own.
+    renamed = tuple(name.removesuffix("name") for name in NAMES if before.get(name) != now.get(name))
+    implied = {key for key in before.keys() ^ now.keys() if key.startswith(renamed)} if renamed else set()
+    keys = [*now, *(key for key in before if key in implied and key not in now)]
+    changed = [key for key in keys if before.get(key) != now.get(key)]
     # The plan follows from other keys: its change is news only where none of them has changed.
     changed = [key for key in changed if key != "plan"] or changed
     # Another metric gives up the best checkpoint so far; where there was none, nothing is given up.
     changed = [key for key in changed if key != BEST or before.get(BEST) is not None]
-    refused = [key for key in changed if key not in allowed_changes]
-    lines = [f"  {key}: {_shown(before.get(key))} -> {_shown(now[key])}" for key in changed]
-    if refused:
-        flags = " ".join(f"--allow-change '{key}'" if " " in key else f"--allow-change {key}" for key in changed)
+    asked = [key for key in changed if key not in implied]
+    lines = [f"  {key}: {_shown(before.get(key))} -> {_shown(now.get(key), 'none')}" for key in changed]
+    if set(asked) - set(allowed_changes):
+        flags = " ".join(f"--allow-change '{key}'" if " " in key else f"--allow-change {key}" for key in asked)
         raise UsageError(
             "\n".join([f"{where} was reached by another run:", *lines])
             + f"\nRestore what was, choose another output_dir, or go on with {flags}"
@@ -166,5 +172,5 @@ def _short(digest: str) -> str:
     return digest[:16]
 
 
-def _shown(value: Any) -> str:
-    return "(not recorded)" if value is None else str(value)
+def _shown(value: Any, absent: str = "(not recorded)") -> str:
+    return absent if value is None else str(value)

@@ -8,7 +8,6 @@ Next: `losses.py`, which holds the formulas that the rows name.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +57,9 @@ class Objective:
     """The keyword numbers of its function in `losses.py`: all keys of the section `objective` but the name."""
 
     @classmethod
-    def of(cls, section: Any) -> "Objective":
-        """Takes the name and the numbers from the configuration's section `objective`."""
-        numbers = section.model_dump()
-        return cls(numbers.pop("name"), numbers)
+    def of(cls, name: str, **numbers: float) -> "Objective":
+        """Takes the keys of the configuration's section `objective`."""
+        return cls(name, numbers)
 
     @property
     def kind(self) -> Kind:

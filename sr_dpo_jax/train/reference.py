@@ -127,7 +127,7 @@ class ReferenceScores:
         `progress` is called with the number of steps done.
 
         Raises:
-          UsageError: the weights give a log-probability of NaN.
+          UsageError: the weights give a log-prob of NaN.
         """
         unfinished = (self._missing()[self._plan.pair] & (self._plan.pair >= 0)).any(axis=1)
         first = int(np.flatnonzero(unfinished)[0])
@@ -144,7 +144,7 @@ class ReferenceScores:
         if not self.complete:
             bad = np.flatnonzero(self._missing())
             raise UsageError(
-                f"the reference, model.path, gives {len(bad)} of {len(self.scores)} pairs a log-probability of NaN, "
+                f"the reference, model.path, gives {len(bad)} of {len(self.scores)} pairs a log-prob of NaN, "
                 f"the first of them number {bad[0]}, counted from 0; set model.dtype=float32, or choose other weights"
             )
 

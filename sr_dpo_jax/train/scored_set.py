@@ -94,12 +94,14 @@ class ScoredSet:
             self.reference.fill(self.score_step, params, done)
 
 
-def compiled_sets(sets: Sequence[ScoredSet], params: Params) -> tuple[ScoredSet, ...]:
-    """Gives the sets with their scoring steps compiled for their batches, equal shapes once.
+def compiled_sets(sets: Sequence[ScoredSet], params: Params, programs: dict[Any, Any]) -> tuple[ScoredSet, ...]:
+    """Gives the sets with their scoring steps compiled for their batches; a batch of another shape raises from then on.
 
-    A batch of another shape raises from then on. Of `params` only shapes and shardings count.
+    Args:
+      sets: of one model.
+      params: of the model; only shapes, types and shardings count.
+      programs: what was compiled before, by the shapes of batches; gets what is compiled now.
     """
-    programs: dict[Any, Any] = {}
     found = []
     for held in sets:
         batch = next(held.feed.batches(0))[1]

@@ -41,7 +41,7 @@ from sr_dpo_jax.model.decoder import Params
 from sr_dpo_jax.parallel.mesh import make_mesh, row_shards
 from sr_dpo_jax.parallel.processes import on_leader, start_distributed
 from sr_dpo_jax.train.identity import identity_of, report_drift, require_same_run, surroundings
-from sr_dpo_jax.train.objective import Objective
+from sr_dpo_jax.train.objective import OBJECTIVES, Objective
 from sr_dpo_jax.train.program import Program, Work, make_program, plan_training, work_of
 from sr_dpo_jax.train.samples import Samples
 from sr_dpo_jax.train.scored_set import ScoredSet, compiled_sets, make_scored_set
@@ -115,7 +115,7 @@ def read_pairs_of(
 
 
 def _instruction(config: Config) -> str | None:
-    return config.refinement.prompt if Objective.of(config.objective).kind.needs_rejected else None
+    return config.refinement.prompt if OBJECTIVES[config.objective.name].needs_rejected else None
 
 
 def generation_settings(
@@ -138,7 +138,7 @@ class Setup:
 
     @property
     def online(self) -> bool:
-        """Whether the reference stays on the mesh."""
+        """The reference stays on the mesh."""
         return self.objective.kind.needs_reference and self.config.reference.mode == "online"
 
     def scored_set(self, name: str, pairs: TokenizedPairs, **options: Any) -> ScoredSet:
@@ -214,7 +214,7 @@ def set_up_on(mesh: Mesh, config: Config, directory: weights.ModelDirectory) -> 
     )
     batch, micro_batches = config.batch, config.batch.accumulation_steps
     limits = Limits(batch.pairs_per_step, batch.row_length, batch.row_multiple, row_shards(mesh) * micro_batches)
-    return Setup(config, model, Packing(mesh, limits, micro_batches), Objective.of(config.objective))
+    return Setup(config, model, Packing(mesh, limits, micro_batches), Objective.of(**config.objective.model_dump()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,13 +257,16 @@ def prepare(
     resumed, before = _resumed(config, checkpoints, record, allowed_changes)
 
     held_out = [setup.scored_set(name, held, shape=plan.shape) for name, held in eval_sets.items()]
+    # Compiled first, so that the reference is scored with the same programs.
+    compiled = partial(compiled_sets, params=model.shapes, programs={})
+    held_out = compiled(held_out)
     training, scored = None, list(held_out)
     if objective.kind.needs_reference and not setup.online:
         covering = covering_plan(plan, *pair_sizes(pairs, with_rejected=True))
         training = setup.scored_set("training", pairs, plan=covering, augmented=objective.kind.refined)
         scored.insert(0, training)
     record["reference"], reference_params, base = _reference(
-        setup, scored, before.get("reference", {}), stop, keep_base=resumed is None
+        setup, scored, before.get("reference", {}), stop, compiled, keep_base=resumed is None
     )
     _require_room(config, checkpoints, program.state)
     if resumed is None:
@@ -285,7 +288,7 @@ def prepare(
         total_steps=setup.total_steps(plan),
         train_step=program.compiled(state, reference_params, feed),
         reference_params=reference_params,
-        held_out=compiled_sets(held_out, state.params),
+        held_out=held_out,
         samples=setup.samples(eval_sets, tokenizer, state.params),
         selection=_selection(config, checkpoints, before.get("selection")),
         checkpoints=checkpoints,
@@ -329,7 +332,13 @@ def _resumed(
 
 
 def _reference(
-    setup: Setup, scored: Sequence[ScoredSet], remembered: Mapping[str, str], stop: StopSignal, *, keep_base: bool
+    setup: Setup,
+    scored: Sequence[ScoredSet],
+    remembered: Mapping[str, str],
+    stop: StopSignal,
+    compiled: Callable[[Sequence[ScoredSet]], Sequence[ScoredSet]],
+    *,
+    keep_base: bool,
 ) -> tuple[dict[str, str], Params | None, Params | None]:
     """Checks and completes the reference's scores, and copies its parameters where it stays on the mesh.
 
@@ -338,6 +347,7 @@ def _reference(
       scored: the sets that the reference scores.
       remembered: digest of each set's scores in the checkpoint that is resumed: those are believed.
       stop: ends the run between two steps of scoring.
+      compiled: compiles the scoring steps of sets.
       keep_base: training starts from the base parameters, so that they are wanted in any case.
 
     Returns:
@@ -346,7 +356,7 @@ def _reference(
     known = {held.name: held.reference for held in scored if held.reference is not None}
     doubted = [held for held in scored if held.name in known and remembered.get(held.name) != known[held.name].digest]
     base = setup.model.base_params() if keep_base or setup.online or doubted else None
-    for held in doubted:
+    for held in compiled(doubted):
         held.reference.spot_check(held.score_step, base, dtype=setup.model.dtype.name)
         if not held.reference.complete:
             held.fill_reference(base, stop.meet)

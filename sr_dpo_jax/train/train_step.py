@@ -57,26 +57,23 @@ def pair_metrics(objective: Objective, policy: Scores, reference: Scores | None)
     Returns:
       One float32 value a pair, `[B]`, under the names of metrics.jsonl.
     """
-    chosen, rejected = policy.plain[:, CHOSEN], policy.plain[:, REJECTED]
-    if reference is None:
-        return {"loss": pair_losses(objective, {"chosen_logprob": chosen}), "logps/chosen": chosen}
-    log_ratio = policy.plain - reference.plain
+    sides = {"chosen": CHOSEN, "rejected": REJECTED} if objective.kind.needs_rejected else {"chosen": CHOSEN}
     tokens = jnp.maximum(policy.tokens, 1)  # absent pairs have none, and their losses are dropped
-    arrays = {
-        "margin": log_ratio[:, CHOSEN] - log_ratio[:, REJECTED],
-        "chosen_log_ratio": log_ratio[:, CHOSEN],
-        "rejected_log_ratio": log_ratio[:, REJECTED],
-        "chosen_tokens": tokens[:, CHOSEN],
-        "rejected_tokens": tokens[:, REJECTED],
-    }
-    beta, margin = objective.numbers["beta"], arrays["margin"]
+    arrays = {f"{name}_logprob": policy.plain[:, side] for name, side in sides.items()}
+    arrays |= {f"{name}_tokens": tokens[:, side] for name, side in sides.items()}
+    logps = {f"logps/{name}": policy.plain[:, side] for name, side in sides.items()}
+    if reference is None:
+        return {"loss": pair_losses(objective, arrays), **logps}
+    log_ratio = policy.plain - reference.plain
+    margin = log_ratio[:, CHOSEN] - log_ratio[:, REJECTED]
+    arrays |= {f"{name}_log_ratio": log_ratio[:, side] for name, side in sides.items()} | {"margin": margin}
+    beta = objective.numbers["beta"]
     metrics = {
         "rewards/chosen": beta * log_ratio[:, CHOSEN],
         "rewards/rejected": beta * log_ratio[:, REJECTED],
         "rewards/margins": beta * margin,
         "rewards/accuracies": (margin > 0).astype(jnp.float32),
-        "logps/chosen": chosen,
-        "logps/rejected": rejected,
+        **logps,
         "margin": margin,
     }
     if policy.augmented is not None:
@@ -199,9 +196,9 @@ def make_train_step(
 
 
 def averages(per_pair: dict[str, Array], tokens: Array) -> dict[str, Array]:
-    """Averages over pairs; where there are no margins, also gives the loss per token, a ratio of two sums."""
+    """Averages over pairs; where there is one response, also gives the loss per token, a ratio of two sums."""
     means = {name: value.mean() for name, value in per_pair.items()}
-    if "margin" not in per_pair:
+    if "logps/rejected" not in per_pair:
         means["loss_per_token"] = per_pair["loss"].sum() / tokens[:, CHOSEN].sum()
     return means
 

@@ -243,7 +243,7 @@ def test_frozen():
         ({"objective": {"lam": ...}}, ["objective.lam: missing", "objective.lam=..."]),
         (
             {"objective": {"name": "dpo"}},
-            ["objective.lam=0.3: only sr_dpo, sr_ipo takes it; remove it, or choose sr_dpo or sr_ipo"],
+            ["objective.lam=0.3: only sr_dpo, sr_ipo take it; remove it, or choose sr_dpo or sr_ipo"],
         ),
         ({"refinement": {"prompt": None}}, ["refinement.prompt is empty", "sr_dpo needs"]),
         ({"refinement": {"prompt": ""}}, ["refinement.prompt is empty"]),
@@ -401,3 +401,31 @@ def test_no_override_raises_anything_else(tmp_path_factory, key, value):
         load_config(path, [f"{key}={value}"])
     except UsageError as error:
         assert str(error)
+
+
+def test_keys_of_other_kinds_in_the_file_of_a_run_are_passed_over(tmp_path):
+    """Runs wrote every key once; in a user's own file one with a value of its own is a slip."""
+    text = yaml.safe_dump(SMALLEST | {"objective": {"name": "sft", "beta": 0.5, "lam": 1.0}})
+    path = write(tmp_path, text)
+    with pytest.raises(UsageError, match=r"objective\.beta=0\.5: only dpo"):
+        load_config(path)
+    (tmp_path / "manifest.json").write_text("{}", encoding="utf-8")
+    assert load_config(path).objective.model_dump() == {"name": "sft"}
+    with pytest.raises(UsageError, match=r"objective\.lamda: no such key"):
+        load_config(path, ["objective.lamda=1"])
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"objective": {"name": "sr_dpo"}}, ["objective.lam: missing", "it chooses from 0.1, 0.3, 0.5 and 1"]),
+        ({"objective": {"name": "dpo", "lamda": 0.1}}, ["objective.lamda: no such key; did you mean lam?"]),
+        ({"objective": {"name": "sft", "label_smoothing": False}}, ["objective.label_smoothing=False: only dpo takes"]),
+        ({"objective": {"name": "sft", "beta": 0.5}}, ["only dpo, ipo, ipo_mean, sr_dpo, sr_ipo take it"]),
+        ({"optimizer": "adamw"}, ["optimizer='adamw': is no section; write optimizer: {name: ...}"]),
+    ],
+)
+def test_what_another_kind_has_is_said(section, words):
+    with pytest.raises(UsageError) as refusal:
+        config_from_dict(SMALLEST | section, where="run.yaml")
+    assert all(word in str(refusal.value) for word in words), str(refusal.value)

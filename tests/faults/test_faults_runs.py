@@ -48,7 +48,7 @@ def world(tmp_path_factory):
 
 
 def poison(monkeypatch, bad_pairs):
-    """The reference gives these pairs a log-probability of +inf, so that their loss and gradient are not finite."""
+    """The reference gives these pairs a log-prob of +inf, so that their loss and gradient are not finite."""
     fill = ReferenceScores.fill
 
     def filled(self, *arguments):

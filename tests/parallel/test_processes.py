@@ -42,6 +42,16 @@ def test_a_coordinator_that_is_named_is_given_to_jax(monkeypatch):
     assert joined == [("a:1", 2, 1)]
 
 
+def test_a_program_joins_once(monkeypatch):
+    """Train, then evaluate, in one program of Python: jax refuses to join a second time."""
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(jax.distributed, "initialize", None)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    processes.start_distributed(processes=2, **START)
+    with pytest.raises(UsageError, match=r"distributed\.processes=3, but jax\.distributed sees 2"):
+        processes.start_distributed(processes=3, **START)
+
+
 def test_no_cluster_is_bad_usage(monkeypatch):
     def nothing(*_, **__):
         raise ValueError("coordinator_address should be defined.")

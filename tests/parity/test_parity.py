@@ -41,7 +41,7 @@ def response_logprob(torch, model, prompt, response):
 
 @pytest.mark.parametrize("family", ["gpt_neox", "llama"])
 def test_score_equals_pytorch_on_200_hh_pairs(torch, tmp_path, family):
-    """Every log-probability within 2e-3 nats, plain and augmented; the ids are made here from the rules alone."""
+    """Every log-prob within 2e-3 nats, plain and augmented; the ids are made here from the rules alone."""
     if not HH_FILE.exists():
         pytest.skip(f"REAL DATA IS ABSENT: {HH_FILE}")
     directory = model_directory(
@@ -93,7 +93,7 @@ def test_score_equals_pytorch_on_200_hh_pairs(torch, tmp_path, family):
 
 @pytest.mark.parametrize(("family", "case"), zoo.ALL, ids=[f"{family}: {case}" for family, case in zoo.ALL])
 def test_every_case_of_every_family(torch, tmp_path, family, case):
-    """Logits within 1e-4, log-probabilities of packed pairs within 1e-3 nats, and the same again after a round trip."""
+    """Logits within 1e-4, log-probs of packed pairs within 1e-3 nats, and the same again after a round trip."""
     make = pytest.importorskip("golden.make")
     expected, shapes = zoo.golden(family, case)
     zoo.write(tmp_path, family, case, shapes)

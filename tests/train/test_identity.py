@@ -36,6 +36,31 @@ def test_the_plan_is_named_only_where_nothing_else_explains_it():
         same({"plan": "b2"})
 
 
+def test_the_keys_of_another_objective_come_and_go_with_its_name():
+    """λ and β₁ are of Sr-DPO and AdamW alone: the name's flag allows them, and all are shown."""
+    refined = {"objective.name": "sr_dpo", "objective.beta": 0.1, "objective.lam": 0.5, "seed": 0}
+    plain = {"objective.name": "dpo", "objective.beta": 0.1, "objective.label_smoothing": 0.0, "seed": 0}
+
+    def require(*allowed, **other):
+        identity.require_same_run(refined, plain | other, where="run: step 4", allowed_changes=allowed)
+
+    with pytest.raises(UsageError) as refusal:
+        require()
+    text = str(refusal.value)
+    assert "objective.lam: 0.5 -> none\n" in text and "objective.label_smoothing: (not recorded) -> 0.0\n" in text
+    assert text.endswith("go on with --allow-change objective.name")
+    require("objective.name")
+    require("objective.name", "objective.lam")
+    with pytest.raises(UsageError, match=r"go on with --allow-change objective\.name --allow-change objective\.beta$"):
+        require("objective.name", **{"objective.beta": 0.2})
+
+
+def test_keys_that_an_older_record_holds_for_no_use_are_passed_over():
+    identity.require_same_run(
+        {"objective.name": "sft", "objective.beta": 0.1}, {"objective.name": "sft"}, where="run", allowed_changes=()
+    )
+
+
 def test_a_metric_that_is_new_gives_nothing_up():
     same({"checkpoint.best_metric": "eval/loss, min"})
 

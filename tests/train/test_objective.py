@@ -4,16 +4,17 @@ import inspect
 import math
 from typing import get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from sr_dpo_jax import losses
 from sr_dpo_jax.config import schema
-from sr_dpo_jax.train.objective import OBJECTIVES, Objective
-from sr_dpo_jax.train.train_step import Scores, pair_losses, pair_metrics
+from sr_dpo_jax.train.objective import OBJECTIVES, Kind, Objective
+from sr_dpo_jax.train.train_step import Scores, averages, pair_losses, pair_metrics
 
-SECTIONS = [schema.SftObjective, schema.DpoObjective, schema.IpoObjective, schema.RefinedObjective]
+SECTIONS = get_args(get_args(schema.Objective)[0])
 SECTION_OF = {name: kind for kind in SECTIONS for name in get_args(kind.model_fields["name"].annotation)}
 AT_ZERO = {"dpo": math.log(2), "sr_dpo": math.log(2), "ipo": 25.0, "sr_ipo": 25.0, "ipo_mean": 25.0}
 """With β = 0.1: ln 2, and 1/(4β²)."""
@@ -22,14 +23,15 @@ AT_ZERO = {"dpo": math.log(2), "sr_dpo": math.log(2), "ipo": 25.0, "sr_ipo": 25.
 def objective(name: str) -> Objective:
     given = {"beta": 0.1, "lam": 0.5}
     section = SECTION_OF[name]
-    return Objective.of(section(name=name, **{key: given[key] for key in given if key in section.model_fields}))
+    chosen = section(name=name, **{key: given[key] for key in given if key in section.model_fields})
+    return Objective.of(**chosen.model_dump())
 
 
 def test_the_table_and_the_configuration_know_the_same_objectives():
     assert OBJECTIVES.keys() == SECTION_OF.keys()
     for name, kind in OBJECTIVES.items():
         assert kind.refined == issubclass(SECTION_OF[name], schema.RefinedObjective), name
-        assert (kind.needs_rejected and kind.needs_reference) == issubclass(SECTION_OF[name], schema.PairObjective)
+        assert kind.needs_reference <= issubclass(SECTION_OF[name], schema.PairObjective), "a margin has a β"
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -48,6 +50,27 @@ def test_the_loss_where_policy_and_reference_are_the_same(name):
     assert OBJECTIVES[name].loss_at_zero(0.1) == pytest.approx(AT_ZERO[name])
     np.testing.assert_allclose(metrics["loss"], AT_ZERO[name], rtol=1e-6)
     assert ("refinement" in metrics) == OBJECTIVES[name].refined
+
+
+def test_pairs_and_a_reference_are_two_questions(monkeypatch):
+    """A loss on both responses without a reference, as SimPO's, by length; float64 NumPy is its oracle."""
+
+    def simpo(chosen, rejected, chosen_tokens, rejected_tokens, *, beta, gamma):
+        return -jax.nn.log_sigmoid(beta * (chosen / chosen_tokens - rejected / rejected_tokens) - gamma)
+
+    arguments = ("chosen_logprob", "rejected_logprob", "chosen_tokens", "rejected_tokens")
+    monkeypatch.setattr(losses, "simpo", simpo, raising=False)
+    monkeypatch.setitem(OBJECTIVES, "simpo", Kind(arguments, "logistic", needs_reference=False))
+    plain, tokens = np.array([[-3.0, -8.0], [-6.0, -2.0]]), np.array([[3, 4], [2, 1]])
+    scores = Scores(jnp.array(plain), None, jnp.array(tokens))
+    per_pair = pair_metrics(Objective.of("simpo", beta=2.0, gamma=2.0), scores, None)
+    mean = plain / tokens
+    expected = np.log1p(np.exp(-(2.0 * (mean[:, 0] - mean[:, 1]) - 2.0)))
+    np.testing.assert_allclose(per_pair["loss"], expected, rtol=1e-6)
+    assert per_pair.keys() == {"loss", "logps/chosen", "logps/rejected"}
+    assert "loss_per_token" not in averages(per_pair, jnp.array(tokens))
+    sft = pair_metrics(objective("sft"), scores, None)
+    assert averages(sft, jnp.array(tokens))["loss_per_token"] == pytest.approx(9 / 5)
 
 
 def test_arrays_reach_their_arguments_in_order():

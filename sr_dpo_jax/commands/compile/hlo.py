@@ -103,7 +103,7 @@ class _Module:
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.roots: dict[str, Instruction] = {}
         self.loops: dict[str, tuple[str, Instruction]] = {}
-        """By the name of its body, each loop with the computation that holds it."""
+        """The computation that holds each loop, and the loop, by the name of its body."""
         self.entry = ""
         for entry, name, body in COMPUTATION.findall(text):
             self.entry = name if entry else self.entry

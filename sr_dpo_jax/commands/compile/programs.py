@@ -68,7 +68,7 @@ class Program:
     kernel_cycles: float = 0.0
     """Attention kernels at the peak of the matrix unit, without the blocks that they skip."""
     collectives: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
-    """For each kind, how often it runs and the bytes that it gives or takes."""
+    """The number of runs of each kind, and the bytes that they give or take."""
     unknown_loops: int = 0
     unknown_kernels: int = 0
     repeated_operations: int = 0
@@ -90,7 +90,7 @@ class Compiled:
     padding: float
     """The mean share of a step's tokens that is padding."""
     blocks_visited: dict[str, float]
-    """For plain and for augmented rows, the share of the attention kernels' blocks that hold a visible key; 1 without
+    """The share of the attention kernels' blocks that hold a visible key, of plain and of augmented rows; 1 without
     kernels."""
     model_flops_a_pair: float
     """Model flops as MFU counts them, mean over the pairs."""
@@ -248,9 +248,9 @@ def _score_program(setup: Setup, plan: Plan, step: HostStep, visited: dict[str, 
     batch = _abstract_batch(model.mesh, step, augmented=step.augmented is not None, scores=False)
     resident = 0
     if setup.config.data.held_out:
-        resident = _bytes_a_chip(state.optimizer_state)
+        resident = meshes.bytes_a_chip(state.optimizer_state)
         if setup.config.reference.mode == "online":
-            resident += _bytes_a_chip(_abstract_reference(model, state.params))
+            resident += meshes.bytes_a_chip(_abstract_reference(model, state.params))
     score_step = make_score_step(model.graph, pairs=plan.shape.pairs, mesh=model.mesh)
     return _compile("scoring step", model, score_step, (state.params, batch), visited=visited, resident=resident)
 
@@ -258,12 +258,6 @@ def _score_program(setup: Setup, plan: Plan, step: HostStep, visited: dict[str, 
 def _abstract_reference(model: PlacedModel, params: Any) -> Any:
     shapes = jax.eval_shape(model.reference_copy, params)
     return jax.tree.map(lambda shape, param: shape.update(sharding=param.sharding), shapes, params)
-
-
-def _bytes_a_chip(shapes: Any) -> int:
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)
-    )
 
 
 def _compile(
@@ -278,7 +272,7 @@ def _compile(
 ) -> Program:
     chip = _tpu(model.mesh.devices.flat[0].device_kind)
     hbm = chip.memory_gib * GIB
-    needed = _bytes_a_chip(arguments) + resident
+    needed = meshes.bytes_a_chip(arguments) + resident
     if needed > hbm:
         return Program(name, False, hbm, needed, "the arguments alone need more than a chip has")
     traced = step.trace(*arguments)

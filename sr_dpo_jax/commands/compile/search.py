@@ -26,7 +26,7 @@ from sr_dpo_jax.data.dataset import TokenizedPairs
 from sr_dpo_jax.data.rows import BadRow, Message, Pair
 from sr_dpo_jax.data.tokenizer_fit import require_fit
 from sr_dpo_jax.errors import RunError, UsageError
-from sr_dpo_jax.train.objective import Objective
+from sr_dpo_jax.train.objective import OBJECTIVES
 from sr_dpo_jax.train.setup import read_held_out, read_training
 from sr_dpo_jax.weights import directory as weights
 
@@ -225,7 +225,7 @@ def _read(config: Config, directory: weights.ModelDirectory) -> tuple[TokenizedP
 def _typical(config: Config, directory: weights.ModelDirectory) -> tuple[TokenizedPairs, Sequence[TokenizedPairs], str]:
     head_tokens = p_tokens = 0
     said = "no p"
-    if config.refinement.prompt is not None and Objective.of(config.objective).kind.needs_rejected:
+    if config.refinement.prompt is not None and OBJECTIVES[config.objective.name].needs_rejected:
         head_tokens, p_tokens, said = _prefix(config, directory)
     pairs = typical_pairs(
         config.data.format,

@@ -96,7 +96,7 @@ class Inspection:
     parameters: dict[str, int]
     """The number of parameters of each part; one that belongs to no known part stands under its own name."""
     has_weights: bool | None
-    """Whether there are weight files that a run would read; None where that is not known."""
+    """There are weight files that a run would read; None where that is not known."""
     weights: Files | None
     """The weight files; None where there are none, where they do not fit, or where they were not looked at."""
     digest: str | None
@@ -298,18 +298,12 @@ def _memory_of(shapes: Any, shardings: Any, mesh: AbstractMesh, dtype: jnp.dtype
     for name in OPTIMIZERS:
         numbers = {} if name == "rmsprop" else {"weight_decay": 0.0, "b1": 0.9, "b2": 0.999, "first_moment_dtype": None}
         optimizer = OPTIMIZERS[name](lambda step: 0.0 * step, max_grad_norm=1.0, **numbers)
-        moments[name] = _bytes_a_chip(abstract_state(params, optimizer, mesh).optimizer_state)
+        moments[name] = meshes.bytes_a_chip(abstract_state(params, optimizer, mesh).optimizer_state)
     reference = jax.eval_shape(partial(reference_copy, dtype=jnp.dtype("bfloat16")), params)
     reference = jax.tree.map(lambda shape, param: shape.update(sharding=param.sharding), reference, params)
     return Memory(
-        parameters_bytes=_bytes_a_chip(params),
-        gradients_bytes=_bytes_a_chip(in_dtype(jnp.promote_types(dtype, jnp.float32))),
+        parameters_bytes=meshes.bytes_a_chip(params),
+        gradients_bytes=meshes.bytes_a_chip(in_dtype(jnp.promote_types(dtype, jnp.float32))),
         moments_bytes=moments,
-        online_reference_bytes=_bytes_a_chip(reference),
-    )
-
-
-def _bytes_a_chip(shapes: Any) -> int:
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)
+        online_reference_bytes=meshes.bytes_a_chip(reference),
     )

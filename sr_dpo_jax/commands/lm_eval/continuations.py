@@ -73,7 +73,7 @@ class ContinuationScorer:
                 progress.update(done)
         if np.isnan(logprobs).any():
             raise UsageError(
-                f"{np.isnan(logprobs).sum()} of {len(requests)} continuations have a log-probability of NaN; set "
+                f"{np.isnan(logprobs).sum()} of {len(requests)} continuations have a log-prob of NaN; set "
                 "model.dtype=float32, or choose other weights"
             )
         return logprobs, greedy

@@ -1,0 +1,83 @@
+"""The plan of training, the schedule that its length decides, and what its pairs cost."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from runs import model_directory, preference_file, tiny_setup
+
+from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.model.kernels.splash import LONGEST_ROW
+from sr_dpo_jax.train.program import plan_training, require_short_rows, work_of
+from sr_dpo_jax.train.state import first_state
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    root = tmp_path_factory.mktemp("world")
+    model, data = model_directory(root / "model"), preference_file(root / "train.jsonl", 40, seed=1)
+    optimizer = {"name": "adamw", "schedule": "linear", "learning_rate": 1.0, "warmup_steps": 2}
+    return tiny_setup(root, model, data, optimizer=optimizer)
+
+
+def test_a_plan_has_whole_steps_of_distinct_pairs(made):
+    setup, pairs, _ = made
+    plan = setup.plan(pairs, ())
+    assert len(plan) == 5 and plan.pair.shape == (5, 8)
+    assert sorted(plan.pair.flat) == list(range(40))
+
+
+def test_rows_have_room_for_every_held_out_pair(made, tmp_path):
+    setup, pairs, _ = made
+    longer = dataclasses.replace(pairs, offsets=pairs.offsets + np.array([0, 0, 0, 30]))
+    assert setup.plan(pairs, (longer,)).shape.row_length > setup.plan(pairs, ()).shape.row_length
+    too_long = dataclasses.replace(pairs, offsets=pairs.offsets + np.array([0, 0, 0, 500]))
+    with pytest.raises(UsageError, match="row_length"):
+        setup.plan(pairs, (too_long,))
+
+
+def test_rows_longer_than_splash_attention_takes_are_refused_before_anything_is_loaded(made):
+    setup, _, _ = made
+    require_short_rows(setup.packing.limits, LONGEST_ROW - 16, 16)
+    with pytest.raises(UsageError, match=r"batch\.row_length=128: .*splash attention takes at most"):
+        require_short_rows(setup.packing.limits, LONGEST_ROW, 16)
+
+
+def test_the_schedule_ends_with_the_plan(made):
+    """Linear: up over two updates of warm-up, the whole rate at the third, and 0 behind the fifth and last."""
+    setup, pairs, _ = made
+    plan = setup.plan(pairs, ())
+    program, params = setup.program(plan), setup.model.base_params()
+    feed = setup.packing.feed(
+        pairs, plan, augmented=True, with_rejected=True, reference=np.zeros((40, 2, 2), np.float32)
+    )
+    state = first_state(program.state, params, program.optimizer)
+    step, rates = program.compiled(state, None, feed), []
+    for _, batch in feed.batches(0):
+        state, metrics = step(state, None, batch)
+        rates.append(float(metrics["learning_rate"]))
+    assert setup.total_steps(plan) == len(rates) == 5
+    np.testing.assert_allclose(rates, [1 / 3, 2 / 3, 1, 2 / 3, 1 / 3], rtol=1e-6)
+
+
+def test_the_flops_of_a_refined_pair_are_a_third_more(made):
+    """Forward and backward are three forwards, p's forward one more, and an online reference runs both once."""
+    setup, pairs, _ = made
+    without_p = dataclasses.replace(pairs, augmentation=pairs.augmentation[:0])
+    refined, online = (
+        work_of(setup.model.architecture, setup.packing, setup.objective, without_p, online=online).flops
+        for online in (False, True)
+    )
+    plain = dataclasses.replace(setup.objective, name="dpo")
+    dpo = work_of(setup.model.architecture, setup.packing, plain, without_p, online=False).flops
+    np.testing.assert_allclose(refined / dpo, 4 / 3)
+    np.testing.assert_allclose(online / dpo, 6 / 3)
+
+
+def test_a_plan_is_the_same_for_the_same_lengths_and_seed(made):
+    setup, pairs, _ = made
+    plans = [
+        plan_training(setup.packing.limits, setup.objective, pairs, (), seed=seed, epochs=2, attention="dense")
+        for seed in (0, 0, 1)
+    ]
+    assert plans[0].digest == plans[1].digest != plans[2].digest and len(plans[0]) == 10
