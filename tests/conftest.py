@@ -25,7 +25,6 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 import jax
 import pytest
 
-
 LONGEST = ("test_every_command_end_to_end", "test_the_protocol_end_to_end", "test_an_epoch_of_sr_dpo")
 
 
