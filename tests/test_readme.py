@@ -24,7 +24,8 @@ PAGES = sorted(
 )
 PAGES_BESIDE_THE_CODE = ("data", "weights", "durable", "train", "commands", "model", "commands/demo")
 OF_A_RUN = re.compile(
-    r"(lease|run|config|ours|manifest|eval|tune|results|report|tokenizer)\.(json|yaml|html|md)"  # no .py: those are ours
+    # No .py: those are ours.
+    r"(lease|run|config|ours|manifest|eval|tune|results|report|tokenizer)\.(json|yaml|html|md)"
 )
 """Names of files that a user has or a run writes, and not the repository."""
 
