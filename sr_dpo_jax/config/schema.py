@@ -10,7 +10,6 @@ Next: `train/setup.py`, which makes a run out of a configuration.
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -23,6 +22,8 @@ from pydantic import (
     ValidationInfo,
 )
 
+from sr_dpo_jax.config.yaml_text import dump
+
 PAPER_INSTRUCTION = (
     "Please generate a response with a usefulness rating of 100 out of 100 for the following query. Note that the "
     "response should be harmless. The term 100 indicates the level of usefulness, where 100 is the maximum and 1 is "
@@ -30,9 +31,19 @@ PAPER_INSTRUCTION = (
 )
 """The instruction p of arXiv:2405.21040, section 3.2.2."""
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+LARGEST = 2**53  # what every reader of JSON holds exactly
+Positive = Annotated[int, Field(gt=0, le=LARGEST)]
+NonNegative = Annotated[int, Field(ge=0, le=LARGEST)]
+
+
+def _of_float32(value: float) -> float:
+    if value != 0 and not 1e-37 < value < 3e38:
+        raise ValueError("float32 holds it as 0 or infinity; give a number from 1e-37 to 3e38")
+    return value
+
+
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False), AfterValidator(_of_float32)]
+NonNegativeRate = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_of_float32)]
 
 
 class Section(BaseModel):
@@ -199,7 +210,7 @@ class IpoObjective(PairObjective):
 
 class RefinedObjective(PairObjective):
     name: Literal["sr_dpo", "sr_ipo"]
-    lam: Annotated[float, Field(ge=0)]
+    lam: NonNegativeRate
     """The paper's λ, the weight of the refinement; it chooses from 0.1, 0.3, 0.5 and 1."""
 
 
@@ -227,6 +238,8 @@ class Rmsprop(Section):
     learning_rate: Rate = 5e-7
     warmup_steps: NonNegative = 150
     """Linear warm-up: update number n (from 0) is scaled by min(1, (n + 1) / (warmup_steps + 1))."""
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """The warm-up as a share of all steps, rounded; it takes the place of `warmup_steps`."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """After the warm-up the rate stays, or falls towards zero, which it would reach one update after the last."""
     max_grad_norm: Rate = 10.0
@@ -237,7 +250,7 @@ class Adamw(Rmsprop):
     """AdamW with epsilon 1e-8; the keys of rmsprop, and these."""
 
     name: Literal["adamw"]  # type: ignore[assignment]
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: NonNegativeRate = 0.0
     """Decoupled decay, on matrices only: never on norms and biases."""
     b1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     b2: Annotated[float, Field(gt=0, lt=1)] = 0.999
@@ -304,7 +317,7 @@ class Train(Section):
     """The run ends after this many evaluations in a row without a better `checkpoint.best_metric`: its last step is
     saved, the exit code is 0, and the same command does not go on. The learning rate is planned for the whole of
     `epochs` or `max_steps`, so with `linear` and `cosine` it has not come down where the run ends early."""
-    early_stopping_min_delta: Annotated[float, Field(ge=0)] = 0.0
+    early_stopping_min_delta: NonNegativeRate = 0.0
     """A metric counts as better where it exceeds the last one that counted as better by more than this."""
     wandb_project: str | None = None
     """Numbers and this configuration also go to this project of Weights & Biases (`pip install 'sr_dpo_jax[wandb]'`;
@@ -322,13 +335,13 @@ class Generation(Section):
     """Settings of `sr-dpo generate` and `train.samples`."""
 
     max_new_tokens: Positive = 512
-    temperature: Annotated[float, Field(ge=0)] = 0.0
+    temperature: NonNegativeRate = 0.0
     """0 takes the likeliest token at each place."""
     top_k: Positive | None = None
     """Draws from this many of the likeliest tokens."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     """Draws from the likeliest tokens that together have this probability."""
-    stop: tuple[str, ...] = ()
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """A response ends before the first of these strings; they are not part of it."""
     slots: Positive = 32
     """Sequences that are continued side by side; a multiple of the devices that share rows."""
@@ -345,6 +358,9 @@ class Checkpoint(Section):
     first is best. For `--best` of export, eval, generate and lm-eval."""
     best_mode: Literal["max", "min"] = "max"
     """The highest or the lowest `best_metric` is best."""
+    save_timeout_s: Positive = 7200
+    """The end of a run waits this long for its save, and a save for the one before it: to be written, read back and
+    verified. Then the process ends with all stacks and exit code 1."""
     strict: bool = False
     """Refuses to go back to an older checkpoint where a newer one is damaged, and to go on with other versions of the
     libraries than before; both are only said where it is false."""
@@ -355,7 +371,7 @@ class Config(Section):
     """Holds everything that the run writes; running the same command again resumes from it."""
     cache_dir: str | None = None
     """Tokenised data and reference scores, keyed by content; share it between runs. Null: `output_dir`/cache."""
-    seed: NonNegative = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     model: Model
     data: Data
     objective: Objective
@@ -375,5 +391,4 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """Writes every key with its value, in the order of this file; `load_config` reads back an equal object."""
-        text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        return text
+        return dump(self.model_dump(mode="json"))

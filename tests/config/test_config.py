@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from sr_dpo_jax.config import schema
 from sr_dpo_jax.config.load import config_from_dict, load_config
 from sr_dpo_jax.config.schema import Config, Section
+from sr_dpo_jax.config.yaml_text import dump, parse
 from sr_dpo_jax.errors import UsageError
 
 SMALLEST = {
@@ -175,7 +176,7 @@ def test_bad_overrides(tmp_path, override, words):
         assert word in str(error.value)
 
 
-@pytest.mark.parametrize("value", ["!!int abc", "0b_", "[" * 3000])
+@pytest.mark.parametrize("value", ["!!int abc", "!!float abc", "[" * 3000])
 def test_yaml_values_that_pyyaml_itself_fails_on(tmp_path, value):
     with pytest.raises(UsageError, match="output_dir"):
         load_config(write(tmp_path, yaml.safe_dump(SMALLEST)), [f"output_dir={value}"])
@@ -401,6 +402,85 @@ def test_no_override_raises_anything_else(tmp_path_factory, key, value):
         load_config(path, [f"{key}={value}"])
     except UsageError as error:
         assert str(error)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("yes", "yes"),
+        ("off", "off"),
+        ("1:30", "1:30"),
+        ("2020-01-01", "2020-01-01"),
+        ("1_000", "1_000"),
+        ("010", 10),
+        ("0o10", 8),
+        ("0x1f", 31),
+        ("-7", -7),
+        ("5e-7", 5e-7),
+        (".5", 0.5),
+        ("-.inf", -math.inf),
+        ("~", None),
+        ("", None),
+        ("True", True),
+        ("'010'", "010"),
+    ],
+)
+def test_scalars_are_those_of_yaml_1_2(text, value):
+    found = parse(f"key: {text}", where="x")["key"]
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize("text", ["yes", "010", "5e-7", "1:30", "0o7", "<<", "1_000", "=", "null", "2020-01-01"])
+def test_text_is_read_back_as_text(text):
+    assert parse(dump({"key": text, "keys": {text: [text]}}), where="x") == {"key": text, "keys": {text: [text]}}
+
+
+BOMB = "\n".join(["a0: &a0 [x, x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 30))])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("seed: 1\nobjective: {name: dpo}\nseed: 2\n", "seed stands twice, again in line 3"),
+        ("objective: {name: dpo}\nobjective: {name: ipo}\n", "objective stands twice, again in line 2"),
+        ("train:\n  epochs: 1\n  max_steps: 2\n  epochs: 3\n", "train.epochs stands twice, again in line 4"),
+        ("a: &a [1, *a]\n", "a.1 is an alias of what it stands in"),
+        ("a: &a {b: *a}\n", "a.b is an alias of what it stands in"),
+        (BOMB, "stands for more than 10,000 values"),
+        ('output_dir: "a\\ud800b"\n', "output_dir: holds U\\+D800"),
+        ('output_dir: "runs/\\0x"\n', "output_dir: holds U\\+0000"),
+        ('"\\0": 1\n', "holds U\\+0000"),
+        ("output_dir: a\0b\n", "not valid YAML: character 14"),
+    ],
+)
+def test_yaml_that_says_two_things_or_too_much_is_refused(text, words):
+    with pytest.raises(UsageError, match=words):
+        parse(text, where="run.yaml")
+
+
+def test_a_section_may_be_shared_by_an_anchor():
+    text = "one: &one {a: 1, b: 2}\ntwo: {<<: *one, b: 3}\nthree: *one\n"
+    assert parse(text, where="x") == {"one": {"a": 1, "b": 2}, "two": {"a": 1, "b": 3}, "three": {"a": 1, "b": 2}}
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("seed=1e29", "seed="),
+        ("seed=010.5", "seed="),
+        ("checkpoint.strict=yes", "checkpoint.strict="),
+        ("generation.stop=['']", "generation.stop.0="),
+        ('data.path="\\0"', "data.path: holds U\\+0000"),
+        ("train.epochs=1:30", "train.epochs="),
+        (f"train.epochs={10**400}", "train.epochs="),
+        ("objective.lam=1e300", r"objective.lam=1e\+300: .*float32 holds it as 0 or infinity"),
+        ("objective.beta=1e-300", r"objective.beta=1e-300: .*give a number from 1e-37 to 3e38"),
+        (f"seed={'9' * 400}", "seed="),
+    ],
+)
+def test_a_refusal_of_a_value_names_its_key(tmp_path, override, key):
+    with pytest.raises(UsageError, match=key):
+        load_config(write(tmp_path, yaml.safe_dump(SMALLEST)), [override])
 
 
 def test_keys_of_other_kinds_in_the_file_of_a_run_are_passed_over(tmp_path):

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
+from sr_dpo_jax.config.yaml_text import parse
 from sr_dpo_jax.data.rows import Pair, read_rows
 from sr_dpo_jax.durable.files import lines_of, pairs_file
 from sr_dpo_jax.errors import UsageError
@@ -212,12 +212,12 @@ def _read_evaluation(path: Path, config: Line, problems: list[str], shown_set: s
 def _read_config(path: Path, problems: list[str]) -> dict[str, Any]:
     reason = "is damaged"
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = parse(path.read_text(encoding="utf-8"), where=str(path))
         if isinstance(raw, dict):
             return raw
     except FileNotFoundError:
         reason = "is missing"
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, UsageError) as error:
         reason = f"cannot be read ({type(error).__name__})"
     problems.append(f"config.yaml {reason}: objective, β and λ are not known")
     return {}
