@@ -106,6 +106,13 @@ class TokenizedPairs:
         """The sha256 (hex) of tokens, offsets, head and augmentation alone: equal ids have equal digests."""
         return _digest_of_arrays({name: getattr(self, name) for name in ("tokens", "offsets", "head", "augmentation")})
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """The sha256 (hex) of all that a run takes from the pairs: ids, names of rows, ratings, weights of sources."""
+        names = ("chosen_score", "rejected_score", "source", "source_weights")
+        others = _digest_of_arrays({name: getattr(self, name) for name in names})
+        return files.json_digest([self.digest, list(self.ids), others])
+
     @property
     def prompt_tokens(self) -> np.ndarray:
         """int64 `[N]`: tokens of each prompt, with its head, without p."""
@@ -156,7 +163,7 @@ def prepare(
     contents = [content_digest(source.path, split=split, revision=source.revision) for source in sources]
     limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "prompt_truncation": prompt_truncation}
     settings = {"format": format, "split": split, "augmentation_prompt": augmentation_prompt, **limits}
-    key = _digest_of([CODE_VERSION, contents, tokenizer_digest(tokenizer), settings])
+    key = files.json_digest([CODE_VERSION, contents, tokenizer_digest(tokenizer), settings])
     cache_dir = Path(cache_dir)
     cached = cache_dir / f"tokens-{key}.safetensors"
     content = _load(cached)
@@ -165,7 +172,7 @@ def prepare(
         arrays, report = content
         metadata = {"report": report, "sha256": _digest_of_arrays(arrays, report)}
         _write(cached, lambda path: safetensors.numpy.save_file(arrays, path, metadata))
-    pairs = _assemble(content, sources, _digest_of(contents))
+    pairs = _assemble(content, sources, files.json_digest(contents))
     _refuse(pairs.report, max_bad_rows, cache_dir / f"bad_rows-{key[:16]}.jsonl")
     return pairs
 
@@ -348,10 +355,6 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
             write(temporary)
     except (OSError, safetensors.SafetensorError) as error:
         raise UsageError(f"{path.parent}: cannot be written ({error}); free space there or choose another") from error
-
-
-def _digest_of(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _digest_of_arrays(arrays: dict[str, np.ndarray], text: str = "") -> str:

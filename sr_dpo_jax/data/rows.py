@@ -165,7 +165,7 @@ def _parse(data: bytes) -> Any:
     if b"\0" in data:
         raise UnusableError(f"NUL byte at byte {data.index(0) + 1} of the line")
     try:
-        return json.loads(data.decode(), parse_constant=_refuse_constant)
+        return json.loads(data.decode(), parse_constant=_refuse_constant, object_pairs_hook=_each_key_once)
     except UnicodeDecodeError as error:
         raise UnusableError(f"bad UTF-8 at byte {error.start + 1} of the line") from error
     except json.JSONDecodeError as error:
@@ -174,6 +174,12 @@ def _parse(data: bytes) -> Any:
         raise UnusableError("bad JSON: nested too deeply") from error
     except ValueError as error:  # Python refuses to convert integers of thousands of digits
         raise UnusableError("bad JSON: a number has too many digits") from error
+
+
+def _each_key_once(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(members)) < len(members):
+        raise UnusableError("bad JSON: an object has a key twice")
+    return found
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -12,13 +12,17 @@ Prompt and responses are tokenised apart as well. A trap: in the ids of prompt +
 cutting them at the length of the prompt's ids can lose the response's first letters.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import FrameType
 
 import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -29,6 +33,10 @@ from sr_dpo_jax.errors import UsageError
 
 LOG = logging.getLogger(__name__)
 SENTINEL = "\ue000sr-dpo\ue001"  # private-use characters: no template writes them, none trims them
+TEMPLATE_S = 5
+"""The seconds that a chat template has for one conversation; it is a program, and may loop without end."""
+MOST_ENDLESS = 8
+"""The most conversations for which it may take longer."""
 
 
 @dataclass(frozen=True)
@@ -250,6 +258,7 @@ class _ChatTemplate:
             LOG.warning("the chat template writes today's date: pairs tokenised tomorrow will get other ids")
         self._tokenizer, self._augmentation_prompt = tokenizer, augmentation_prompt
         self._heads: dict[tuple, str] = {}
+        self._endless = 0
         self._ending = self._ending_of_turns()
 
     def text(self, pair: Pair) -> _Text:
@@ -313,14 +322,48 @@ class _ChatTemplate:
         return head, rest
 
     def _render(self, conversation: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
+        """Renders a conversation; whatever a template raises, or that it does not end, is a fault of this row."""
         try:
-            return self._tokenizer.apply_chat_template(
-                conversation, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except (jinja2.TemplateError, TypeError) as error:
+            with _time_limit(TEMPLATE_S):
+                return self._tokenizer.apply_chat_template(
+                    conversation, tokenize=False, add_generation_prompt=add_generation_prompt
+                )
+        except _TooLong:
+            self._endless += 1
+            if self._endless > MOST_ENDLESS:
+                raise UsageError(
+                    f"the chat template of model.path did not end within {TEMPLATE_S} s for {self._endless} "
+                    "conversations; change chat_template.jinja"
+                ) from None
+            raise UnusableError(f"the chat template does not end within {TEMPLATE_S} s for this conversation") from None
+        except Exception as error:
             # A refusal that stands word for word in the template holds no text of the row.
             reason = f": {error}" if str(error) and str(error) in str(self._tokenizer.chat_template) else ""
-            raise UnusableError(f"the chat template refuses this conversation{reason}") from error
+            kind = "" if isinstance(error, jinja2.TemplateError) else f" with {type(error).__name__}"
+            raise UnusableError(f"the chat template refuses this conversation{kind}{reason}") from error
+
+
+class _TooLong(BaseException):
+    """The time of a `_time_limit` is over. No `Exception`, so that nothing on the way takes it for one of its own."""
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: int) -> Iterator[None]:
+    """Raises _TooLong in the block after so many seconds; only the main thread gets signals, others have no limit."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        raise _TooLong
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _put_before(text: str, prompt: list[dict[str, str]], first: int) -> list[dict[str, str]]:

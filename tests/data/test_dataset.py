@@ -197,6 +197,8 @@ class TestRefusal:
                 run(tmp_path, words, source, max_bad_rows=allowed)
             message = str(caught.value)
             assert all(f"{source.path}:{line}: " in message for line in (1, 2, 3)) and "max_bad_rows" not in message
+        (written,) = (tmp_path / "cache").glob("bad_rows-*.jsonl")
+        assert str(written) in message and len(written.read_text().splitlines()) == 3
         with pytest.raises(UsageError, match=r"empty\.jsonl: holds no rows"):
             run(tmp_path, words, write(tmp_path / "a.jsonl", [ROW]), write(tmp_path / "empty.jsonl", [""]))
 

@@ -179,6 +179,8 @@ MALFORMED = [
     ("hh_rlhf", b"sesame", "bad JSON: Expecting value at column 1"),
     ("hh_rlhf", b'"sesame" 1', "bad JSON: Extra data at column 10"),
     ("hh_rlhf", b'{"score": NaN, "chosen": "sesame"}', "bad JSON: NaN is not JSON"),
+    ("hh_rlhf", b'{"chosen": "sesame", "rejected": "b", "chosen": "c"}', "bad JSON: an object has a key twice"),
+    ("hh_rlhf", b'{"chosen": [{"sesame": 1, "sesame": 1}]}', "bad JSON: an object has a key twice"),
     ("hh_rlhf", b'{"score": -Infinity, "chosen": "sesame"}', "bad JSON: -Infinity is not JSON"),
     ("hh_rlhf", b'{"sesame": ' + b"7" * 5000 + b"}", "bad JSON: a number has too many digits"),
     ("hh_rlhf", b"[" * 200_000, "bad JSON: nested too deeply"),

@@ -2,12 +2,14 @@
 
 import itertools
 import json
+import signal
 
 import pytest
 import toy_tokenizers as toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sr_dpo_jax.data import tokens
 from sr_dpo_jax.data.rows import BadRow, Message, Pair, read_rows
 from sr_dpo_jax.data.tokens import PairEncoder, PairTokens, load_tokenizer, tokenizer_digest, truncate, uses_bos
 from sr_dpo_jax.errors import UsageError
@@ -248,6 +250,39 @@ class TestTemplates:
         leaking = "{% for m in messages %}{{ raise_exception(m['content']) if 'x' in m['content'] }}{{ m['content'] }}"
         bad = encode(make(chat_template=leaking + "{% endfor %}"), pair(conversation("x sesame")))
         assert bad.reason == "the chat template refuses this conversation"
+
+    @pytest.mark.parametrize(
+        ("fault", "kind"),
+        [
+            ("{{ 1 / 0 }}", "ZeroDivisionError"),
+            ("{{ ''.join(3) }}", "TypeError"),
+            ("{{ 'abc'.index('x') }}", "ValueError"),
+            ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "RecursionError"),
+            ("{{ range(10**9) | list }}", "OverflowError"),
+            ("{{ messages[9].content.there }}", ""),
+        ],
+    )
+    def test_whatever_a_template_raises_the_row_is_bad(self, make, fault, kind):
+        template = toy.CHATML + "{% if 'sesame' in messages[0]['content'] %}" + fault + "{% endif %}"
+        tokenizer = make(chat_template=template)
+        assert isinstance(encode(tokenizer, pair(conversation("one"))), PairTokens)
+        bad = encode(tokenizer, pair(conversation("sesame")))
+        assert bad.reason.startswith("the chat template refuses this conversation" + f" with {kind}" * bool(kind))
+        assert "sesame" not in bad.reason
+
+    def test_a_template_that_does_not_end(self, make, monkeypatch):
+        endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+        template = toy.CHATML + "{% if 'sesame' in messages[0]['content'] %}" + endless + "{% endif %}"
+        monkeypatch.setattr(tokens, "TEMPLATE_S", 0.05)
+        before = signal.getsignal(signal.SIGALRM)
+        good, rest = pair(conversation("one")), [pair(conversation("sesame"))] * tokens.MOST_ENDLESS
+        encoder = tokens.PairEncoder(make(chat_template=template), augmentation_prompt=None)
+        first, *others = encoder.encode([good, *rest])
+        assert isinstance(first, PairTokens)
+        assert {bad.reason for bad in others} == {"the chat template does not end within 0.05 s for this conversation"}
+        assert signal.getsignal(signal.SIGALRM) == before and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+        with pytest.raises(UsageError, match=r"did not end within 0\.05 s for 9 conversations"):
+            encoder.encode([pair(conversation("sesame"))])
 
     def test_no_template(self, make):
         with pytest.raises(UsageError, match="no chat template"):
