@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Answer = str | bytes | tuple[int, dict[str, str]] | None
-"""A reply's text; a raw body; a status with headers; None closes the connection."""
+Answer = str | bytes | Iterator[bytes] | tuple[int, dict[str, str]] | None
+"""A reply's text; a raw body, whole or in parts as they come; a status with headers; None closes the connection."""
 
 
 class Endpoint:
@@ -92,6 +92,14 @@ def serve(answer: Callable[[dict[str, Any], int], Answer]) -> Iterator[Endpoint]
                     # Endpoints like to say too much when they refuse.
                     error = {"message": f"refused: {self.headers['Authorization']}", "type": "error"}
                     body = json.dumps({"error": error}).encode()
+                case parts:
+                    self.send_response(status)
+                    self.send_header("Content-Type", "application/json")
+                    self.end_headers()
+                    for part in parts:
+                        self.wfile.write(part)
+                    self.close_connection = True
+                    return
             self.send_response(status)
             for name, value in {"Content-Type": "application/json", **headers}.items():
                 self.send_header(name, value)

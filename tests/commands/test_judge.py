@@ -2,11 +2,12 @@
 
 import json
 import re
+import time
 
 import numpy as np
 import pytest
 import yaml
-from fake_endpoint import serve, shown, slowly
+from fake_endpoint import completion, serve, shown, slowly
 
 from sr_dpo_jax.cli import main
 from sr_dpo_jax.commands.judge import endpoint as client
@@ -149,6 +150,93 @@ def test_time_outs_are_retried(tmp_path):
     assert result(tmp_path)["total"]["win"] == 1 and len(endpoint.requests) >= 4
 
 
+def endless(seconds):
+    """A body that never ends, in small parts."""
+    yield b"{"
+    while True:
+        time.sleep(seconds)
+        yield b"  "
+
+
+def large():
+    yield from [b" " * 2**20] * 600
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (lambda: endless(0.1), "last: nothing within 0.5 s"),
+        (lambda: (500, {"Retry-After-Ms": "1"}), "last: HTTP 500"),
+        (lambda: (429, {"Retry-After-Ms": "1"}), "last: HTTP 429"),
+        (lambda: None, "last: no connection"),
+    ],
+    ids=["slow", "500", "429", "closed"],
+)
+def test_an_endpoint_that_gives_no_reply_is_one_error(tmp_path, capsys, answer, told):
+    write_files(tmp_path, questions=1, two_turns=0)
+    started = time.monotonic()
+    with serve(lambda request, before: answer()) as endpoint:
+        assert judge(tmp_path, endpoint.url, timeout_s=0.5, retries=1) == 1
+    err = capsys.readouterr().err
+    assert f"gave no reply in 2 attempts ({told})" in err and "Traceback" not in err
+    assert time.monotonic() - started < 30
+
+
+def test_nobody_at_the_address_is_one_error(tmp_path, capsys):
+    write_files(tmp_path, questions=1, two_turns=0)
+    assert judge(tmp_path, "http://127.0.0.1:9/v1", retries=1) == 1
+    assert "(last: no connection)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        large,
+        b"[" * 200_000,
+        b'{"a":' * 200_000,
+        b"\xff\xfe",
+        b"[]",
+        completion("Verdict: C"),
+        completion("\n" * 150_000),
+    ],
+    ids=["large", "nested", "nested objects", "no text", "no object", "no verdict", "too long"],
+)
+def test_a_body_that_is_no_reply_is_malformed(tmp_path, capsys, body):
+    write_files(tmp_path, questions=1, two_turns=0)
+    with serve(lambda request, before: body() if callable(body) else body) as endpoint:
+        assert judge(tmp_path, endpoint.url, malformed_retries=0) == 2
+    assert "{'malformed reply': 2}" in capsys.readouterr().err
+
+
+def test_half_a_character_in_a_reply_is_kept(tmp_path):
+    write_files(tmp_path, questions=1, two_turns=0)
+    with serve(lambda request, before: completion("\ud800\nVerdict: A")) as endpoint:
+        assert judge(tmp_path, endpoint.url) == 0
+        assert judge(tmp_path, endpoint.url) == 0
+    assert len(endpoint.requests) == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["\n" * 65_000, "*" * 65_000, "Verdict: A" + "*" * 65_000 + "x", "verdict:" + " " * 65_000, "verdict " * 8_000],
+)
+def test_the_pattern_is_linear(text):
+    """A quadratic one takes minutes for each of these."""
+    pattern = judge_settings.load(None, model="judge", base_url=None).verdict_pattern
+    started = time.process_time()
+    assert parse(pattern, text) is None
+    assert time.process_time() - started < 2
+
+
+@pytest.mark.parametrize("key", ["sk-ü", "sk-\n1"])
+def test_a_key_that_no_header_can_hold_is_named(tmp_path, capsys, monkeypatch, key):
+    write_files(tmp_path)
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    assert judge(tmp_path, "http://127.0.0.1:9/v1") == 2
+    err = capsys.readouterr().err
+    assert "OPENAI_API_KEY: holds characters that no HTTP header can" in err and "sk-" not in err
+
+
 def test_malformed_verdicts_are_unusable_and_never_guessed(tmp_path, capsys):
     """Question 81 never gets a verdict in one order: it is counted, left out of the shares, and asked again later."""
     write_files(tmp_path)
@@ -192,7 +280,7 @@ def test_a_refusal_stops_at_once(tmp_path, capsys, status, told):
     assert not (tmp_path / "out.json").exists()
 
 
-def test_resume_asks_only_for_what_is_missing(tmp_path):
+def test_resume_asks_only_for_what_is_missing(tmp_path, capsys):
     """The endpoint dies after five replies; a cut-off line in the cache is dropped; another model asks anew."""
     write_files(tmp_path)
     answered = []
@@ -203,8 +291,9 @@ def test_resume_asks_only_for_what_is_missing(tmp_path):
         answered.append(request)
         return by_content(request, before)
 
-    with serve(dies) as endpoint, pytest.raises(RuntimeError, match=r"gave no reply in 2 attempts \(last: HTTP 500\)"):
-        judge(tmp_path, endpoint.url, concurrency=1, retries=1)
+    with serve(dies) as endpoint:
+        assert judge(tmp_path, endpoint.url, concurrency=1, retries=1) == 1
+    assert "gave no reply in 2 attempts (last: HTTP 500)" in capsys.readouterr().err
     replies = tmp_path / "out.json.replies.jsonl"
     assert len(replies.read_text().splitlines()) == 5
     replies.write_text(replies.read_text() + '{"key": "12", "repl')
@@ -231,20 +320,16 @@ def test_the_key_is_in_no_log_cache_or_output(tmp_path, capsys, caplog):
 
     write_files(tmp_path)
     caplog.set_level(logging.INFO)
-    errors = []
     for status in (400, 401, 404, 500):
         with serve(lambda request, before, status=status: (status, {"Retry-After-Ms": "1"})) as endpoint:
-            try:
-                judge(tmp_path, endpoint.url, retries=1)
-            except RuntimeError as error:
-                errors.append(f"{error} {error.__cause__} {error.__suppress_context__ or error.__context__}")
+            judge(tmp_path, endpoint.url, retries=1)
         assert f"Bearer {KEY}" in {headers.get("authorization") for headers in endpoint.headers}
     with serve(by_content) as endpoint:
         assert judge(tmp_path, endpoint.url) == 0
     written = [path.read_text() for path in tmp_path.iterdir()]
     out, err = capsys.readouterr()
-    assert len(errors) == 1 and err.count("sr-dpo judge:") == 3
-    for text in (*written, *errors, out, err, caplog.text):
+    assert err.count("sr-dpo judge:") == 4
+    for text in (*written, out, err, caplog.text):
         assert KEY not in text and "secret" not in text
 
 

@@ -1,25 +1,27 @@
 """Asks a judge model behind an OpenAI-compatible endpoint, and keeps its replies in a file.
 
 The client retries transport errors (408, 409, 429, 5xx, time-outs, dropped connections). A reply without a verdict is
-asked for again here. Where the endpoint does not come back the run stops; the replies so far are kept.
+asked for again here. Where the endpoint does not come back the run stops; the replies so far are kept. An endpoint is
+not trusted: the time and the size of a reply are bounded.
 """
 
 import concurrent.futures
 import dataclasses
-import hashlib
 import json
 import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from sr_dpo_jax.commands.judge.settings import Settings
-from sr_dpo_jax.durable.files import finished_lines
-from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.durable.files import finished_lines, json_digest
+from sr_dpo_jax.errors import RunError, UsageError
 
 try:
+    import httpx2
     import openai
 except ImportError as missing:
     raise UsageError("the openai client is not installed; pip install 'sr_dpo_jax[eval]'") from missing
@@ -28,6 +30,10 @@ log = logging.getLogger(__name__)
 
 Messages = list[dict[str, str]]
 KEY_REFUSED, NOT_FOUND, REQUEST_REFUSED = (401, 403), (404, 405), (400, 413, 422)
+MOST_BYTES = 4 * 2**20
+"""The most bytes of a reply's body."""
+MOST_CHARACTERS = 2**16
+"""The most characters of a reply in which a verdict is looked for; a longer one is malformed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +48,14 @@ class Verdict:
 
 def request_key(settings: Settings, messages: Messages) -> str:
     """Gives the sha256 of all that a reply depends on: model, parameters, messages; not the endpoint's address."""
-    return hashlib.sha256(json.dumps([settings.model, settings.request, messages], sort_keys=True).encode()).hexdigest()
+    return json_digest([settings.model, settings.request, messages])
 
 
 def parse(pattern: str, reply: str | None) -> str | None:
     """Reads `A`, `B` or `tie` from a reply; None unless the pattern is there and all of its matches say the same."""
-    choices = {match.casefold() for match in re.findall(pattern, reply or "")}
+    if reply is None or len(reply) > MOST_CHARACTERS:
+        return None
+    choices = {match.casefold() for match in re.findall(pattern, reply)}
     return {"a": "A", "b": "B", "tie": "tie"}.get(choices.pop()) if len(choices) == 1 else None
 
 
@@ -70,7 +78,47 @@ class Replies:
         """Adds a reply to the file."""
         with self._lock, self._path.open("a", encoding="utf-8") as file:
             self._replies[key] = reply
-            file.write(json.dumps({"key": key, "reply": reply}, ensure_ascii=False) + "\n")
+            file.write(json.dumps({"key": key, "reply": reply}) + "\n")  # ASCII: a reply may hold half a character
+
+
+class _TooLarge(Exception):
+    """The body of a reply is larger than MOST_BYTES."""
+
+
+class _Bounded(httpx2.HTTPTransport):
+    """Ends a reply that comes too slowly or grows too large; the client's own time-out starts again with every byte."""
+
+    def __init__(self, timeout_s: float):
+        super().__init__()
+        self._timeout_s = timeout_s
+
+    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+        deadline = time.monotonic() + self._timeout_s
+        response = super().handle_request(request)
+        return httpx2.Response(
+            response.status_code,
+            headers=response.headers,
+            stream=_BoundedStream(response, deadline),
+            extensions=response.extensions,
+        )
+
+
+class _BoundedStream(httpx2.SyncByteStream):
+    def __init__(self, response: httpx2.Response, deadline: float):
+        self._response, self._deadline = response, deadline
+
+    def __iter__(self) -> Iterator[bytes]:
+        size = 0
+        for part in self._response.stream:
+            size += len(part)
+            if size > MOST_BYTES:
+                raise _TooLarge
+            if time.monotonic() > self._deadline:
+                raise httpx2.ReadTimeout("the reply is not whole in time")
+            yield part
+
+    def close(self) -> None:
+        self._response.close()
 
 
 class Judge:
@@ -83,9 +131,17 @@ class Judge:
                 f"{settings.api_key_variable}: not set; it holds the key of the judge's endpoint (any word, if the "
                 "endpoint asks for none). api_key_variable of --judge-config names another variable"
             )
+        if not key.isascii() or not key.isprintable():
+            raise UsageError(
+                f"{settings.api_key_variable}: holds characters that no HTTP header can; set the key alone"
+            )
         self._settings, self._replies, self._stopped = settings, replies, threading.Event()
         self._client = openai.OpenAI(
-            api_key=key, base_url=settings.base_url, timeout=settings.timeout_s, max_retries=settings.retries
+            api_key=key,
+            base_url=settings.base_url,
+            timeout=settings.timeout_s,
+            max_retries=settings.retries,
+            http_client=openai.DefaultHttpxClient(transport=_Bounded(settings.timeout_s)),
         )
 
     def verdicts(self, conversations: Sequence[Messages], progress: Callable[[int], None]) -> list[Verdict]:
@@ -95,7 +151,7 @@ class Judge:
 
         Raises:
           UsageError: the endpoint refuses the key, or knows no such model.
-          RuntimeError: the endpoint does not answer.
+          RunError: the endpoint does not answer.
         """
         asked = {request_key(self._settings, messages): messages for messages in conversations}
         pattern = self._settings.verdict_pattern
@@ -148,7 +204,8 @@ class Judge:
             return None, f"nothing within {settings.timeout_s:g} s"
         except openai.APIConnectionError:
             return None, "no connection"
-        except (openai.APIResponseValidationError, ValueError):
+        # No JSON, nested without end, or too large.
+        except (openai.APIResponseValidationError, ValueError, RecursionError, _TooLarge):
             return None, None
         except TypeError as error:
             raise UsageError(f"request: the openai client does not take it ({error})") from None
@@ -167,7 +224,7 @@ class Judge:
                 f"endpoint (HTTP {failure})"
             )
         last = f"HTTP {failure}" if isinstance(failure, int) else failure
-        return RuntimeError(
+        return RunError(
             f"the judge's endpoint gave no reply in {1 + self._settings.retries} attempts (last: {last}); the replies "
             "so far are kept: the same command again goes on from them"
         )

@@ -1,8 +1,6 @@
 """Reads the settings of the judge, a user's keys in place of those of judge.yaml, and makes its prompts."""
 
-import hashlib
 import importlib.resources
-import json
 import re
 from pathlib import Path
 from string import Template
@@ -14,6 +12,7 @@ from pydantic import Field
 from sr_dpo_jax.commands.judge.files import Question
 from sr_dpo_jax.config.schema import NonNegative, Positive, Rate, Section
 from sr_dpo_jax.config.yaml_text import parse
+from sr_dpo_jax.durable.files import json_digest
 from sr_dpo_jax.errors import UsageError
 
 FIELDS = {
@@ -62,7 +61,7 @@ class Settings(Section):
     @property
     def prompts_digest(self) -> str:
         """The sha256 of the prompts, for the result: other prompts make another judge."""
-        return hashlib.sha256(json.dumps(self.prompts.model_dump(), sort_keys=True).encode()).hexdigest()
+        return json_digest(self.prompts.model_dump())
 
 
 def load(path: Path | None, *, model: str | None, base_url: str | None) -> Settings:
