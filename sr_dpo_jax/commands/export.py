@@ -5,6 +5,7 @@ import dataclasses
 import glob
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from sr_dpo_jax.config.load import load_config
 from sr_dpo_jax.config.schema import Config
 from sr_dpo_jax.durable.checkpoint import Checkpoints
 from sr_dpo_jax.durable.files import whole
+from sr_dpo_jax.durable.lease import is_alive, this_process
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.weights.directory import ModelDirectory, open_directory
 from sr_dpo_jax.weights.files import CONFIG, GENERATION_CONFIG, TEMPLATES, TOKENIZER_FILES
@@ -87,6 +89,11 @@ def export(
             save_params(groups, directory, abstract, out, dtype=np.dtype(dtype), shard_bytes=shard_bytes)
 
 
+OWNER = ".owner.json"
+"""Names the process that writes an export, within the directory that it writes."""
+STILL_S = 600.0
+
+
 def model_card(config: Config, origin: Origin, *, name: str, step: int, dtype: str) -> str:
     """Writes the README.md of an exported model, its origin and numbers; of a local path only the last name shows."""
     objective, path = config.objective, Path(config.model.path)
@@ -151,16 +158,35 @@ def _read_manifest(path: Path) -> Origin:
 def _new_directory(path: Path) -> Iterator[Path]:
     """Gives a directory to write to that gets the name `path` when all went well, and is removed otherwise.
 
-    An export that was killed leaves its directory behind, as large as a model; the next one of this name removes it.
+    An export that was killed leaves its directory behind, as large as a model; the next one of this name removes it,
+    unless its process lives or was heard of in the last STILL_S seconds: two exports to one name would mix.
     """
     with contextlib.ExitStack() as stack:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             # Of this name alone: `out.v2` may be under way beside `out`.
             for leftover in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 16}.partial"):
-                shutil.rmtree(leftover)
+                _remove_leftover(leftover, path)
             temporary = stack.enter_context(whole(path))
             temporary.mkdir()
+            (temporary / OWNER).write_text(this_process(), encoding="utf-8")
         except OSError as error:
             raise UsageError(f"{path}: cannot be made ({error}); name another directory") from error
         yield temporary
+        (temporary / OWNER).unlink()
+        if path.exists():
+            raise UsageError(f"{path}: another export has taken the name meanwhile; name another directory")
+
+
+def _remove_leftover(leftover: Path, path: Path) -> None:
+    owner = leftover / OWNER
+    alive = is_alive(owner.read_text(encoding="utf-8")) if owner.is_file() else False
+    if alive is None:  # of another machine, whose processes cannot be seen from here
+        newest = max(file.stat().st_mtime for file in (leftover, *leftover.rglob("*")))
+        alive = time.time() - newest < STILL_S
+    if alive:
+        raise UsageError(
+            f"{path}: another export to this name is under way in {leftover}; wait for it, name another directory, or "
+            "delete that one if its process is gone"
+        )
+    shutil.rmtree(leftover)

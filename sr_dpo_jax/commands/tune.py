@@ -11,6 +11,7 @@ The last evaluation of each run decides; with `checkpoint.best_metric` that of i
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -28,7 +29,7 @@ from typing import Any
 from sr_dpo_jax.commands import console
 from sr_dpo_jax.config.load import load_config
 from sr_dpo_jax.config.schema import Config
-from sr_dpo_jax.durable.files import read_lines, write_json
+from sr_dpo_jax.durable.files import json_digest, read_lines, sampled_digest, write_json
 from sr_dpo_jax.durable.selection import Selection
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.train.objective import OBJECTIVES
@@ -39,6 +40,8 @@ EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED = 0, 1, 75
 METRIC = "eval/rewards/accuracies"
 MEASURES = ("rewards/accuracies", "augmented/accuracies", "margin", "augmented/margin", "loss")
 """The measures that may decide: the lowest `loss` is best, the highest of the others."""
+KINDS_OF_FILES = (".json", ".safetensors", ".jinja", ".model", ".parquet", ".jsonl", ".gz", ".arrow")
+"""The files of a directory of a model or of data that decide what is trained on."""
 PLAIN_VALUE = re.compile(r"[\w.+-]+")
 
 
@@ -56,11 +59,27 @@ class Candidate:
     def name(self) -> str:
         return Path(self.config.output_dir).name
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
-        """The sha256 of the configuration, the same on every host: a finished run counts for that one alone."""
+        """The sha256 of the configuration and of the files that it names, the same on every host: a finished run counts
+        for these alone. A hub name stands for its content: training compares that."""
         decisive = self.config.model_dump(mode="json", exclude={"distributed"})
-        return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
+        data = self.config.data
+        files = [source.path for source in data.path]
+        files += [source.path for _, held_out in data.held_out for source in held_out.path]
+        return json_digest([decisive, [_content(file) for file in files], _content(self.config.model.path)])
+
+
+def _content(path: str) -> str | None:
+    """Digests a file, or samples of the files of a directory by name; None where there is none, as of a hub name."""
+    place = Path(path)
+    if place.is_dir():
+        kept = sorted(file for file in place.rglob("*") if file.is_file() and file.suffix in KINDS_OF_FILES)
+        return json_digest([[str(file.relative_to(place)), sampled_digest(file)] for file in kept])
+    if not place.is_file():
+        return None
+    with place.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def candidates(path: str, overrides: Sequence[str], *, metric: str, eval_pairs: int | None) -> list[Candidate]:

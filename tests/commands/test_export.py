@@ -1,6 +1,7 @@
 """`sr-dpo export`: the files of the directory, its numbers against the checkpoint's; it is whole or not there."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from sr_dpo_jax import __version__
 from sr_dpo_jax.cli import main
-from sr_dpo_jax.commands.export import Origin, export, model_card
+from sr_dpo_jax.commands.export import Origin, _new_directory, export, model_card
 from sr_dpo_jax.durable.checkpoint import Checkpoints
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.train.loop import train
@@ -139,6 +140,43 @@ def test_a_generation_config_is_made_where_the_base_model_has_none(run_dir, tmp_
         given.write_text(text)
     generation = GenerationConfig.from_pretrained(tmp_path / "out")
     assert (generation.bos_token_id, generation.eos_token_id, generation.temperature) == (1, 0, None)
+
+
+def test_of_two_exports_to_one_name_the_second_is_told(run_dir, tmp_path):
+    """While the first is under way; and where the name is taken just before the first is done."""
+    out = tmp_path / "out"
+    with pytest.raises(UsageError, match="another export has taken the name meanwhile"), _new_directory(out) as partial:
+        (partial / "half").write_text("a")
+        with pytest.raises(UsageError, match="another export to this name is under way"):
+            export(run_dir, out)
+        assert (partial / "half").read_text() == "a"
+        shutil.copytree(partial, out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    shutil.rmtree(out)
+    leftover = tmp_path / f".out.{'a' * 16}.partial"
+    leftover.mkdir()
+    (leftover / ".owner.json").write_text(json.dumps({"host": "elsewhere b p", "pid": 1, "started": "1"}))
+    with pytest.raises(UsageError, match="is under way"):
+        export(run_dir, out)
+    for path in (leftover / ".owner.json", leftover):
+        os.utime(path, (1, 1))
+    export(run_dir, out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"] and not (out / ".owner.json").exists()
+
+
+@pytest.mark.parametrize("call", ["read_params", "check_params"])
+def test_a_step_that_is_deleted_while_it_is_read_is_one_error(run_dir, tmp_path, monkeypatch, call):
+    copy, then = tmp_path / "run", getattr(Checkpoints, call)
+    shutil.copytree(run_dir, copy)
+
+    def deleted(self, *given, step):
+        shutil.rmtree(self.directory / str(step), ignore_errors=True)
+        return then(self, *given, step=step)
+
+    monkeypatch.setattr(Checkpoints, call, deleted)
+    with pytest.raises(UsageError, match=r"checkpoints/3: was deleted while it was read, .*run this again"):
+        export(copy, tmp_path / "out")
+    assert not list(tmp_path.glob("*out*")) and not list(tmp_path.glob(".out*"))
 
 
 def test_an_export_is_whole_or_not_there(run_dir, tmp_path, monkeypatch):

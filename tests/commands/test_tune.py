@@ -39,6 +39,27 @@ def test_the_grid_is_the_product_of_its_keys(config, tmp_path):
     assert grid[0].config.output_dir == str(first) and len({one.config.output_dir for one in grid}) == 6
 
 
+def test_a_finished_run_counts_for_the_content_of_its_files(config, tmp_path):
+    """Labels that are swapped, other held-out pairs or weights under the same names make other runs."""
+    model_directory(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"a" * 300_000)
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text('{"prompt": "p", "chosen": "x", "rejected": "y"}\n', encoding="utf-8")
+    options = ("objective.lam=0.1,1", f"data.eval_path={tmp_path / 'b.jsonl'}")
+
+    def digests():
+        return [one.digest for one in grid_of(config, *options)]
+
+    found = [digests()]
+    assert digests() == found[0]
+    for name, text in (("a.jsonl", '{"prompt": "p", "chosen": "y", "rejected": "x"}\n'), ("b.jsonl", "{}\n")):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        found.append(digests())
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"a" * 299_999 + b"b")
+    found.append(digests())
+    assert len({digest for of_grid in found for digest in of_grid}) == 2 * len(found)
+
+
 def test_a_list_is_one_value(config):
     grid = grid_of(config, "objective.lam=0.1,1", "data.path=[a.jsonl, c.jsonl]")
     assert len(grid) == 2 and len(grid[0].config.data.path) == 2
