@@ -26,6 +26,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 
 from sr_dpo_jax.durable import integrity
+from sr_dpo_jax.durable.belonging import require_there, run_id_of, stored_position, stranger
 from sr_dpo_jax.durable.files import write_text
 from sr_dpo_jax.errors import RunError, UsageError
 from sr_dpo_jax.parallel.processes import largest
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 GOOD, UNVERIFIED, DAMAGED = range(3)
 PARAMS = "params."
 CONDEMNED = ".deleting"
+REPLACED = ".replaced"  # a verified step that is saved again, with its evaluation
 LEDGER = "last_verified"
 """The file that names the newest verified step. If it names a step but no usable checkpoint is left, the run refuses to
 start, since starting at step 0 would hide the loss."""
@@ -51,12 +53,16 @@ class Checkpoints(contextlib.AbstractContextManager):
       keep: how many of the newest verified ones stay, besides the best; None keeps all.
       read_only: refuses to write, and makes no directory.
       strict: a damaged checkpoint is refused instead of passed over for an older one.
+
+    A step that was copied to another number, or from another run than `run_id`, is named in the log and never loaded,
+    counted or a reason to delete another.
     """
 
     def __init__(
         self, output_dir: str | Path, *, keep: int | None = None, read_only: bool = False, strict: bool = False
     ):
         self.directory = Path(output_dir).absolute() / "checkpoints"
+        self.run_id = run_id_of(Path(output_dir))
         self._keep, self._read_only, self._strict = keep, read_only, strict
         self._leader = jax.process_index() == 0
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
@@ -70,6 +76,7 @@ class Checkpoints(contextlib.AbstractContextManager):
                 shutil.rmtree(half_deleted)
             for half_written in self.directory.glob(f".{LEDGER}.*"):
                 half_written.unlink(missing_ok=True)
+            self._settle_replaced(restore=True)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Waits for a save under way, except where one of several processes fails: it might wait for a dead one."""
@@ -134,7 +141,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         self._best = best
         path, tree = self.directory / str(step), dict(state)
         if path.exists():
-            self._set_aside(step, "unverified")
+            self._make_way(step)
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(tree), position=ocp.args.JsonSave(position), config=ocp.args.JsonSave(config)
         )
@@ -210,8 +217,12 @@ class Checkpoints(contextlib.AbstractContextManager):
           UsageError: parameters are missing, extra or of other shapes; all are named.
         """
         path = self.directory / str(step)
-        with ocp.StandardCheckpointer() as checkpointer:
-            tree = checkpointer.metadata(path / "state").item_metadata.tree
+        try:
+            with ocp.StandardCheckpointer() as checkpointer:
+                tree = checkpointer.metadata(path / "state").item_metadata.tree
+        except (ValueError, OSError, AttributeError) as error:
+            require_there(path, error)
+            raise
         held = {name: tuple(leaf.shape) for name, leaf in flatten_dict(tree["params"], sep=".").items()}
         wrong = [
             f"{name}: {held.get(name, 'missing')}, the model has {shapes.get(name, 'no such parameter')}"
@@ -272,7 +283,13 @@ class Checkpoints(contextlib.AbstractContextManager):
     def verified_steps(self) -> list[int]:
         """Lists the steps that all processes verified when they were saved, lowest first."""
         paths = self.directory.iterdir() if self.directory.is_dir() else ()
-        return sorted(int(path.name) for path in paths if path.name.isdigit() and integrity.is_verified(path))
+        verified = [path for path in paths if path.name.isdigit() and integrity.is_verified(path)]
+        return sorted(int(path.name) for path in verified if stranger(path, self.run_id) is None)
+
+    def recorded_run_id(self) -> str | None:
+        """Gives the run that the newest verified step is of; None where no step says."""
+        newest = self.verified_steps()[-1:]
+        return stored_position(self.directory / str(newest[0])).get("run_id") if newest else None
 
     def close(self) -> None:
         self._background.shutdown()
@@ -287,7 +304,8 @@ class Checkpoints(contextlib.AbstractContextManager):
         path = self.directory / str(step)
         try:
             return self._checkpointer.restore(path, args=ocp.args.Composite(**{item: arguments}))[item]
-        except ValueError as error:
+        except (ValueError, OSError) as error:
+            require_there(path, error)
             raise UsageError(
                 f"{path}: does not fit the configured model or optimizer ({error}); restore the configuration it was "
                 "made with, or choose another output_dir"
@@ -307,9 +325,11 @@ class Checkpoints(contextlib.AbstractContextManager):
     def _judge(self, step: int, prefix: str) -> tuple[int, str]:
         """Gives the verdict that all processes agree on, each having read its share, and a reason."""
         verdict, reason = GOOD, "another process found its part damaged"
-        share = jax.process_index(), jax.process_count()
+        path = self.directory / str(step)
         try:
-            integrity.check(self.directory / str(step), prefix=prefix, share=share)
+            integrity.check(path, prefix=prefix, share=(jax.process_index(), jax.process_count()))
+            if foreign := stranger(path, self.run_id):
+                verdict, reason = UNVERIFIED, foreign
         except integrity.Unverified as error:
             verdict, reason = UNVERIFIED, str(error)
         except integrity.Damaged as error:
@@ -325,12 +345,31 @@ class Checkpoints(contextlib.AbstractContextManager):
             steps[: len(found)] = found[:MOST_STEPS]
             known = {LEDGER, *(str(step) for step in found)}
             names = {path.name for path in self.directory.iterdir()} - known
-            others = sorted(name for name in names if not name.startswith(f".{LEDGER}."))
+            others = sorted(name for name in names if not (name.startswith(f".{LEDGER}.") or name.endswith(REPLACED)))
             if others:
                 log.warning("%s: not checkpoints, ignored: %s", self.directory, ", ".join(others))
         if jax.process_count() > 1:
             steps = np.asarray(multihost_utils.broadcast_one_to_all(steps))
         return [int(step) for step in steps if step >= 0]
+
+    def _make_way(self, step: int) -> None:
+        """Renames a step that is saved again; a verified one stays until its successor is verified."""
+        path = self.directory / str(step)
+        if not integrity.is_verified(path) or stranger(path, self.run_id) is not None:
+            self._set_aside(step, "unverified")
+        elif self._leader:
+            path.rename(path.with_name(path.name + REPLACED))
+
+    def _settle_replaced(self, *, restore: bool) -> None:
+        """Deletes replaced steps whose successors are verified; with `restore` gives the others their place back."""
+        for replaced in self.directory.glob(f"*{REPLACED}"):
+            path = replaced.with_name(replaced.name.removesuffix(REPLACED))
+            if integrity.is_verified(path):
+                shutil.rmtree(replaced)
+            elif restore:
+                if path.exists():
+                    self._set_aside(int(path.name), "unverified")
+                replaced.rename(path)
 
     def _set_aside(self, step: int, why: str) -> None:
         """Renames a directory that is no checkpoint, so that it is never resumed from, counted or deleted."""
@@ -343,6 +382,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         log.warning("%s: kept as %s; delete it when you have no use for it", path, aside.name)
 
     def _prune(self) -> None:
+        self._settle_replaced(restore=False)
         verified = self.verified_steps()
         if verified:
             write_text(self.directory / LEDGER, f"{verified[-1]}\n")

@@ -5,6 +5,8 @@ and never half of one. A process that is killed leaves the temporary name behind
 """
 
 import contextlib
+import errno
+import hashlib
 import json
 import os
 import re
@@ -17,6 +19,8 @@ from typing import Any
 from sr_dpo_jax.errors import UsageError
 
 PROBE_BYTES = 1 << 16
+SAMPLED, BLOCK_BYTES = 16, 1 << 16
+"""The blocks of a large file by which it is told from another, and their size."""
 
 
 @contextlib.contextmanager
@@ -51,6 +55,26 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes a value as indented JSON, whole; letters of every script stay as they are."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def json_digest(value: Any) -> str:
+    """Computes the sha256 (hex) of a JSON value; the order of a mapping's keys plays no part."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def sampled_digest(path: Path) -> str:
+    """Digests the size of a large file and SAMPLED blocks of it, spread evenly: another file differs in nearly each.
+
+    Raises:
+      OSError: it cannot be read.
+    """
+    size = path.stat().st_size
+    digest = hashlib.sha256(f"{size} ".encode())
+    with path.open("rb") as file:
+        for number in range(SAMPLED):
+            file.seek(max(size - BLOCK_BYTES, 0) * number // (SAMPLED - 1))
+            digest.update(file.read(BLOCK_BYTES))
+    return digest.hexdigest()
 
 
 def lines_of(text: str) -> list[str]:
@@ -102,28 +126,45 @@ def require_output(path: Path, *, option: str = "--output") -> None:
 
 
 def require_writable(directory: Path) -> None:
-    """Makes the directory, and writes, syncs, renames and removes a file in it, as saving will.
+    """Makes the directory, and tries in it every call that a run needs of a file system.
+
+    These are making a file that does not exist, writing, syncing, appending, setting its time, renaming a file and a
+    directory, and removing both; no links and no locks, which mounted buckets lack.
 
     Raises:
-      UsageError: one of these fails.
+      UsageError: one of these fails, or the file does not hold what was written; names the call.
     """
-    probe = directory / f".probe-{secrets.token_hex(8)}"
-    renamed = probe.with_suffix(".renamed")
+    probe, call = directory / f".probe-{secrets.token_hex(8)}", "mkdir"
+    inside, renamed = probe / "file", probe.with_suffix(".renamed")
     try:
-        directory.mkdir(parents=True, exist_ok=True)
         try:
-            with probe.open("wb") as file:
+            directory.mkdir(parents=True, exist_ok=True)
+            probe.mkdir()
+            call = "create"
+            with inside.open("xb") as file:
+                call = "write"
                 file.write(b"\0" * PROBE_BYTES)
+                call = "fsync"
                 file.flush()
                 os.fsync(file.fileno())
+            call = "append"
+            with inside.open("ab") as file:
+                file.write(b"\1")
+            call = "utime"
+            os.utime(inside)
+            call = "rename"
+            inside.rename(inside.with_name("other"))
             probe.rename(renamed)
+            call = "read"
+            if (renamed / "other").read_bytes() != b"\0" * PROBE_BYTES + b"\1":
+                raise OSError(errno.EIO, "gives back other bytes than were written")
         finally:
-            probe.unlink(missing_ok=True)
-            renamed.unlink(missing_ok=True)
+            for left in (probe, renamed):
+                shutil.rmtree(left, ignore_errors=True)
     except OSError as error:
         raise UsageError(
-            f"{directory}: cannot be written ({error.strerror}); free space, change its permissions, or choose another "
-            "output_dir"
+            f"{directory}: cannot be written ({call}: {error.strerror}); free space, change its permissions, or choose "
+            "another output_dir"
         ) from error
 
 

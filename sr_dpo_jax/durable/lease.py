@@ -24,6 +24,8 @@ NAME = "lease.json"
 BEAT_S = 5.0
 EXPIRY_S = 30.0
 WATCH_S = 0.5
+SETTLE_S = 0.2
+"""The time after which two processes that created the lease at once see the same one."""
 
 
 class Lease(contextlib.AbstractContextManager):
@@ -66,16 +68,15 @@ class Lease(contextlib.AbstractContextManager):
             raise RunError(f"{self._file}: another run has taken this directory over; stopped without writing more")
 
     def _created(self) -> bool:
-        """Writes the lease whole under another name and links it to its own; False where there is a lease already."""
-        own = self._file.with_name(f".{NAME}.{secrets.token_hex(8)}")
-        own.write_text(self._content, encoding="utf-8")
-        try:
-            os.link(own, self._file)
-        except FileExistsError:
+        """Writes the lease where there is none; False where there is one already, or another process came first.
+
+        Mounted buckets have no links, and may let two processes create one name: the last to close it wins there. So
+        the lease is read again after a while.
+        """
+        if not _create(self._file, self._content):
             return False
-        finally:
-            own.unlink()
-        return True
+        time.sleep(SETTLE_S)
+        return self._read() == self._content
 
     def _displace(self) -> None:
         """Moves a stale lease out of the way, returns where the lease is gone, and refuses a living one."""
@@ -87,14 +88,14 @@ class Lease(contextlib.AbstractContextManager):
             self._file.rename(aside)
         except FileNotFoundError:
             return
-        moved = aside.read_text(encoding="utf-8")
+        moved = aside.read_text(encoding="utf-8", errors="replace")
         if moved != before:  # another process took the stale lease over first, and this is its own: put it back
-            os.link(aside, self._file)
+            _create(self._file, moved)
         aside.unlink()
 
     def _read(self) -> str | None:
         try:
-            return self._file.read_text(encoding="utf-8")
+            return self._file.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return None
 
@@ -109,6 +110,16 @@ class Lease(contextlib.AbstractContextManager):
                 continue
 
 
+def _create(file: Path, content: str) -> bool:
+    """Writes a file that does not exist; False where it does."""
+    try:
+        with file.open("x", encoding="utf-8") as opened:
+            opened.write(content)
+    except FileExistsError:
+        return False
+    return True
+
+
 def _is_stale(file: Path, content: str) -> bool:
     """Tells whether the process of a lease is dead; watches for EXPIRY_S where only the heartbeat can show it.
 
@@ -118,7 +129,8 @@ def _is_stale(file: Path, content: str) -> bool:
     try:
         holder: dict[str, Any] = json.loads(content)
         host, pid, started = holder["host"], holder["pid"], holder["started"]
-    except (ValueError, KeyError, TypeError):
+        host = str(host) or "an unreadable lease"
+    except (ValueError, KeyError, TypeError, RecursionError):
         host, pid, started = "an unreadable lease", 0, ""
     alive = UsageError(
         f"{file}: process {pid} on {host.split()[0]} is running in this directory; wait for it, stop it, or choose "
@@ -140,6 +152,21 @@ def _is_stale(file: Path, content: str) -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+def this_process() -> str:
+    """Gives JSON by which `is_alive` knows this process again."""
+    return json.dumps(_this_process())
+
+
+def is_alive(content: str) -> bool | None:
+    """Tells whether the process that wrote `this_process()` lives; None where that cannot be seen from here."""
+    try:
+        holder = json.loads(content)
+        host, pid, started = holder["host"], holder["pid"], holder["started"]
+    except (ValueError, KeyError, TypeError):
+        return False
+    return _started(pid) == started if host == _this_process()["host"] else None
 
 
 def _this_process() -> dict[str, Any]:

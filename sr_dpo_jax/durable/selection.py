@@ -26,6 +26,8 @@ class Selection:
     min_delta: float
     patience: int | None
     """The evaluations without improvement after which the run ends; None never ends it."""
+    data: str = ""
+    """The digest of the held-out pairs that are measured: numbers of other pairs are not compared."""
     step: int | None = None
     """The step of the best evaluation; None before the first finite one."""
     value: float | None = None
@@ -60,11 +62,12 @@ class Selection:
         """Gives what a checkpoint keeps of it; JSON keeps every bit of a float. None where nothing is selected."""
         if self.metric is None:
             return None
-        return {"metric": self.metric, "mode": self.mode, **{name: getattr(self, name) for name in COUNTED}}
+        return {name: getattr(self, name) for name in ("metric", "mode", "data", *COUNTED)}
 
     def resumed(self, record: Mapping[str, Any]) -> "Selection | None":
-        """Returns this rule with the counts of a checkpoint's record; None where the record is of another metric."""
-        if (record["metric"], record["mode"]) != (self.metric, self.mode):
+        """Returns this rule with the counts of a checkpoint's record; None where that is of another metric or data."""
+        then = (record["metric"], record["mode"], record.get("data", self.data))  # earlier versions wrote no digest
+        if then != (self.metric, self.mode, self.data):
             return None
         return dataclasses.replace(self, **{name: record[name] for name in COUNTED})
 

@@ -1,7 +1,9 @@
 """Ends a process whose step hangs: it writes the stacks of all threads to standard error and exits with code 1."""
 
+import contextlib
 import faulthandler
 import sys
+from collections.abc import Iterator
 from typing import Self
 
 
@@ -14,6 +16,15 @@ class Watchdog:
 
     def __init__(self, timeout_s: float):
         self._timeout_s = timeout_s
+
+    @contextlib.contextmanager
+    def limit(self, timeout_s: float) -> Iterator[None]:
+        """Gives the block a time of its own: waiting for a save is no hanging step."""
+        faulthandler.dump_traceback_later(timeout_s, exit=True, file=sys.__stderr__)
+        try:
+            yield
+        finally:
+            self.beat()
 
     def __enter__(self) -> Self:
         self.beat()

@@ -8,8 +8,10 @@ import dataclasses
 import json
 import logging
 import math
+import re
+import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,12 +21,15 @@ from tensorboardX import SummaryWriter
 
 from sr_dpo_jax.data.pipeline import HostStep
 from sr_dpo_jax.data.plan import Plan
-from sr_dpo_jax.durable.files import lines_of, write_text
+from sr_dpo_jax.durable.files import whole
 from sr_dpo_jax.errors import RunError
 from sr_dpo_jax.train.program import Work
 from sr_dpo_jax.train.wandb_run import WandbRun
 
 log = logging.getLogger(__name__)
+
+DIVERGED = 1000
+"""A loss this many times the first one, or 1 where that is less, is warned of."""
 
 
 class MetricsWriter:
@@ -35,21 +40,34 @@ class MetricsWriter:
       root: the run directory.
       first_step: steps done before this run starts. Later lines, from steps after the checkpoint that the run
         resumes from, are dropped: these steps are done again.
+      evaluation_due: the evaluation of `first_step` is done again too.
       active: False on all processes but one.
       wandb: gets the lines too; None for none.
     """
 
-    def __init__(self, root: Path, *, first_step: int, active: bool, wandb: WandbRun | None = None):
+    def __init__(
+        self,
+        root: Path,
+        *,
+        first_step: int,
+        active: bool,
+        evaluation_due: bool = False,
+        wandb: WandbRun | None = None,
+    ):
         self._active, self._wandb = active, wandb
+        self._metrics_file = root / "metrics.jsonl"
         self.skipped_file, self._samples_file = root / "skipped.jsonl", root / "samples.jsonl"
         if not active:
             return
-        recorded = _drop_lines_after(root / "metrics.jsonl", first_step)
-        for file in (self.skipped_file, self._samples_file):
-            _drop_lines_after(file, first_step)
+        evaluated = first_step - 1 if evaluation_due else first_step
+        recorded = _lines_kept(
+            self._metrics_file, lambda line: line["step"] <= (first_step if "loss" in line else evaluated)
+        )
+        _lines_kept(self.skipped_file, lambda line: line["step"] <= first_step)
+        _lines_kept(self._samples_file, lambda line: line["step"] <= evaluated)
         if wandb is not None:
             wandb.catch_up(recorded)
-        self._file = (root / "metrics.jsonl").open("a", encoding="utf-8")
+        self._file = self._metrics_file.open("a", encoding="utf-8")
         self._tensorboard = SummaryWriter(str(root / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, line: dict[str, Any]) -> None:
@@ -57,6 +75,8 @@ class MetricsWriter:
         if not self._active:
             return
         exact = {key: value if math.isfinite(value) else str(value) for key, value in line.items()}
+        if self._file.closed:
+            self._file = self._metrics_file.open("a", encoding="utf-8")
         self._file.write(json.dumps(exact) + "\n")
         self._file.flush()
         for name, value in line.items():
@@ -84,6 +104,12 @@ class MetricsWriter:
         with self.skipped_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "pair_ids": pair_ids, "not_finite": bad}) + "\n")
 
+    def commit(self) -> None:
+        """Closes the file of lines until the next one: a mounted bucket shows a file only once it is closed."""
+        if self._active:
+            self._file.close()
+            self._tensorboard.flush()
+
     def close(self) -> None:
         if self._active:
             self._file.close()
@@ -97,23 +123,30 @@ def is_due(step: int, every_steps: int | None, *, last: int) -> bool:
     return step == last or (every_steps is not None and step % every_steps == 0)
 
 
-def _drop_lines_after(metrics_file: Path, step: int) -> list[dict[str, Any]]:
-    """Takes the lines of later steps off a file; gives those that stay."""
-    if not metrics_file.exists():
+def _lines_kept(file: Path, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """Takes lines off a file, and gives those that stay.
+
+    A last line that a kill cut short is dropped; its step is done again. Damage anywhere else stops no run: the file is
+    set aside as it is, with a warning, and its good lines stay.
+    """
+    if not file.exists():
         return []
-    texts, lines = [], []
-    for text in lines_of(metrics_file.read_text(encoding="utf-8")):
+    kept, lines, damaged = [], [], False
+    parts = re.findall(rb"[^\n]*\n|[^\n]+", file.read_bytes())
+    for number, content in enumerate(parts, 1):
         try:
-            line = json.loads(text)
-            if line["step"] > step:
-                continue
-        except (json.JSONDecodeError, KeyError):
-            # A kill cuts the last line short, and its step is done again; anywhere else the file was damaged.
-            log.warning("%s: a line that is not a whole metrics line is dropped", metrics_file)
-            continue
-        texts.append(text)
-        lines.append(line)
-    write_text(metrics_file, "".join(texts))
+            line = json.loads(content)
+            if keep(line):
+                kept.append(content)
+                lines.append(line)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            damaged = damaged or number < len(parts) or content.endswith(b"\n")
+    if damaged:
+        aside = file.with_name(f"{file.name}.damaged-{secrets.token_hex(4)}")
+        file.rename(aside)
+        log.warning("%s: has damaged lines, which are dropped; the whole file is kept as %s", file, aside.name)
+    with whole(file) as temporary:
+        temporary.write_bytes(b"".join(kept))
     return lines
 
 
@@ -215,6 +248,7 @@ class StepLog:
     def __post_init__(self) -> None:
         self._pending: tuple[int, HostStep, dict[str, jax.Array]] | None = None
         self._skipped_in_a_row = 0
+        self._usual_loss, self._warned = None, False
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -250,6 +284,21 @@ class StepLog:
         accuracy = f"accuracy {numbers['rewards/accuracies']:.2f}  " if "rewards/accuracies" in numbers else ""
         self.progress.update(step, f"loss {numbers['loss']:.4f}  {accuracy}{numbers['pairs_per_second']:.1f} pairs/s")
         self._count_skipped(step, host_step, numbers)
+        self._warn_of_divergence(step, numbers["loss"])
+
+    def _warn_of_divergence(self, step: int, loss: float) -> None:
+        """Warns once of a loss far above the first one, which a run would otherwise carry to its end without a word."""
+        if self._usual_loss is None:
+            self._usual_loss = max(abs(loss), 1.0)
+        if not self._warned and loss > DIVERGED * self._usual_loss:
+            self._warned = True
+            log.warning(
+                "step %d: the loss is %.3g, more than %d times the first one of this start: the run diverges; lower "
+                "optimizer.learning_rate, or start again from an earlier checkpoint",
+                step,
+                loss,
+                DIVERGED,
+            )
 
     def _count_skipped(self, step: int, host_step: HostStep, numbers: dict[str, float]) -> None:
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if numbers["skipped"] else 0

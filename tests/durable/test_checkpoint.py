@@ -1,5 +1,8 @@
 """Checkpoints of a tiny state: saved, verified, kept, passed over when damaged, and restored bit by bit on any mesh."""
 
+import json
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -193,3 +196,80 @@ def test_half_deleted_directories_are_deleted_at_the_next_start(checkpoints):
     assert "0.deleting" in names_in(writer), "reading changes nothing"
     checkpoints()
     assert names_in(writer) == {"1", "last_verified"}
+
+
+def manifest(checkpoints, run_id):
+    (checkpoints.directory.parent / "manifest.json").write_text(json.dumps({"run_id": run_id}), encoding="utf-8")
+
+
+def save_of(checkpoints, run_id, *steps):
+    checkpoints.run_id = run_id
+    for step in steps:
+        checkpoints.save(step, state_of(step), position={"next_step": step, "run_id": run_id}, config={})
+        assert not checkpoints.await_save()
+
+
+def test_a_step_under_another_number_is_named_and_never_counted(checkpoints, caplog):
+    """With keep=1 the copy as 9999 would make every new step an older one, to be deleted."""
+    one = checkpoints(keep=1)
+    save(one, 2)
+    shutil.copytree(one.directory / "2", one.directory / "9999")
+    save(one, 4)
+    assert names_in(one) == {"4", "9999", "last_verified"}
+    assert one.verified_steps() == [4] and one.newest_good() == 4
+    assert "9999: passed over: it holds step 2: it was copied or renamed" in caplog.text
+    with pytest.raises(UsageError, match="9999: it holds step 2"):
+        one.existing(9999)
+    (one.directory / "4").rename(one.directory / "away")
+    (one.directory / "9999").rename(one.directory / "4")
+    with pytest.raises(UsageError, match=r"none of the checkpoints \[4\] can be used"):
+        one.newest_good()
+    assert names_in(one) == {"4", "away", "last_verified"}, "what does not belong is neither deleted nor renamed"
+
+
+def test_two_steps_that_were_swapped_are_neither_loaded_nor_deleted(checkpoints):
+    one = checkpoints(keep=1)
+    save(one, 2)
+    two = checkpoints(keep=5)
+    save(two, 3)
+    for source, target in (("2", "a"), ("3", "2"), ("a", "3")):
+        (one.directory / source).rename(one.directory / target)
+    save(one, 4)
+    assert names_in(one) == {"2", "3", "4", "last_verified"}
+    assert one.newest_good() == 4
+
+
+def test_a_step_of_another_run_is_named_and_never_counted(checkpoints, caplog):
+    one = checkpoints(keep=1)
+    manifest(one, "ours")
+    save_of(one, "theirs", 6)
+    save_of(one, "ours", 4)
+    assert names_in(one) == {"4", "6", "last_verified"}
+    again = checkpoints(read_only=True)
+    assert again.run_id == "ours" and again.newest_good() == 4
+    assert "6: passed over: it is a checkpoint of another run (theirs, this is ours)" in caplog.text
+    assert checkpoints().recorded_run_id() == "ours"
+
+
+def test_a_step_that_is_saved_again_stays_until_its_successor_is_verified(checkpoints, monkeypatch):
+    one = checkpoints(keep=2)
+    save(one, 2, 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(integrity, "check_shards", fail)
+        one.save(4, state_of(40), position={"next_step": 4, "evaluation_due": False}, config={})
+        assert one.await_save(), "it has failed"
+    assert names_in(one) == {"2", "4", "4.replaced", "last_verified"}
+    again = checkpoints(keep=2)  # another start gives the verified one its place back
+    assert again.newest_good() == 4
+    restored = again.restore(shapes_of(state_of(4)), step=4)
+    np.testing.assert_array_equal(restored["params"]["layer"]["matrix"], np.arange(64) + 4)
+    assert {"4", "4.unverified"} <= names_in(again) and "4.replaced" not in names_in(again)
+    again.save(4, state_of(41), position={"next_step": 4}, config={})
+    assert not again.await_save()
+    restored = again.restore(shapes_of(state_of(4)), step=4)
+    np.testing.assert_array_equal(restored["params"]["layer"]["matrix"], np.arange(64) + 41)
+    assert "4.replaced" not in names_in(again)
+
+
+def fail(*_):
+    raise integrity.Damaged("as a bad disk would give it back")

@@ -1,9 +1,13 @@
 """Files written whole, JSON lines, and what is refused before any work: outputs, directories and full disks."""
 
+import errno
+import fcntl
 import json
+import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from runs import REPOSITORY
@@ -88,8 +92,40 @@ def test_a_directory_is_tried_and_left_empty(tmp_path):
     files.require_writable(tmp_path / "a" / "b")
     assert list((tmp_path / "a" / "b").iterdir()) == []
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match=r"cannot be written \(Not a directory\).*another output_dir"):
+    with pytest.raises(UsageError, match=r"cannot be written \(mkdir: Not a directory\).*another output_dir"):
         files.require_writable(tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize(
+    ("call", "owner", "name"),
+    [
+        ("create", Path, "open"),
+        ("fsync", os, "fsync"),
+        ("utime", os, "utime"),
+        ("rename", Path, "rename"),
+        ("read", Path, "read_bytes"),
+    ],
+)
+def test_a_file_system_that_lacks_a_call_is_found_at_the_start(tmp_path, monkeypatch, call, owner, name):
+    def fail(*_, **__):
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, fail)
+        with pytest.raises(UsageError, match=rf"cannot be written \({call}: Operation not supported\)"):
+            files.require_writable(tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_links_and_locks_are_not_asked_for(tmp_path, monkeypatch):
+    """A bucket that is mounted with gcsfuse has none of them."""
+
+    def fail(*_, **__):
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    for owner, name in ((os, "link"), (os, "symlink"), (fcntl, "flock"), (fcntl, "lockf"), (Path, "hardlink_to")):
+        monkeypatch.setattr(owner, name, fail)
+    files.require_writable(tmp_path)
 
 
 def test_a_disk_that_takes_a_name_but_no_bytes_is_refused(tmp_path):
@@ -101,7 +137,7 @@ def test_a_disk_that_takes_a_name_but_no_bytes_is_refused(tmp_path):
     limited = subprocess.run(
         [sys.executable, "-c", script, str(full)], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
     )
-    assert limited.returncode == 1 and "cannot be written (File too large)" in limited.stderr
+    assert limited.returncode == 1 and "cannot be written (write: File too large)" in limited.stderr
     assert list(full.iterdir()) == [], "the probe leaves nothing"
 
 

@@ -74,6 +74,45 @@ def test_p2_a_lease_of_this_host_tells_by_its_process(tmp_path, quick_lease):
         lease.take()
 
 
+def test_p2_a_lease_needs_no_links(tmp_path, quick_lease, monkeypatch):
+    """A bucket that is mounted with gcsfuse has none; a stale lease is taken over, a living one respected."""
+
+    def fail(*_, **__):
+        raise OSError(95, "Operation not supported")
+
+    for name in ("link", "symlink"):
+        monkeypatch.setattr(os, name, fail)
+    Held(tmp_path)
+    with Lease(tmp_path) as lease:
+        lease._content = json.dumps({**json.loads(lease._content), "host": "host2 b p"})
+        lease.take()
+        with pytest.raises(UsageError, match="on host2 is running in this directory"):
+            Lease(tmp_path).take()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_p2_two_that_a_bucket_lets_create_one_name_agree_on_the_last(tmp_path, quick_lease, monkeypatch):
+    """The first has created it; before it looks again the second's content stands there."""
+    lease, sleep = Lease(tmp_path), time.sleep
+
+    def overwritten(seconds):
+        if seconds == leases.SETTLE_S:
+            Held(tmp_path, host=leases._this_process()["host"], pid=os.getppid(), started=leases._started(os.getppid()))
+        sleep(seconds)
+
+    monkeypatch.setattr(time, "sleep", overwritten)
+    with lease, pytest.raises(UsageError, match="is running in this directory"):
+        lease.take()
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe{", b"", b'{"host": 7}', b"[" * 100_000])
+def test_p2_a_damaged_lease_stops_no_run(tmp_path, quick_lease, content):
+    (tmp_path / "lease.json").write_bytes(content)
+    with Lease(tmp_path) as lease:
+        lease.take()
+        lease.check()
+
+
 def test_p2_a_run_whose_lease_was_taken_over_stops(tmp_path, quick_lease):
     with Lease(tmp_path) as lease:
         lease.take()

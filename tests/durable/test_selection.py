@@ -1,5 +1,6 @@
 """The best evaluation and the end of a run, compared with definitions over the whole list of values."""
 
+import dataclasses
 import json
 import math
 
@@ -69,6 +70,14 @@ def test_a_checkpoint_holds_all_that_counts(values, cut, min_delta):
     for number, value in enumerate(values[cut:], cut + 1):
         again = again.after(10 * number, value)
     assert again == whole
+
+
+def test_numbers_of_other_pairs_are_not_compared():
+    rule = Selection("eval/loss", "min", 0.0, 2, data="a").after(2, 1.0)
+    assert rule.resumed(rule.record()) == rule
+    assert dataclasses.replace(rule, data="b").resumed(rule.record()) is None
+    earlier = {name: value for name, value in rule.record().items() if name != "data"}
+    assert rule.resumed(earlier) == rule, "an earlier version wrote no digest"
 
 
 def test_another_metric_or_mode_starts_anew():

@@ -73,7 +73,50 @@ def test_lines_of_steps_that_are_done_again_are_dropped(tmp_path, caplog):
         file.write('{"step": 4, "lo')  # a kill cut it short
     writer_of(tmp_path, first_step=2).close()
     assert lines_of(tmp_path) == [{"step": 1, "loss": "inf"}, {"step": 2, "loss": 0.1}]
-    assert "not a whole metrics line is dropped" in caplog.text
+    assert "damaged" not in caplog.text, "a line that is cut short is no damage"
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "skipped.jsonl"])
+@pytest.mark.parametrize(
+    "damaged", [b'{"step": 2, "lo\xffs": 0.1}', b'{"step": "2"}', b"[1]", b'{"stop": 2}', b"{", b"[" * 100_000]
+)
+def test_a_damaged_line_stops_no_run(tmp_path, caplog, name, damaged):
+    """The file is set aside as it is, and its good lines stay."""
+    whole = b"\n".join([b'{"step": 1, "loss": 1}', damaged, b'{"step": 2, "loss": 2}', b'{"step": 3, "loss": 3}', b""])
+    (tmp_path / name).write_bytes(whole)
+    writer_of(tmp_path, first_step=2).close()
+    assert [line["step"] for line in lines_of(tmp_path, name)] == [1, 2]
+    (aside,) = tmp_path.glob(f"{name}.damaged-*")
+    assert aside.read_bytes() == whole and aside.name in caplog.text
+
+
+def test_an_evaluation_that_is_due_is_written_once(tmp_path):
+    """A signal saved step 2 in the middle of its evaluation, or another start after it wrote the lines of it."""
+    writer = writer_of(tmp_path)
+    for line in ({"step": 2, "loss": 0.1}, {"step": 2, "eval/loss": 0.3}, {"step": 3, "loss": 0.1}):
+        writer.write(line)
+    writer.write_samples(2, [{"set": "eval", "id": "0", "prompt": "a", "response": "b"}])
+    writer.close()
+    MetricsWriter(tmp_path, first_step=2, active=True, evaluation_due=True).close()
+    assert lines_of(tmp_path) == [{"step": 2, "loss": 0.1}] and lines_of(tmp_path, "samples.jsonl") == []
+
+
+def test_lines_before_a_commit_are_in_a_closed_file(tmp_path):
+    writer = writer_of(tmp_path)
+    writer.write({"step": 1, "loss": 0.1})
+    writer.commit()
+    assert writer._file.closed
+    writer.write({"step": 2, "loss": 0.1})
+    writer.close()
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2]
+
+
+def test_a_loss_far_above_the_first_is_said_once(steps, caplog):
+    for step, loss in enumerate((0.7, 5.0, 2e3, 1e15), 1):
+        add(steps, step, loss=np.float32(loss))
+    steps.flush()
+    (said,) = [record.getMessage() for record in caplog.records if "diverges" in record.getMessage()]
+    assert said.startswith("step 3: the loss is 2e+03") and "optimizer.learning_rate" in said
 
 
 def test_another_process_writes_nothing(tmp_path):

@@ -1,0 +1,54 @@
+"""Whether a checkpoint belongs where it stands: what it holds is compared with its name and with the run around it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sr_dpo_jax.errors import UsageError
+
+
+def run_id_of(root: Path) -> str | None:
+    """Reads the id that a run keeps wherever it is moved: drawn at its first start, in its manifest since."""
+    try:
+        run_id = json.loads((root / "manifest.json").read_text(encoding="utf-8"))["run_id"]
+        return run_id if isinstance(run_id, str) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def stored_position(path: Path) -> dict[str, Any]:
+    """Reads the position that a step holds, as Orbax writes JSON; empty where it cannot be read: its digest tells."""
+    try:
+        position = json.loads((path / "position" / "metadata").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return position if isinstance(position, dict) else {}
+
+
+def require_there(path: Path, error: Exception) -> None:
+    """Refuses a step that a training run has deleted while it was read; raises nothing where it is still there.
+
+    Raises:
+      UsageError: the directory is gone, for which `error` is only the sign.
+    """
+    if not path.is_dir():
+        raise UsageError(
+            f"{path}: was deleted while it was read, by a run that keeps only its newest checkpoints; run this again, "
+            "which takes a newer one, or raise checkpoint.keep"
+        ) from error
+
+
+def stranger(path: Path, run_id: str | None) -> str | None:
+    """Says why the step in a directory does not belong there; None where it does, or does not say.
+
+    Args:
+      path: `checkpoints/<step>`.
+      run_id: the run whose checkpoints they are; None where that is not known.
+    """
+    position = stored_position(path)
+    step, of = position.get("next_step", path.name), position.get("run_id", run_id)
+    if str(step) != path.name:
+        return f"it holds step {step}: it was copied or renamed; name it {step}, or move it away"
+    if run_id is not None and of != run_id:
+        return f"it is a checkpoint of another run ({of}, this is {run_id}); move it away"
+    return None
