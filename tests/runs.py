@@ -181,14 +181,22 @@ def run_processes(
     processes: int = 2,
     devices: int = 1,
     faults: Sequence[dict[str, Any] | None] = (None,) * 4,
+    own: Sequence[Sequence[str]] = ((),) * 4,
 ) -> "list[subprocess.Popen[str]]":
-    """Starts the same command in several processes that join through jax.distributed, `devices` each."""
+    """Starts the same command in several processes that join through jax.distributed, `devices` each.
+
+    `own` are arguments that a process has for itself, behind the others.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     joined = [f"distributed.processes={processes}", f"distributed.coordinator_address={address}"]
     return [
-        run_process([*arguments, *joined, f"distributed.process_id={number}"], devices=devices, fault=faults[number])
+        run_process(
+            [*arguments, *joined, f"distributed.process_id={number}", *own[number]],
+            devices=devices,
+            fault=faults[number],
+        )
         for number in range(processes)
     ]
 

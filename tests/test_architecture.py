@@ -184,11 +184,11 @@ SEES: dict[str, set[str]] = {
     "losses": set(),
     "batch": set(),
     "config": {"errors", "redaction"},
-    "parallel": {"errors"},
+    "parallel": {"errors", "redaction"},
     "durable": {"errors", "parallel"},
     "model": {"batch", "errors", "parallel"},
     "data": {"batch", "durable", "errors", "model", "parallel"},
-    "weights": {"errors", "model", "parallel"},
+    "weights": {"durable", "errors", "model", "parallel"},
     "generation": {"errors", "model", "parallel", "weights"},
 }
 """The rooms that each room may import from. Above them stand train, which sees all of these, and commands, which see

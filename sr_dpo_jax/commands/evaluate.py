@@ -12,6 +12,7 @@ from sr_dpo_jax.config.schema import Config
 from sr_dpo_jax.data.dataset import TokenizedPairs
 from sr_dpo_jax.durable.files import pairs_file, require_output, whole, write_json
 from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.train.identity import digests_of
 from sr_dpo_jax.train.metrics import Progress
 from sr_dpo_jax.train.scored_set import ScoredSet, make_scored_set
 from sr_dpo_jax.train.setup import read_held_out, read_model, read_pairs_of, set_up
@@ -31,7 +32,7 @@ def evaluate_command(config: Config, *, best: bool = False) -> dict[str, float]:
         )
     directory, tokenizer = read_model(config)
     sets = read_held_out(config, tokenizer, directory.architecture)
-    setup, root = set_up(config, directory), Path(config.output_dir)
+    setup, root = set_up(config, directory, digests_of(tokenizer, sets)), Path(config.output_dir)
     held_out, base = [setup.scored_set(name, pairs) for name, pairs in sets.items()], None
     for held in held_out:
         if held.reference is not None and not held.reference.complete:
@@ -60,7 +61,7 @@ def score_command(config: Config, output: Path) -> int:
     directory, tokenizer = read_model(config)
     data, p = config.data, config.refinement.prompt
     pairs = read_pairs_of(config, data.path, data.split, tokenizer, directory.architecture, instruction=p)
-    setup = set_up(config, directory)
+    setup = set_up(config, directory, digests_of(tokenizer, {"data.path": pairs}))
     scored = make_scored_set("score", pairs, setup.model, setup.packing, None, cache_dir=config.cache_path)
     with Progress("score", total=len(scored.feed.source), active=jax.process_index() == 0) as progress:
         scores = scored.scores(setup.model.base_params(), progress.update)

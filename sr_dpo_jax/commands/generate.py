@@ -10,7 +10,6 @@ While it runs, finished lines are in OUTPUT.partial; the same command goes on fr
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -24,9 +23,11 @@ from sr_dpo_jax.commands.prompts import PromptLine, read_prompts
 from sr_dpo_jax.config.schema import Config
 from sr_dpo_jax.data.rows import BadRow, Message
 from sr_dpo_jax.data.tokens import PairEncoder
-from sr_dpo_jax.durable.files import finished_lines, require_output, whole
+from sr_dpo_jax.durable.files import finished_lines, json_digest, require_output, whole
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.generation.generator import Generator, Prompt, require_room
+from sr_dpo_jax.parallel.processes import on_leader, text_from_leader
+from sr_dpo_jax.train.identity import digests_of
 from sr_dpo_jax.train.metrics import Progress
 from sr_dpo_jax.train.setup import generation_settings, read_model, set_up
 from sr_dpo_jax.weights.placement import PlacedModel
@@ -48,11 +49,11 @@ def generate_command(config: Config, prompts_file: Path, output: Path, *, best: 
     # Refused before any device is touched, or a partial file begun.
     first = _encode(encoder, lines, vocabulary_tokens, turn=0, finished={}, where=prompts_file)
     require_room(directory.architecture, max(map(len, first.values())), generation)
-    setup = set_up(config, directory)
+    setup = set_up(config, directory, {"--prompts": json_digest([line.row for line in lines]), **digests_of(tokenizer)})
     model, (params, step) = setup.model, setup.latest_params(best=best)
     settings = _settings(config, model, lines, step)
     unfinished = output.with_name(output.name + ".partial")
-    finished = _read_partial(unfinished, settings)
+    finished = _finished(unfinished, settings)
     leader, total = jax.process_index() == 0, sum(1 + len(line.later_turns) for line in lines)
     with (
         Progress("generate", total=total, active=leader) as progress,
@@ -116,7 +117,7 @@ def _settings(config: Config, model: PlacedModel, lines: Sequence[PromptLine], s
     """Digests all that the responses depend on: a file begun with other settings is not gone on with."""
     parts = [config.generation.model_dump(), config.seed, config.model.dtype, model.digest, step]
     parts += [config.output_dir if step else None, [line.row for line in lines]]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return json_digest(parts)
 
 
 @contextlib.contextmanager
@@ -132,6 +133,14 @@ def _appending(path: Path, settings: str) -> Iterator[Callable[[dict[str, Any]],
         if not begun:
             append({"settings": settings})
         yield append
+
+
+def _finished(unfinished: Path, settings: str) -> Finished:
+    """Gives all processes the responses that process 0 finds; the file may lie on its own disk."""
+    found: Finished = {}
+    on_leader(lambda: found.update(_read_partial(unfinished, settings)))
+    shared = text_from_leader(json.dumps([[*place, record] for place, record in found.items()]))
+    return {(index, turn): record for index, turn, record in json.loads(shared)}
 
 
 def _read_partial(path: Path, settings: str) -> Finished:

@@ -1,15 +1,17 @@
 """The processes of a run: how they join through jax.distributed, and how they agree on a value or a refusal."""
 
+import hashlib
 import logging
 import os
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.errors import RunError, UsageError
+from sr_dpo_jax.redaction import redact
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -21,6 +23,10 @@ COUNTED_BY = {
 }
 """Variables that Slurm, Open MPI and GKE set in every process that they start, each with a reader of the count. Not
 SLURM_NTASKS, which an interactive allocation and a batch script have too, where one process runs."""
+
+MOST_FACTS = 1024
+"""The most facts that processes compare; a collective has a fixed size."""
+DIGEST_BYTES = 16
 
 
 def start_distributed(
@@ -101,17 +107,91 @@ def from_leader(value: float) -> float:
     return float(np.asarray(multihost_utils.broadcast_one_to_all(bits)).view(np.float64)[0])
 
 
+def text_from_leader(text: str) -> str:
+    """Gives all processes the text of process 0; what the others hand in plays no part. Every process must ask."""
+    if jax.process_count() == 1:
+        return text
+    content = text.encode() if jax.process_index() == 0 else b""
+    size = largest(len(content))
+    if size == 0:
+        return ""
+    padded = np.frombuffer(content.ljust(size, b"\0"), np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes().decode()
+
+
+def require_same(facts: Mapping[str, Any]) -> None:
+    """Refuses to go on where processes hold different facts. Every process must ask, at the same place of the program.
+
+    It costs one collective, of the digests of names and values.
+
+    Args:
+      facts: the values that must be the same everywhere, by the key or file that a user would look at.
+
+    Raises:
+      UsageError: on all processes; names the facts that differ, the processes, and the value that this process has.
+    """
+    if jax.process_count() == 1:
+        return
+    own = {_digest(name): name for name in facts}
+    table = np.zeros((MOST_FACTS, 2, DIGEST_BYTES), np.uint8)
+    for row, (name, value) in zip(table[: len(facts)], facts.items(), strict=True):
+        row[0], row[1] = (np.frombuffer(_digest(part), np.uint8) for part in (name, value))
+    everyone = [
+        {name.tobytes(): value.tobytes() for name, value in rows if name.any()}
+        for rows in np.asarray(multihost_utils.process_allgather(table))
+    ]
+    names = set().union(*everyone)
+    lines = []
+    for digest in sorted(names, key=lambda digest: own.get(digest, "")):
+        others = [number for number, held in enumerate(everyone) if held.get(digest) != everyone[0].get(digest)]
+        if others and digest in own:
+            name = own[digest]
+            lines.append(f"  {name}: not on {_processes(others)} as on process 0; here {_shown(facts[name])}")
+        elif others:
+            holders = [number for number, held in enumerate(everyone) if digest in held]
+            lines.append(f"  a key that {_processes(holders)} has and this one has not: its own message names it")
+    if lines:
+        raise UsageError(
+            "\n".join([f"the processes of this run differ; this is process {jax.process_index()}:", *lines])
+            + "\nStart all processes with the same configuration, files and versions"
+        )
+
+
+def _digest(value: Any) -> bytes:
+    return hashlib.blake2b(str(value).encode(), digest_size=DIGEST_BYTES).digest()
+
+
+def _processes(numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers[:8])) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
+    return f"process {shown}" if len(numbers) == 1 else f"processes {shown}"
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def on_leader(work: Callable[[], Result]) -> Result | None:
-    """Runs `work` on process 0 while the others wait; what it refuses with a UsageError, all refuse.
+    """Runs `work` on process 0 while the others wait; what stops it stops all, with its message.
 
     Process 0 gets its result, all others None.
+
+    Raises:
+      UsageError, RunError: as `work` does; on the other processes too.
+      Exception: as `work` does, on process 0; a RunError with its message on the others.
     """
-    result = refusal = None
+    result, error = None, None
     if jax.process_index() == 0:
         try:
             result = work()
-        except UsageError as error:
-            refusal = error
-    if largest(int(refusal is not None)):
-        raise refusal or UsageError("process 0 has refused to go on; its own message says why")
+        except Exception as failure:  # noqa: BLE001 (raised below, once the others know)
+            error = failure
+    if jax.process_count() > 1:
+        said = "" if error is None else f"{type(error).__name__}: {redact(str(error))}"
+        said = text_from_leader(said)
+        if said and error is None:
+            kind = UsageError if said.startswith(UsageError.__name__) else RunError
+            raise kind(f"process 0 has stopped with {said}")
+    if error is not None:
+        raise error
     return result

@@ -5,31 +5,64 @@ them or where it started is compared; a change is refused by key, old -> new, un
 """
 
 import hashlib
-import json
 import logging
 import platform
-import secrets
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
 
 from sr_dpo_jax import __version__
 from sr_dpo_jax.data.dataset import COUNTED, TokenizedPairs
 from sr_dpo_jax.data.plan import Plan
+from sr_dpo_jax.data.tokens import tokenizer_digest
 from sr_dpo_jax.durable.files import write_json, write_text
 from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.weights import directory as weights
 
 log = logging.getLogger(__name__)
 
 BEST = "checkpoint.best_metric"
+STEPS = "train.max_steps"
+LOCAL_KEYS = ("cache_dir", "distributed.process_id", "distributed.coordinator_address")
+"""Keys whose value each process may have for itself."""
+PATHS = ("data.path", "data.eval_path", "data.eval_sets", "model.path")
+"""Keys of files: their content is compared, and where it lies is each process's own affair."""
 NAMES = ("objective.name", "optimizer.name")
 """The keys that decide which other keys their sections have."""
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore")
+
+
+def digests_of(
+    tokenizer: PreTrainedTokenizerBase, sets: Mapping[str, TokenizedPairs] = MappingProxyType({})
+) -> dict[str, str]:
+    """Digests what a command has read, for `shared_facts`; the key of the training pairs is `data.path`."""
+    named = {name if name == "data.path" else f"held-out set {name}": pairs.fingerprint for name, pairs in sets.items()}
+    return {"tokenizer": tokenizer_digest(tokenizer), **named}
+
+
+def shared_facts(config: Mapping[str, Any], directory: weights.ModelDirectory) -> dict[str, Any]:
+    """Collects what all processes must have, by the key that a user would look at: configuration, model and versions.
+
+    Args:
+      config: the whole configuration as JSON.
+      directory: of the model.
+    """
+    flat = flatten_dict(config, sep=".")
+    pretrained = flat["model.init"] == "pretrained"
+    return {
+        **{key: value for key, value in flat.items() if not key.startswith((*LOCAL_KEYS, *PATHS))},
+        "output_dir": Path(flat["output_dir"]).absolute(),
+        "model.path": weights.fingerprint(directory) if pretrained else directory.architecture,
+        **{f"the version of {name}": version for name, version in software().items()},
+    }
 
 
 def identity_of(
@@ -37,25 +70,40 @@ def identity_of(
     plan: Plan,
     *,
     tokenizer: str,
-    weights: str,
-    decided_by: Mapping[str, Any],
-    best_metric: str | None,
+    weights_digest: str,
+    config: Mapping[str, Any],
+    total_steps: int,
 ) -> dict[str, Any]:
     """Collects what must be the same for a checkpoint to go on as the run that it was, by the key that decides it.
 
-    `tokenizer` and `weights` are digests. `decided_by` holds the value of every key of the configuration that decides
-    what is learned, `best_metric` the metric and mode by which the best checkpoint is chosen.
+    Args:
+      pairs, plan: the training pairs, and the steps that hold them.
+      tokenizer, weights_digest: digests.
+      config: the whole configuration.
+      total_steps: the steps that the run takes; they count where the learning rate of a step follows from the last.
     """
     p = np.concatenate([pairs.head, pairs.augmentation])
+    sections = {
+        "objective": config["objective"],
+        "optimizer": config["optimizer"],
+        "train": {"epochs": config["train"]["epochs"]},
+        "batch": {"pairs_per_step": config["batch"]["pairs_per_step"]},
+        "model": {name: config["model"][name] for name in ("dtype", "param_dtype")},
+    }
+    named = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
+    if config["optimizer"]["schedule"] != "constant" or config["optimizer"]["warmup_ratio"] is not None:
+        named[STEPS] = total_steps
+    best = config["checkpoint"]["best_metric"]
     return {
         "data.path": _digest(pairs.tokens, pairs.offsets),
         "data.path weights": [float(weight) for weight in pairs.source_weights],
         "refinement.prompt": f"{len(pairs.augmentation)} tokens, {_digest(p)}",
         "tokenizer": _short(tokenizer),
-        "model.path": _short(weights),
-        **decided_by,
+        "model.path": _short(weights_digest),
+        "seed": config["seed"],
+        **named,
         "plan": _short(plan.digest),
-        BEST: best_metric,
+        BEST: None if best is None else f"{best}, {config['checkpoint']['best_mode']}",
     }
 
 
@@ -88,6 +136,8 @@ def require_same_run(
     renamed = tuple(name.removesuffix("name") for name in NAMES if before.get(name) != now.get(name))
     implied = {key for key in before.keys() ^ now.keys() if key.startswith(renamed)} if renamed else set()
     keys = [*now, *(key for key in before if key in implied and key not in now)]
+    if before.get(STEPS) is None:  # earlier versions did not write it
+        keys = [key for key in keys if key != STEPS]
     changed = [key for key in keys if before.get(key) != now.get(key)]
     # The plan follows from other keys: its change is news only where none of them has changed.
     changed = [key for key in changed if key != "plan"] or changed
@@ -128,7 +178,7 @@ def write_run_files(
     config: str,
     model: Mapping[str, Any],
     digests: Mapping[str, str],
-    identity: Mapping[str, Any],
+    record: Mapping[str, Any],
     mesh: Mesh,
 ) -> None:
     """Writes config.yaml as resolved, and manifest.json: what the run was made from.
@@ -137,11 +187,11 @@ def write_run_files(
     the base weights.
     """
     manifest = {
-        "run_id": run_id_of(root),
+        "run_id": record["run_id"],
         "versions": software(),
         "digests": {"data": pairs.content_digest, "tokens": pairs.digest, **digests},
         "model": model,
-        "identity": identity,
+        "identity": record["identity"],
         "pairs": len(pairs.ids),
         "bad_rows": len(pairs.report.bad_rows),
         **{name: getattr(pairs.report, name) for name in COUNTED},
@@ -150,14 +200,6 @@ def write_run_files(
     }
     write_text(root / "config.yaml", config)
     write_json(root / "manifest.json", manifest)
-
-
-def run_id_of(root: Path) -> str:
-    """Gives the id that a run keeps wherever it is moved: drawn at its first start, in its manifest since."""
-    try:
-        return json.loads((root / "manifest.json").read_text(encoding="utf-8"))["run_id"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return secrets.token_hex(8)
 
 
 def _digest(*arrays: np.ndarray) -> str:

@@ -16,7 +16,7 @@ from sr_dpo_jax.durable.watchdog import Watchdog
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.model.decoder import Params
 from sr_dpo_jax.parallel.processes import from_leader, on_leader
-from sr_dpo_jax.train.identity import run_id_of, write_run_files
+from sr_dpo_jax.train.identity import digests_of, write_run_files
 from sr_dpo_jax.train.metrics import MetricsWriter, Progress, StepLog, Trace, is_due
 from sr_dpo_jax.train.setup import Job, prepare, read_held_out, read_model, read_training, set_up
 from sr_dpo_jax.train.state import TrainState
@@ -49,7 +49,7 @@ def train(config: Config, *, allowed_changes: Sequence[str] = ()) -> int:
             directory, tokenizer = read_model(config)
             pairs = read_training(config, tokenizer, directory.architecture)
             eval_sets = read_held_out(config, tokenizer, directory.architecture)
-            setup = set_up(config, directory)
+            setup = set_up(config, directory, digests_of(tokenizer, {"data.path": pairs, **eval_sets}))
             stop.joined()
             on_leader(lambda: require_writable(root))
             on_leader(lease.take)
@@ -58,31 +58,32 @@ def train(config: Config, *, allowed_changes: Sequence[str] = ()) -> int:
             job, state = prepare(
                 setup, pairs, eval_sets, tokenizer=tokenizer, stop=stop, allowed_changes=allowed_changes
             )
+            on_leader(
+                lambda: write_run_files(
+                    root,
+                    pairs,
+                    config=config.to_yaml(),
+                    model={"path": config.model.path, "revision": directory.revision},
+                    digests={"tokenizer": tokenizer_digest(tokenizer), "weights": setup.model.digest},
+                    record=job.record,
+                    mesh=setup.model.mesh,
+                )
+            )
+            stop.stepping()  # from here on a signal waits for the end of a step, which saves
         except Preempted:
             log.warning("stopped by a signal before the first step; run the same command to go on")
             return EXIT_PREEMPTED
-        if jax.process_index() == 0:
-            write_run_files(
-                root,
-                pairs,
-                config=config.to_yaml(),
-                model={"path": config.model.path, "revision": directory.revision},
-                digests={"tokenizer": tokenizer_digest(tokenizer), "weights": setup.model.digest},
-                identity=job.record["identity"],
-                mesh=setup.model.mesh,
-            )
         return run(job, state, stop, lease)
 
 
 def run(job: Job, state: TrainState, stop: StopSignal, lease: Lease) -> int:
     """Takes the steps. Step n is on its way to the device before the metrics of step n − 1 are fetched."""
-    stop.stepping()
     config, total, selection = job.setup.config, job.total_steps, job.selection
     first, root, leader = int(state.step), Path(config.output_dir), jax.process_index() == 0
-    step, saved, preempted = first, first if first else None, False
-    wandb = _wandb(config) if first < total and not selection.over else None
-    writer = MetricsWriter(root, first_step=first, active=leader, wandb=wandb)
-    steps, source = job.feed.batches(first), job.feed.source
+    step, saved, preempted, due = first, first if first else None, False, job.evaluation_due
+    wandb = _wandb(config, job.record["run_id"]) if first < total and not selection.over else None
+    writer = MetricsWriter(root, first_step=first, evaluation_due=due, active=leader, wandb=wandb)
+    steps = job.feed.batches(first)
     with (
         job.checkpoints as checkpoints,
         Progress(config.objective.name, total=total, active=leader) as progress,
@@ -90,86 +91,112 @@ def run(job: Job, state: TrainState, stop: StopSignal, lease: Lease) -> int:
         Trace(root / "profile", steps=config.train.profile_steps) as trace,
     ):
         progress.update(first)
-        lines = StepLog(
-            source.plan,
-            job.setup.work(source.pairs),
-            source.pairs.ids,
-            writer,
-            progress,
-            every_steps=config.train.log_every_steps,
-            total_steps=total,
-            max_skipped_steps=config.train.max_skipped_steps,
-        )
-        while step < total and not preempted and not selection.over:
-            trace.before_step(step - first)
-            host_step, batch = next(steps)
-            state, metrics = job.train_step(state, job.reference_params, batch)
-            step += 1
-            trace.after_step(step - first, metrics)
-            lines.add(step, host_step, metrics)  # writes the line of the step before
-            lease.check()
-            watchdog.beat()
-            preempted = stop.requested()
+        lines = _step_log(job, writer, progress)
 
-            evaluate_now = bool(job.held_out) and is_due(step, config.train.eval_every_steps, last=total)
-            save_now = checkpoints.poll_save() or preempted or is_due(step, config.checkpoint.every_steps, last=total)
-            if evaluate_now or save_now:
+        def beat(*_: object) -> None:
+            watchdog.beat()
+            stop.meet()
+
+        while (due or (step < total and not selection.over)) and not preempted:
+            save_now = False
+            if not due:
+                trace.before_step(step - first)
+                host_step, batch = next(steps)
+                state, metrics = job.train_step(state, job.reference_params, batch)
+                step += 1
+                trace.after_step(step - first, metrics)
+                lines.add(step, host_step, metrics)  # writes the line of the step before
+                lease.check()
+                watchdog.beat()
+                preempted = stop.requested()
+                due = bool(job.held_out) and is_due(step, config.train.eval_every_steps, last=total)
+                save_now = checkpoints.poll_save() or is_due(step, config.checkpoint.every_steps, last=total)
+            if pause := due or save_now or preempted:
                 lines.flush()
-            if evaluate_now:  # before saving: a committed step has all its lines, and a lost one is done again
-                selection = _evaluate(job, step, state.params, selection, writer, watchdog.beat)
-                save_now = save_now or selection.over or selection.step == step
-            if save_now:
-                checkpoints.await_save()  # where it has failed, this save is the other attempt
-                _save(job, step, state, selection)
+            if due and not preempted:  # before saving: a committed step has all its lines, and a lost one is done again
+                try:
+                    selection = _evaluate(job, step, state.params, selection, writer, beat)
+                    due, save_now = False, save_now or selection.over or step in (selection.step, first)
+                except Preempted:
+                    preempted = True
+            if save_now or (preempted and step > first):
+                writer.commit()
+                with watchdog.limit(config.checkpoint.save_timeout_s):
+                    checkpoints.await_save()  # where it has failed, this save is the other attempt
+                    _save(job, step, state, selection, evaluation_due=due)
                 saved = step
-            if evaluate_now or save_now:
+            if pause:
                 lines.restart_clock()
                 watchdog.beat()
         writer.close()
         if saved is not None:
-            while checkpoints.await_save():
-                _save(job, step, state, selection)
-            checkpoints.finish(saved, best=selection.step)
-    return _end(job, step, selection)
+            with watchdog.limit(config.checkpoint.save_timeout_s):
+                while checkpoints.await_save():
+                    _save(job, step, state, selection, evaluation_due=due)
+                checkpoints.finish(saved, best=selection.step)
+    return _end(job, step, selection, evaluation_due=due)
+
+
+def _step_log(job: Job, writer: MetricsWriter, progress: Progress) -> StepLog:
+    source, section = job.feed.source, job.setup.config.train
+    return StepLog(
+        source.plan,
+        job.setup.work(source.pairs),
+        source.pairs.ids,
+        writer,
+        progress,
+        every_steps=section.log_every_steps,
+        total_steps=job.total_steps,
+        max_skipped_steps=section.max_skipped_steps,
+    )
 
 
 def _evaluate(
-    job: Job, step: int, params: Params, selection: Selection, writer: MetricsWriter, beat: Callable[[], None]
+    job: Job,
+    step: int,
+    params: Params,
+    selection: Selection,
+    writer: MetricsWriter,
+    beat: Callable[..., None],
 ) -> Selection:
-    """Writes the metrics of every held-out set and the samples; returns the selection updated with these metrics."""
+    """Writes the metrics of every held-out set and the samples; returns the selection updated with these metrics.
+
+    `beat` is called after each scoring step and response, and raises Preempted at a signal: nothing is written then.
+    """
     metrics: dict[str, float] = {}
     for held in job.held_out:
-        metrics |= held.metrics(job.setup.objective, held.scores(params, lambda _: beat()))
+        metrics |= held.metrics(job.setup.objective, held.scores(params, beat))
+    samples = [] if job.samples is None else job.samples.responses(params, beat)
     writer.write({"step": step, **metrics})
-    if job.samples is not None:
-        writer.write_samples(step, job.samples.responses(params, beat))
+    writer.write_samples(step, samples)
     if selection.metric is None:
         return selection
     return selection.after(step, from_leader(metrics[selection.metric]))
 
 
-def _save(job: Job, step: int, state: TrainState, selection: Selection) -> None:
-    position = {"next_step": step, **job.record, "selection": selection.record()}
+def _save(job: Job, step: int, state: TrainState, selection: Selection, *, evaluation_due: bool) -> None:
+    record = {"evaluation_due": evaluation_due, "selection": selection.record()}
+    position = {"next_step": step, **job.record, **record}
     config = job.setup.config.model_dump(mode="json")
     job.checkpoints.save(step, state.tree(), position=position, config=config, best=selection.step)
 
 
-def _wandb(config: Config) -> WandbRun | None:
+def _wandb(config: Config, run_id: str) -> WandbRun | None:
     """Starts the run in W&B on process 0, where the configuration asks for it; all processes raise its errors."""
     root, project = Path(config.output_dir), config.train.wandb_project
     if project is None:
         return None
     values = config.model_dump(mode="json")
-    return on_leader(lambda: WandbRun(root, project=project, config=values, run_id=run_id_of(root)))
+    return on_leader(lambda: WandbRun(root, project=project, config=values, run_id=run_id))
 
 
-def _end(job: Job, step: int, selection: Selection) -> int:
-    """Says how the run ended, and returns the exit code."""
+def _end(job: Job, step: int, selection: Selection, *, evaluation_due: bool) -> int:
+    """Says how the run ended, and returns the exit code; a run whose last evaluation is due has not ended."""
     if selection.metric is not None:
         log.info("%s", selection.summary)
-    if step >= job.total_steps:  # a checkpoint may be from before train.max_steps was lowered
+    if step >= job.total_steps and not evaluation_due:  # a checkpoint may be from before train.max_steps was lowered
         return EXIT_DONE
-    if selection.over:
+    if selection.over and not evaluation_due:
         log.info(
             "done: stopped early at step %d of %d, after %d evaluations without a better one; there is nothing left to "
             "do unless train.early_stopping_patience is raised",

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from sr_dpo_jax.data.dataset import TokenizedPairs
@@ -28,6 +29,9 @@ from sr_dpo_jax.train.train_step import make_train_step
 from sr_dpo_jax.weights.placement import PlacedModel
 
 log = logging.getLogger(__name__)
+
+COARSE_RATE = 2e-5
+"""An update is about as large as the learning rate, and a weight of 0.01 in bfloat16 loses all below this."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,18 +60,41 @@ def make_program(
     this many `pairs`, and the schedule ends after `total_steps`.
     """
     numbers = dict(optimizer)
+    warmup_steps, ratio = numbers.pop("warmup_steps"), numbers.pop("warmup_ratio")
+    warmup_steps = warmup_steps if ratio is None else round(ratio * total_steps)
+    learning_rate = numbers.pop("learning_rate")
     schedule = make_schedule(
         name=numbers.pop("schedule"),
-        learning_rate=numbers.pop("learning_rate"),
-        warmup_steps=numbers.pop("warmup_steps"),
+        learning_rate=learning_rate,
+        warmup_steps=warmup_steps,
         total_steps=total_steps,
     )
+    warn_of_no_learning(learning_rate, warmup_steps, total_steps, model.param_dtype)
     transformation = OPTIMIZERS[numbers.pop("name")](schedule, **numbers)
     state = abstract_state(model.shapes, transformation, model.mesh)
     step = make_train_step(
         model.graph, transformation, schedule, objective, pairs=pairs, mesh=model.mesh, abstract=state
     )
     return Program(step, transformation, state)
+
+
+def warn_of_no_learning(learning_rate: float, warmup_steps: int, total_steps: int, param_dtype: np.dtype) -> None:
+    """Warns of a run that will learn next to nothing, with the number and the remedy."""
+    if warmup_steps >= total_steps:
+        log.warning(
+            "optimizer.warmup_steps=%d, and the run takes %d steps: the learning rate ends at %.2g of %.2g; lower it, "
+            "or set optimizer.warmup_ratio=0.1",
+            warmup_steps,
+            total_steps,
+            learning_rate * total_steps / (warmup_steps + 1),
+            learning_rate,
+        )
+    if param_dtype == jnp.bfloat16 and learning_rate < COARSE_RATE:
+        log.warning(
+            "optimizer.learning_rate=%.2g with model.param_dtype=bfloat16: a bfloat16 parameter loses updates below "
+            "1/512 of its value, so most of these change nothing; set model.param_dtype=float32",
+            learning_rate,
+        )
 
 
 def plan_training(

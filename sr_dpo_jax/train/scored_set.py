@@ -5,7 +5,7 @@ Every pair counts the same, whatever the batch size, the number of hosts or how 
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,41 @@ def compiled_sets(sets: Sequence[ScoredSet], params: Params, programs: dict[Any,
             programs[shapes] = held.score_step.lower(params, batch).compile()
         found.append(dataclasses.replace(held, score_step=programs[shapes]))
     return tuple(found)
+
+
+def score_reference(
+    model: PlacedModel,
+    sets: Sequence[ScoredSet],
+    compiled: Callable[[Sequence[ScoredSet]], Sequence[ScoredSet]],
+    *,
+    remembered: Mapping[str, str],
+    between: Callable[[], None],
+    online: bool,
+    keep_base: bool,
+) -> tuple[dict[str, str], Params | None, Params | None]:
+    """Checks and completes the reference's scores, and copies its parameters where it stays on the mesh.
+
+    Args:
+      model: the model; its base parameters are the reference.
+      sets: the sets that the reference scores, and others.
+      compiled: compiles the scoring steps of sets.
+      remembered: digest of each set's scores in the checkpoint that is resumed: those are believed.
+      between: called after each step of scoring.
+      online: the reference stays on the mesh.
+      keep_base: training starts from the base parameters, so that they are wanted in any case.
+
+    Returns:
+      Digest of the scores by set, the online reference's parameters or None, and the base parameters or None.
+    """
+    known = {held.name: held.reference for held in sets if held.reference is not None}
+    doubted = [held for held in sets if held.name in known and remembered.get(held.name) != known[held.name].digest]
+    base = model.base_params() if keep_base or online or doubted else None
+    for held in compiled(doubted):
+        held.reference.spot_check(held.score_step, base, dtype=model.dtype.name)
+        if not held.reference.complete:
+            held.fill_reference(base, between)
+    copy = model.reference_copy(base) if online else None
+    return {name: scores.digest for name, scores in known.items()}, copy, base if keep_base else None
 
 
 def make_scored_set(

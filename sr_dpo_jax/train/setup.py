@@ -12,6 +12,7 @@ Next: `data/dataset.py`, which reads the pairs.
 
 import dataclasses
 import logging
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ from sr_dpo_jax.data.read import read_pairs
 from sr_dpo_jax.data.tokenizer_fit import end_tokens, require_fit
 from sr_dpo_jax.data.tokens import load_tokenizer, tokenizer_digest
 from sr_dpo_jax.durable.checkpoint import PARAMS, Checkpoints
-from sr_dpo_jax.durable.files import require_room
+from sr_dpo_jax.durable.files import json_digest, require_room
 from sr_dpo_jax.durable.preemption import StopSignal
 from sr_dpo_jax.durable.selection import Selection
 from sr_dpo_jax.errors import UsageError
@@ -38,13 +39,14 @@ from sr_dpo_jax.generation.decode import Sampling
 from sr_dpo_jax.generation.generator import Settings
 from sr_dpo_jax.model.architecture import Architecture
 from sr_dpo_jax.model.decoder import Params
+from sr_dpo_jax.model.kernels.check import wrong_kernel
 from sr_dpo_jax.parallel.mesh import make_mesh, row_shards
-from sr_dpo_jax.parallel.processes import on_leader, start_distributed
-from sr_dpo_jax.train.identity import identity_of, report_drift, require_same_run, surroundings
+from sr_dpo_jax.parallel.processes import on_leader, require_same, start_distributed, text_from_leader
+from sr_dpo_jax.train.identity import identity_of, report_drift, require_same_run, shared_facts, surroundings
 from sr_dpo_jax.train.objective import OBJECTIVES, Objective
 from sr_dpo_jax.train.program import Program, Work, make_program, plan_training, work_of
 from sr_dpo_jax.train.samples import Samples
-from sr_dpo_jax.train.scored_set import ScoredSet, compiled_sets, make_scored_set
+from sr_dpo_jax.train.scored_set import ScoredSet, compiled_sets, make_scored_set, score_reference
 from sr_dpo_jax.train.state import TrainState, first_state
 from sr_dpo_jax.weights import directory as weights
 from sr_dpo_jax.weights.placement import PlacedModel, abstract_params, place_model
@@ -194,10 +196,29 @@ class Setup:
         return work_of(self.model.architecture, self.packing, self.objective, pairs, online=self.online)
 
 
-def set_up(config: Config, directory: weights.ModelDirectory) -> Setup:
-    """Starts the devices: joins the processes, makes the mesh, lays the model out on it."""
+def set_up(config: Config, directory: weights.ModelDirectory, read: Mapping[str, Any] | None = None) -> Setup:
+    """Starts the devices: joins the processes, which must agree, makes the mesh, lays the model out on it.
+
+    Args:
+      config: the configuration.
+      directory: of the model.
+      read: digests of all else that the command has read, by the key that names it.
+
+    Raises:
+      UsageError: the processes cannot be joined or differ in configuration, files or versions; or no mesh can be made.
+    """
     start_distributed(**config.distributed.model_dump())
-    return set_up_on(make_mesh(**config.mesh.model_dump()), config, directory)
+    require_same({**shared_facts(config.model_dump(mode="json"), directory), **(read or {})})
+    setup = set_up_on(make_mesh(**config.mesh.model_dump()), config, directory)
+    model = setup.model
+    wrong = wrong_kernel(model.attention, model.mesh, model.architecture, model.dtype)
+    if wrong is None:
+        return setup
+    if config.model.attention != "auto":
+        raise UsageError(f"model.attention={config.model.attention}: {wrong}; set it to dense")
+    log.warning("model.attention=auto is dense here: %s", wrong)
+    dense = config.model.model_copy(update={"attention": "dense"})
+    return set_up_on(model.mesh, config.model_copy(update={"model": dense}), directory)
 
 
 def set_up_on(mesh: Mesh, config: Config, directory: weights.ModelDirectory) -> Setup:
@@ -235,6 +256,8 @@ class Job:
     samples: Samples | None
     selection: Selection
     """The best evaluation and the patience, as they stood at the step that this start goes on from."""
+    evaluation_due: bool
+    """That step was saved by a signal that came before its evaluation."""
     checkpoints: Checkpoints
 
 
@@ -248,38 +271,39 @@ def prepare(
     allowed_changes: Sequence[str],
 ) -> tuple[Job, TrainState]:
     """Plans, scores the reference, loads or restores the state, compiles: all that precedes the first step."""
-    config, model, objective = setup.config, setup.model, setup.objective
+    config, objective = setup.config, setup.objective
     plan = setup.plan(pairs, list(eval_sets.values()))
     program = setup.program(plan)
     checkpoints = Checkpoints(config.output_dir, keep=config.checkpoint.keep, strict=config.checkpoint.strict)
-    identity = _identity(setup, pairs, plan, tokenizer)
-    record: dict[str, Any] = {"identity": identity, "surroundings": surroundings(model.mesh)}
+    require_same({"plan": plan.digest, "--allow-change": allowed_changes})
+    record = _record(setup, pairs, plan, tokenizer, checkpoints)
     resumed, before = _resumed(config, checkpoints, record, allowed_changes)
 
-    held_out = [setup.scored_set(name, held, shape=plan.shape) for name, held in eval_sets.items()]
     # Compiled first, so that the reference is scored with the same programs.
-    compiled = partial(compiled_sets, params=model.shapes, programs={})
-    held_out = compiled(held_out)
+    compiled = partial(compiled_sets, params=setup.model.shapes, programs={})
+    held_out = compiled([setup.scored_set(name, held, shape=plan.shape) for name, held in eval_sets.items()])
     training, scored = None, list(held_out)
     if objective.kind.needs_reference and not setup.online:
         covering = covering_plan(plan, *pair_sizes(pairs, with_rejected=True))
         training = setup.scored_set("training", pairs, plan=covering, augmented=objective.kind.refined)
         scored.insert(0, training)
-    record["reference"], reference_params, base = _reference(
-        setup, scored, before.get("reference", {}), stop, compiled, keep_base=resumed is None
+    record["reference"], reference_params, base = score_reference(
+        setup.model,
+        scored,
+        compiled,
+        remembered=before.get("reference", {}),
+        between=stop.meet,
+        online=setup.online,
+        keep_base=resumed is None,
     )
     _require_room(config, checkpoints, program.state)
     if resumed is None:
         state = first_state(program.state, base, program.optimizer)
     else:
         state = TrainState(**checkpoints.restore(program.state.tree(), step=resumed))
-    feed = setup.packing.feed(
-        pairs,
-        plan,
-        augmented=objective.kind.refined,
-        with_rejected=objective.kind.needs_rejected,
-        reference=None if training is None else training.reference.scores,
-    )
+    sides = {"augmented": objective.kind.refined, "with_rejected": objective.kind.needs_rejected}
+    reference = None if training is None else training.reference.scores
+    feed = setup.packing.feed(pairs, plan, **sides, reference=reference)
     stop.meet()
     job = Job(
         setup=setup,
@@ -290,31 +314,23 @@ def prepare(
         reference_params=reference_params,
         held_out=held_out,
         samples=setup.samples(eval_sets, tokenizer, state.params),
-        selection=_selection(config, checkpoints, before.get("selection")),
+        evaluation_due=bool(held_out) and before.get("evaluation_due", False),
+        selection=_selection(config, checkpoints, before.get("selection"), eval_sets),
         checkpoints=checkpoints,
     )
     return job, state
 
 
-def _identity(setup: Setup, pairs: TokenizedPairs, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Names the keys of the configuration that decide what is learned, and digests all else that does."""
-    config, best = setup.config, setup.config.checkpoint.best_metric
-    sections = {
-        "objective": config.objective.model_dump(),
-        "optimizer": config.optimizer.model_dump(),
-        "train": {"epochs": config.train.epochs},
-        "batch": {"pairs_per_step": config.batch.pairs_per_step},
-        "model": {"dtype": config.model.dtype, "param_dtype": config.model.param_dtype},
-    }
-    named = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
-    return identity_of(
-        pairs,
-        plan,
-        tokenizer=tokenizer_digest(tokenizer),
-        weights=setup.model.digest,
-        decided_by={"seed": config.seed, **named},
-        best_metric=None if best is None else f"{best}, {config.checkpoint.best_mode}",
-    )
+def _record(
+    setup: Setup, pairs: TokenizedPairs, plan: Plan, tokenizer: PreTrainedTokenizerBase, checkpoints: Checkpoints
+) -> dict[str, Any]:
+    """Collects what every checkpoint stores of the run; a run without an id draws one."""
+    digests = {"tokenizer": tokenizer_digest(tokenizer), "weights_digest": setup.model.digest}
+    steps = setup.total_steps(plan)
+    identity = identity_of(pairs, plan, **digests, config=setup.config.model_dump(), total_steps=steps)
+    run_id = text_from_leader(checkpoints.run_id or checkpoints.recorded_run_id() or secrets.token_hex(8))
+    checkpoints.run_id = run_id
+    return {"run_id": run_id, "identity": identity, "surroundings": surroundings(setup.model.mesh)}
 
 
 def _resumed(
@@ -325,56 +341,30 @@ def _resumed(
     if step is None:
         return None, {}
     before, where = checkpoints.restore_position(step), f"{config.output_dir}: step {step}"
+    require_same({where: json_digest(before)})
     require_same_run(before["identity"], record["identity"], where=where, allowed_changes=allowed_changes)
     report_drift(before["surroundings"], record["surroundings"], where=where, strict=config.checkpoint.strict)
     log.info("resuming at step %d", before["next_step"])
     return step, before
 
 
-def _reference(
-    setup: Setup,
-    scored: Sequence[ScoredSet],
-    remembered: Mapping[str, str],
-    stop: StopSignal,
-    compiled: Callable[[Sequence[ScoredSet]], Sequence[ScoredSet]],
-    *,
-    keep_base: bool,
-) -> tuple[dict[str, str], Params | None, Params | None]:
-    """Checks and completes the reference's scores, and copies its parameters where it stays on the mesh.
-
-    Args:
-      setup: model and objective.
-      scored: the sets that the reference scores.
-      remembered: digest of each set's scores in the checkpoint that is resumed: those are believed.
-      stop: ends the run between two steps of scoring.
-      compiled: compiles the scoring steps of sets.
-      keep_base: training starts from the base parameters, so that they are wanted in any case.
-
-    Returns:
-      Digest of the scores by set, the online reference's parameters or None, and the base parameters or None.
-    """
-    known = {held.name: held.reference for held in scored if held.reference is not None}
-    doubted = [held for held in scored if held.name in known and remembered.get(held.name) != known[held.name].digest]
-    base = setup.model.base_params() if keep_base or setup.online or doubted else None
-    for held in compiled(doubted):
-        held.reference.spot_check(held.score_step, base, dtype=setup.model.dtype.name)
-        if not held.reference.complete:
-            held.fill_reference(base, stop.meet)
-    copy = setup.model.reference_copy(base) if setup.online else None
-    return {name: scores.digest for name, scores in known.items()}, copy, base if keep_base else None
-
-
-def _selection(config: Config, checkpoints: Checkpoints, record: Mapping[str, Any] | None) -> Selection:
+def _selection(
+    config: Config,
+    checkpoints: Checkpoints,
+    record: Mapping[str, Any] | None,
+    eval_sets: Mapping[str, TokenizedPairs],
+) -> Selection:
     """Takes up what the checkpoint that is resumed has counted, under the rule of the configuration."""
     section, train = config.checkpoint, config.train
-    rule = Selection(
-        section.best_metric, section.best_mode, train.early_stopping_min_delta, train.early_stopping_patience
-    )
+    measured = [name for name in eval_sets if (section.best_metric or "").startswith(f"{name}/")]
+    data = eval_sets[max(measured, key=len)].fingerprint if measured else ""
+    patience = {"min_delta": train.early_stopping_min_delta, "patience": train.early_stopping_patience}
+    rule = Selection(section.best_metric, section.best_mode, **patience, data=data)
     selection = rule if record is None else rule.resumed(record)
     if selection is None:
         log.warning(
-            "checkpoint.best_metric is another one than before: the evaluations so far do not count, and the best "
-            "checkpoint so far stays no longer than others"
+            "checkpoint.best_metric is another one than before, or its held-out pairs are others: the evaluations so "
+            "far do not count, and the best checkpoint so far stays no longer than others"
         )
         return rule
     if selection.step is not None:

@@ -23,6 +23,7 @@ from huggingface_hub.errors import StrictDataclassError
 from jax.experimental import multihost_utils
 from safetensors import safe_open
 
+from sr_dpo_jax.durable.files import sampled_digest
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.model.architecture import Architecture
 from sr_dpo_jax.weights import hub
@@ -147,6 +148,24 @@ def weights_digest(directory: ModelDirectory) -> str:
     if together:
         digests = np.asarray(multihost_utils.process_allgather(digests)).max(axis=0)  # zeros where another process read
     return hashlib.sha256("".join(digest.tobytes().hex() for digest in digests).encode()).hexdigest()
+
+
+def fingerprint(directory: ModelDirectory) -> str:
+    """Digests the config, and samples of each weight file.
+
+    A process compares it with the other ones before any reads weights. Damage to single bytes of one host's copy is
+    left to `check` and to the digest, for which hosts share the reading.
+
+    Raises:
+      UsageError: a file cannot be read.
+    """
+    digest = hashlib.sha256((directory.path / CONFIG).read_bytes())
+    for path in weight_files(directory.path)[0]:
+        try:
+            digest.update(f"{path.name} {sampled_digest(path)} ".encode())
+        except OSError as error:
+            raise UsageError(f"{path}: cannot be read ({error}); fetch it again") from error
+    return digest.hexdigest()
 
 
 def check(directory: ModelDirectory, abstract: Any) -> dict[str, Path]:

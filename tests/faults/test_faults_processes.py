@@ -252,6 +252,18 @@ def test_p5_a_disk_that_fills_is_noticed_retried_once_and_fatal(world, tmp_path)
     assert verified_steps(tmp_path / "run") == [EVERY, 2 * EVERY]
 
 
+def test_p1_a_slow_save_is_no_hang(world, tmp_path):
+    """Reading back takes twice as long as a step may; a save has a limit of its own."""
+    path = write_config(tmp_path, world, train={"hang_timeout_s": 4, "max_steps": EVERY + 1})
+    process = run_process(["train", path], fault={"verify_s": 8})
+    assert ends([process]) == [0]
+    assert verified_steps(tmp_path / "run")[-1] == EVERY + 1
+    again = run_process(["train", path, "checkpoint.save_timeout_s=3", "train.max_steps=6"], fault={"verify_s": 60})
+    assert ends([again]) == [1]
+    assert "await_save" in again.said and "Timeout" in again.said
+    assert ends([run_process(["train", path, "train.max_steps=6"])]) == [0]
+
+
 def test_p2_two_runs_on_one_directory_the_second_is_refused(world, tmp_path):
     path = write_config(tmp_path, world)
     first = run_process(["train", path], fault={"step_s": 1})

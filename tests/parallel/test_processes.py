@@ -6,9 +6,10 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
-from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.errors import RunError, UsageError
 from sr_dpo_jax.parallel import processes
 
 START = {
@@ -134,3 +135,80 @@ def test_jax_finds_the_processes_that_a_scheduler_started(scheduler):
     assert [process.returncode for process in started] == [0, 0]
     assert first == "joined 0 2\n"
     assert "distributed.processes=3, but jax.distributed sees 2" in second and second.endswith("joined 1 2\n")
+
+
+@pytest.fixture
+def as_process(monkeypatch):
+    """Runs a function as each of several processes in turn, whose collectives see what all of them handed in."""
+
+    def run(number, function, tables):
+        monkeypatch.setattr(jax, "process_count", lambda: len(tables))
+        monkeypatch.setattr(jax, "process_index", lambda: number)
+        monkeypatch.setattr(processes.multihost_utils, "process_allgather", lambda _: np.stack(tables))
+        return function()
+
+    return run
+
+
+def table_of(monkeypatch, facts):
+    taken = []
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "process_count", lambda: 2)
+        patch.setattr(processes.multihost_utils, "process_allgather", lambda table: taken.append(table) or table[None])
+        processes.require_same(facts)
+    return taken[0]
+
+
+SAME = {"objective.beta": 0.1, "data.path": "abc", "seed": 0}
+
+
+def test_processes_that_agree_go_on(monkeypatch, as_process):
+    tables = [table_of(monkeypatch, facts) for facts in (SAME, dict(reversed(SAME.items())), SAME)]
+    for number in range(3):
+        as_process(number, lambda: processes.require_same(SAME), tables)
+
+
+def test_what_differs_is_named_on_every_process(monkeypatch, as_process):
+    facts = [SAME, SAME | {"objective.beta": 5.0}, SAME, SAME | {"objective.lam": 1}]
+    tables = [table_of(monkeypatch, own) for own in facts]
+    said = []
+    for number, own in enumerate(facts):
+        with pytest.raises(UsageError, match="the processes of this run differ") as refusal:
+            as_process(number, lambda own=own: processes.require_same(own), tables)
+        said.append(str(refusal.value))
+    assert "objective.beta: not on process 1 as on process 0; here 0.1\n" in said[0]
+    assert "objective.beta: not on process 1 as on process 0; here 5.0\n" in said[1]
+    assert all("a key that process 3 has and this one has not" in text for text in said[:3])
+    assert "objective.lam: not on process 3 as on process 0; here 1\n" in said[3]
+    assert not any("seed" in text or "data.path" in text for text in said)
+
+
+def test_one_process_compares_nothing(monkeypatch):
+    monkeypatch.setattr(processes.multihost_utils, "process_allgather", None)
+    processes.require_same(SAME)
+    assert processes.text_from_leader("as it is") == "as it is"
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [(UsageError("wrong key"), UsageError), (OSError(5, "gone"), RunError), (RunError("x"), RunError)],
+)
+def test_what_stops_process_0_stops_all_with_its_message(monkeypatch, error, kind):
+    told = []
+
+    def broadcast(array):
+        told.append(np.asarray(array)) if jax.process_index() == 0 else None
+        return told[-1]
+
+    def work():
+        raise error
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes.multihost_utils, "broadcast_one_to_all", broadcast)
+    monkeypatch.setattr(processes, "largest", lambda size: max(size, *map(len, told)) if told else size)
+    monkeypatch.setattr(jax, "process_index", lambda: 0)
+    with pytest.raises(type(error)):
+        processes.on_leader(work)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with pytest.raises(kind, match=f"process 0 has stopped with {type(error).__name__}: "):
+        processes.on_leader(work)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import signal
 import time
@@ -25,10 +26,11 @@ from runs import (
 
 from sr_dpo_jax.cli import main
 from sr_dpo_jax.config.checks import RESERVED, evaluation_metrics
+from sr_dpo_jax.config.load import config_from_dict
 from sr_dpo_jax.durable import checkpoint, integrity
 from sr_dpo_jax.errors import RunError, UsageError
 from sr_dpo_jax.train import loop
-from sr_dpo_jax.train.loop import train
+from sr_dpo_jax.train.loop import EXIT_PREEMPTED, train
 
 METRIC = "eval/other/loss"
 BETA, LAM = 0.1, 0.5
@@ -314,6 +316,65 @@ def kill(patched, when, step):
             save(self, at, *rest, **named)
 
         patched.setattr(checkpoint.Checkpoints, "save", unsaved)
+
+
+@pytest.mark.parametrize("place", ["scores", pytest.param("samples", marks=pytest.mark.slow)])
+def test_a_signal_saves_before_an_evaluation_and_the_next_start_makes_up_for_it(
+    world, golden, tmp_path, monkeypatch, place
+):
+    """Two evaluations are interrupted, that of the best step among them: the end is that of the undisturbed run."""
+    config, best, evaluate = config_of(world, tmp_path), first_best(golden[0]), loop._evaluate
+    for at in sorted({2, best}):
+
+        def signalled(job, step, params, selection, writer, beat, at=at):
+            def then(*given):
+                beat(*given)
+                if step == at and (place == "scores" or not given):  # samples call it without a count
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    time.sleep(0.3)
+                    beat()
+
+            return evaluate(job, step, params, selection, writer, then)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(loop, "_evaluate", signalled)
+            assert train(config) == EXIT_PREEMPTED
+        assert verified_steps(config.output_dir)[-1] == at
+        assert not [line for line in evaluations(config.output_dir) if line["step"] == at]
+    assert train(config) == 0
+    assert_equals(config.output_dir, golden[0])
+    assert train(config) == 0, "nothing is made up for twice"
+    assert_equals(config.output_dir, golden[0])
+
+
+@pytest.mark.slow
+def test_a_signal_in_the_last_evaluation_is_not_the_end(world, tmp_path, monkeypatch):
+    config, evaluate = config_of(world, tmp_path, train={"max_steps": 2}), loop._evaluate
+
+    def signalled(*given):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.3)
+        return evaluate(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "_evaluate", signalled)
+        assert train(config) == EXIT_PREEMPTED
+    assert evaluations(config.output_dir) == []
+    assert train(config) == 0
+    assert [line["step"] for line in evaluations(config.output_dir)] == [2]
+    assert main(["export", config.output_dir, str(tmp_path / "best"), "--best"]) == 0
+
+
+def test_the_best_of_other_held_out_pairs_does_not_count(world, golden, tmp_path, caplog):
+    shutil.copytree(golden[0], tmp_path / "run")
+    config = raw_of(world, tmp_path, train={"max_steps": metrics_of(golden[0])[-1]["step"] + 2})
+    config["data"]["eval_sets"]["other"]["pairs"] = 6
+    assert train(config_from_dict(config, where="test")) == 0
+    assert "its held-out pairs are others: the evaluations so far do not count" in caplog.text
+    (last,) = [line for line in evaluations(tmp_path / "run") if line["step"] > metrics_of(golden[0])[-1]["step"]][-1:]
+    assert last["step"] in verified_steps(tmp_path / "run")
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "best"), "--best"]) == 0
+    assert f"| optimizer updates | {last['step']} |" in (tmp_path / "best" / "README.md").read_text()
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """A checkpoint goes on only as the run that it was: what is refused, what is allowed, what is only said."""
 
-import json
 import logging
 
 import pytest
@@ -77,7 +76,11 @@ def test_other_software_is_said_and_with_strict_refused(caplog):
     assert "processes: 2 -> 1" in caplog.text
 
 
-def test_the_id_of_a_run_is_kept_in_its_manifest(tmp_path):
-    assert identity.run_id_of(tmp_path) != identity.run_id_of(tmp_path)
-    (tmp_path / "manifest.json").write_text(json.dumps({"run_id": "abc"}), encoding="utf-8")
-    assert identity.run_id_of(tmp_path) == "abc"
+def test_the_end_of_a_schedule_counts_where_the_rate_follows_from_it():
+    """Raising train.max_steps puts the learning rate back up; an earlier version did not write it."""
+    before = {"optimizer.schedule": "cosine", "train.max_steps": 100}
+    now = before | {"train.max_steps": 200}
+    with pytest.raises(UsageError, match=r"train\.max_steps: 100 -> 200\n.*--allow-change train\.max_steps"):
+        identity.require_same_run(before, now, where="run", allowed_changes=())
+    identity.require_same_run(before, now, where="run", allowed_changes=["train.max_steps"])
+    identity.require_same_run({"optimizer.schedule": "cosine"}, now, where="run", allowed_changes=())

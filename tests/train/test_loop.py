@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import time
 
@@ -22,6 +23,7 @@ from runs import (
 
 from sr_dpo_jax.cli import main
 from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.train import loop
 from sr_dpo_jax.train.flops import body_weights
 from sr_dpo_jax.train.loop import train
 from sr_dpo_jax.train.metrics import Trace
@@ -203,6 +205,24 @@ def test_sigterm_saves_and_the_same_command_goes_on(world, tmp_path):
     assert (tmp_path / "run" / "checkpoints" / str(stopped)).is_dir()
     assert main(["train", str(path), f"train.max_steps={stopped + 2}"]) == 0
     assert [line["step"] for line in metrics_of(tmp_path / "run")] == list(range(1, stopped + 3))
+
+
+@pytest.mark.parametrize("place", ["prepare", "write_run_files"])
+def test_a_signal_before_the_first_step_stops_with_75(world, tmp_path, monkeypatch, place):
+    """At the end of preparation, or while the manifest is written: nothing is lost, and the same call goes on."""
+    config, then = config_of(world, tmp_path, train={"max_steps": 1}), getattr(loop, place)
+
+    def signalled(*given, **named):
+        result = then(*given, **named)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2)
+        return result
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, place, signalled)
+        assert train(config) == 75
+    assert not (tmp_path / "run" / "lease.json").exists()
+    assert train(config) == 0
 
 
 def test_exit_codes_and_messages(world, tmp_path, capsys):

@@ -2,13 +2,14 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from runs import model_directory, preference_file, tiny_setup
 
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.model.kernels.splash import LONGEST_ROW
-from sr_dpo_jax.train.program import plan_training, require_short_rows, work_of
+from sr_dpo_jax.train.program import COARSE_RATE, plan_training, require_short_rows, warn_of_no_learning, work_of
 from sr_dpo_jax.train.state import first_state
 
 
@@ -43,9 +44,8 @@ def test_rows_longer_than_splash_attention_takes_are_refused_before_anything_is_
         require_short_rows(setup.packing.limits, LONGEST_ROW, 16)
 
 
-def test_the_schedule_ends_with_the_plan(made):
-    """Linear: up over two updates of warm-up, the whole rate at the third, and 0 behind the fifth and last."""
-    setup, pairs, _ = made
+def rates_of(setup, pairs):
+    """The learning rate of each step of a run."""
     plan = setup.plan(pairs, ())
     program, params = setup.program(plan), setup.model.base_params()
     feed = setup.packing.feed(
@@ -56,8 +56,47 @@ def test_the_schedule_ends_with_the_plan(made):
     for _, batch in feed.batches(0):
         state, metrics = step(state, None, batch)
         rates.append(float(metrics["learning_rate"]))
-    assert setup.total_steps(plan) == len(rates) == 5
-    np.testing.assert_allclose(rates, [1 / 3, 2 / 3, 1, 2 / 3, 1 / 3], rtol=1e-6)
+    assert setup.total_steps(plan) == len(rates)
+    return rates
+
+
+def test_the_schedule_ends_with_the_plan(made):
+    """Linear: up over two updates of warm-up, the whole rate at the third, and 0 behind the fifth and last."""
+    setup, pairs, _ = made
+    np.testing.assert_allclose(rates_of(setup, pairs), [1 / 3, 2 / 3, 1, 2 / 3, 1 / 3], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [
+        (
+            (1e-5, 150, 2, "float32"),
+            "optimizer.warmup_steps=150, and the run takes 2 steps: the learning rate ends",
+        ),
+        ((5e-7, 0, 9, "bfloat16"), "optimizer.learning_rate=5e-07 with model.param_dtype=bfloat16"),
+        ((5e-7, 0, 9, "float32"), None),
+        ((1e-3, 0, 9, "bfloat16"), None),
+    ],
+)
+def test_a_run_that_cannot_learn_is_warned_of(caplog, numbers, said):
+    *sizes, dtype = numbers
+    warn_of_no_learning(*sizes, jnp.dtype(dtype))
+    assert [record.getMessage().startswith(said or "") for record in caplog.records] == ([True] if said else [])
+
+
+def test_the_rate_that_is_warned_of_changes_no_parameter():
+    """Weights of 0.01 and updates of the learning rate's size, as RMSprop and Adam make them."""
+    weight = jnp.bfloat16(0.01)
+    assert weight - jnp.bfloat16(COARSE_RATE * 0.9) == weight != weight - jnp.bfloat16(COARSE_RATE * 2)
+
+
+def test_a_warm_up_by_ratio_is_a_share_of_all_steps(made, tmp_path):
+    setup, pairs, _ = made
+    section = setup.config.optimizer.model_copy(update={"warmup_ratio": 0.4, "warmup_steps": 150})
+    by_ratio = dataclasses.replace(setup, config=setup.config.model_copy(update={"optimizer": section}))
+    assert by_ratio.config.optimizer.warmup_ratio == 0.4
+    rates = [rates_of(one, pairs) for one in (setup, by_ratio)]
+    np.testing.assert_array_equal(*rates)
 
 
 def test_the_flops_of_a_refined_pair_are_a_third_more(made):

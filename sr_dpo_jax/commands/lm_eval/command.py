@@ -21,6 +21,7 @@ from sr_dpo_jax.config.load import config_for_model, load_config
 from sr_dpo_jax.config.schema import Config
 from sr_dpo_jax.durable.files import require_output, write_text
 from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.train.identity import digests_of
 from sr_dpo_jax.train.setup import read_model, set_up
 
 try:
@@ -86,7 +87,7 @@ def lm_eval_command(
     )
     task_dict = load_tasks(fewshot, include_path)
     directory, tokenizer = read_model(config)
-    setup = set_up(config, directory)
+    setup = set_up(config, directory, {"tasks": [fewshot, limit], **digests_of(tokenizer)})
     params, step = setup.latest_params(best=best)
     if step == 0 and is_run:
         raise UsageError(f"{model}: has no checkpoint; train first, or name a Hugging Face directory")

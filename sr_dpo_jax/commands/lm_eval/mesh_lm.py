@@ -21,10 +21,12 @@ from transformers import PreTrainedTokenizerBase
 
 from sr_dpo_jax.commands.lm_eval.continuations import ContinuationScorer, Request
 from sr_dpo_jax.data.tokenizer_fit import end_tokens
+from sr_dpo_jax.durable.files import json_digest
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.generation.decode import Sampling
 from sr_dpo_jax.generation.generator import Generator, Prompt, Settings
 from sr_dpo_jax.model.decoder import Params
+from sr_dpo_jax.parallel.processes import require_same
 from sr_dpo_jax.train.metrics import Progress
 from sr_dpo_jax.train.setup import Setup
 
@@ -67,6 +69,7 @@ class MeshLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
+        require_same({"the questions of the tasks": json_digest([ids for _, *ids in requests])})
         cut, sequences = 0, []
         for _, context, continuation in requests:
             room = self.max_length + 1 - len(continuation)  # the last token is predicted and never read
@@ -99,6 +102,7 @@ class MeshLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        require_same({"the questions of the tasks": json_digest([request.args[0] for request in requests])})
         groups: dict[Settings, list[int]] = {}  # requests that share their settings are generated together
         for number, request in enumerate(requests):
             groups.setdefault(self._settings(request), []).append(number)
