@@ -78,7 +78,8 @@ def test_p1_generation_goes_on_where_only_process_0_has_the_unfinished_file(worl
         patch.setattr(generator.Generator, "respond", killed)
         main([*command, "--output", str(outputs[1])])
     own = [["--output", str(output)] for output in outputs[1:]]
-    for process in run_processes(command, own=own):
+    # The command takes its overrides behind the configuration, before the options.
+    for process in run_processes(command[:2], own=[[*command[2:], *outputs_of] for outputs_of in own]):
         said, _ = process.communicate(timeout=START_S)
         assert process.returncode == 0, said
     found = [[json.loads(line)["response"] for line in output.read_text().splitlines()] for output in outputs[:2]]

@@ -258,7 +258,7 @@ def test_p1_a_slow_save_is_no_hang(world, tmp_path):
     process = run_process(["train", path], fault={"verify_s": 8})
     assert ends([process]) == [0]
     assert verified_steps(tmp_path / "run")[-1] == EVERY + 1
-    again = run_process(["train", path, "checkpoint.save_timeout_s=3", "train.max_steps=6"], fault={"verify_s": 60})
+    again = run_process(["train", path, "checkpoint.save_timeout_s=3", "train.max_steps=6"], fault={"verify_s": 10})
     assert ends([again]) == [1]
     assert "await_save" in again.said and "Timeout" in again.said
     assert ends([run_process(["train", path, "train.max_steps=6"])]) == [0]
