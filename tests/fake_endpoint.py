@@ -72,7 +72,7 @@ def serve(answer: Callable[[dict[str, Any], int], Answer]) -> Iterator[Endpoint]
             request = json.loads(body)
             before = endpoint.take(request, {name.lower(): value for name, value in self.headers.items()})
             try:
-                self.send(endpoint.answer(request, before) if self.path == "/v1/chat/completions" else (404, {}))
+                self.send(endpoint.answer(request, before) if self.path.endswith("/v1/chat/completions") else (404, {}))
             except (BrokenPipeError, ConnectionResetError):
                 self.close_connection = True  # the client gave up waiting
             finally:

@@ -92,6 +92,7 @@ def export(
 OWNER = ".owner.json"
 """Names the process that writes an export, within the directory that it writes."""
 STILL_S = 600.0
+"""The seconds after which an export of another machine that has written nothing more is taken for dead."""
 
 
 def model_card(config: Config, origin: Origin, *, name: str, step: int, dtype: str) -> str:

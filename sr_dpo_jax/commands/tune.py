@@ -54,20 +54,23 @@ class Candidate:
     arguments: list[str]
     """The arguments of `sr-dpo train` for this point."""
     config: Config
+    content: list[str | None]
+    """The digests of the files of data, held-out sets and model that the configuration names."""
 
     @property
     def name(self) -> str:
         return Path(self.config.output_dir).name
 
-    @functools.cached_property
+    @property
     def digest(self) -> str:
         """The sha256 of the configuration and of the files that it names, the same on every host: a finished run counts
         for these alone. A hub name stands for its content: training compares that."""
-        decisive = self.config.model_dump(mode="json", exclude={"distributed"})
-        data = self.config.data
-        files = [source.path for source in data.path]
-        files += [source.path for _, held_out in data.held_out for source in held_out.path]
-        return json_digest([decisive, [_content(file) for file in files], _content(self.config.model.path)])
+        return json_digest([self.config.model_dump(mode="json", exclude={"distributed"}), self.content])
+
+
+def _files_of(config: Config) -> list[str]:
+    sets = [config.data.path, *(held_out.path for _, held_out in config.data.held_out)]
+    return [source.path for sources in sets for source in sources] + [config.model.path]
 
 
 def _content(path: str) -> str | None:
@@ -95,6 +98,7 @@ def candidates(path: str, overrides: Sequence[str], *, metric: str, eval_pairs: 
         fixed.append(f"data.{f'eval_sets.{name}.pairs' if name else 'eval_pairs'}={eval_pairs}")
     base = load_config(path, [*fixed, *(f"{key}={values[0]}" for key, values in grid.items())])
     _require_metric(base, metric)
+    content = functools.cache(_content)  # the candidates share most files
     points = []
     for combination in itertools.product(*grid.values()):
         values = dict(zip(grid, combination, strict=True))
@@ -102,7 +106,8 @@ def candidates(path: str, overrides: Sequence[str], *, metric: str, eval_pairs: 
         output_dir = json.dumps(str(Path(base.output_dir) / "tune" / ",".join(chosen)))
         cache_dir = json.dumps(str(base.cache_path))
         arguments = [*fixed, *chosen, f"output_dir={output_dir}", f"cache_dir={cache_dir}"]
-        points.append(Candidate(values, [path, *arguments], load_config(path, arguments)))
+        config = load_config(path, arguments)
+        points.append(Candidate(values, [path, *arguments], config, [content(file) for file in _files_of(config)]))
     return points
 
 

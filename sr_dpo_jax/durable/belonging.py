@@ -1,6 +1,8 @@
 """Whether a checkpoint belongs where it stands: what it holds is compared with its name and with the run around it."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,18 @@ def stored_position(path: Path) -> dict[str, Any]:
     return position if isinstance(position, dict) else {}
 
 
-def require_there(path: Path, error: Exception) -> None:
-    """Refuses a step that a training run has deleted while it was read; raises nothing where it is still there.
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Refuses a step that a training run deletes while the block reads it; other errors pass as they are.
 
     Raises:
-      UsageError: the directory is gone, for which `error` is only the sign.
+      UsageError: the directory is gone, of which the block's error is only the sign.
     """
-    if not path.is_dir():
+    try:
+        yield
+    except (ValueError, OSError, AttributeError) as error:
+        if path.is_dir():
+            raise
         raise UsageError(
             f"{path}: was deleted while it was read, by a run that keeps only its newest checkpoints; run this again, "
             "which takes a newer one, or raise checkpoint.keep"

@@ -26,7 +26,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 
 from sr_dpo_jax.durable import integrity
-from sr_dpo_jax.durable.belonging import require_there, run_id_of, stored_position, stranger
+from sr_dpo_jax.durable.belonging import reading, run_id_of, stored_position, stranger
 from sr_dpo_jax.durable.files import write_text
 from sr_dpo_jax.errors import RunError, UsageError
 from sr_dpo_jax.parallel.processes import largest
@@ -217,12 +217,8 @@ class Checkpoints(contextlib.AbstractContextManager):
           UsageError: parameters are missing, extra or of other shapes; all are named.
         """
         path = self.directory / str(step)
-        try:
-            with ocp.StandardCheckpointer() as checkpointer:
-                tree = checkpointer.metadata(path / "state").item_metadata.tree
-        except (ValueError, OSError, AttributeError) as error:
-            require_there(path, error)
-            raise
+        with reading(path), ocp.StandardCheckpointer() as checkpointer:
+            tree = checkpointer.metadata(path / "state").item_metadata.tree
         held = {name: tuple(leaf.shape) for name, leaf in flatten_dict(tree["params"], sep=".").items()}
         wrong = [
             f"{name}: {held.get(name, 'missing')}, the model has {shapes.get(name, 'no such parameter')}"
@@ -303,9 +299,9 @@ class Checkpoints(contextlib.AbstractContextManager):
     def _read(self, step: int, item: str, arguments: Any) -> Any:
         path = self.directory / str(step)
         try:
-            return self._checkpointer.restore(path, args=ocp.args.Composite(**{item: arguments}))[item]
-        except (ValueError, OSError) as error:
-            require_there(path, error)
+            with reading(path):
+                return self._checkpointer.restore(path, args=ocp.args.Composite(**{item: arguments}))[item]
+        except ValueError as error:
             raise UsageError(
                 f"{path}: does not fit the configured model or optimizer ({error}); restore the configuration it was "
                 "made with, or choose another output_dir"

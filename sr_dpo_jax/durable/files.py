@@ -71,8 +71,8 @@ def sampled_digest(path: Path) -> str:
     size = path.stat().st_size
     digest = hashlib.sha256(f"{size} ".encode())
     with path.open("rb") as file:
-        for number in range(SAMPLED):
-            file.seek(max(size - BLOCK_BYTES, 0) * number // (SAMPLED - 1))
+        for start in sorted({max(size - BLOCK_BYTES, 0) * number // (SAMPLED - 1) for number in range(SAMPLED)}):
+            file.seek(start)
             digest.update(file.read(BLOCK_BYTES))
     return digest.hexdigest()
 

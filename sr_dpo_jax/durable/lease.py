@@ -126,12 +126,7 @@ def _is_stale(file: Path, content: str) -> bool:
     Raises:
       UsageError: the process lives.
     """
-    try:
-        holder: dict[str, Any] = json.loads(content)
-        host, pid, started = holder["host"], holder["pid"], holder["started"]
-        host = str(host) or "an unreadable lease"
-    except (ValueError, KeyError, TypeError, RecursionError):
-        host, pid, started = "an unreadable lease", 0, ""
+    host, pid, started = _holder(content) or ("an unreadable lease", 0, "")
     alive = UsageError(
         f"{file}: process {pid} on {host.split()[0]} is running in this directory; wait for it, stop it, or choose "
         "another output_dir"
@@ -161,12 +156,20 @@ def this_process() -> str:
 
 def is_alive(content: str) -> bool | None:
     """Tells whether the process that wrote `this_process()` lives; None where that cannot be seen from here."""
-    try:
-        holder = json.loads(content)
-        host, pid, started = holder["host"], holder["pid"], holder["started"]
-    except (ValueError, KeyError, TypeError):
+    holder = _holder(content)
+    if holder is None:
         return False
+    host, pid, started = holder
     return _started(pid) == started if host == _this_process()["host"] else None
+
+
+def _holder(content: str) -> tuple[str, int, str | None] | None:
+    """Reads host, process id and start of a process that wrote them; None where they cannot be read."""
+    try:
+        holder: dict[str, Any] = json.loads(content)
+        return (str(holder["host"]), holder["pid"], holder["started"]) if holder["host"] else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _this_process() -> dict[str, Any]:

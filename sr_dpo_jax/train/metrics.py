@@ -8,7 +8,6 @@ import dataclasses
 import json
 import logging
 import math
-import re
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -132,7 +131,8 @@ def _lines_kept(file: Path, keep: Callable[[dict[str, Any]], bool]) -> list[dict
     if not file.exists():
         return []
     kept, lines, damaged = [], [], False
-    parts = re.findall(rb"[^\n]*\n|[^\n]+", file.read_bytes())
+    with file.open("rb") as opened:
+        parts = opened.readlines()
     for number, content in enumerate(parts, 1):
         try:
             line = json.loads(content)

@@ -60,22 +60,23 @@ def make_program(
     this many `pairs`, and the schedule ends after `total_steps`.
     """
     numbers = dict(optimizer)
-    warmup_steps, ratio = numbers.pop("warmup_steps"), numbers.pop("warmup_ratio")
-    warmup_steps = warmup_steps if ratio is None else round(ratio * total_steps)
-    learning_rate = numbers.pop("learning_rate")
     schedule = make_schedule(
         name=numbers.pop("schedule"),
-        learning_rate=learning_rate,
-        warmup_steps=warmup_steps,
+        learning_rate=numbers.pop("learning_rate"),
+        warmup_steps=warmup_of(numbers.pop("warmup_steps"), numbers.pop("warmup_ratio"), total_steps),
         total_steps=total_steps,
     )
-    warn_of_no_learning(learning_rate, warmup_steps, total_steps, model.param_dtype)
     transformation = OPTIMIZERS[numbers.pop("name")](schedule, **numbers)
     state = abstract_state(model.shapes, transformation, model.mesh)
     step = make_train_step(
         model.graph, transformation, schedule, objective, pairs=pairs, mesh=model.mesh, abstract=state
     )
     return Program(step, transformation, state)
+
+
+def warmup_of(steps: int, ratio: float | None, total_steps: int) -> int:
+    """Gives the updates of the warm-up: the ratio takes the place of the steps."""
+    return steps if ratio is None else round(ratio * total_steps)
 
 
 def warn_of_no_learning(learning_rate: float, warmup_steps: int, total_steps: int, param_dtype: np.dtype) -> None:

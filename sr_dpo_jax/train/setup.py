@@ -44,7 +44,7 @@ from sr_dpo_jax.parallel.mesh import make_mesh, row_shards
 from sr_dpo_jax.parallel.processes import on_leader, require_same, start_distributed, text_from_leader
 from sr_dpo_jax.train.identity import identity_of, report_drift, require_same_run, shared_facts, surroundings
 from sr_dpo_jax.train.objective import OBJECTIVES, Objective
-from sr_dpo_jax.train.program import Program, Work, make_program, plan_training, work_of
+from sr_dpo_jax.train.program import Program, Work, make_program, plan_training, warmup_of, warn_of_no_learning, work_of
 from sr_dpo_jax.train.samples import Samples
 from sr_dpo_jax.train.scored_set import ScoredSet, compiled_sets, make_scored_set, score_reference
 from sr_dpo_jax.train.state import TrainState, first_state
@@ -274,6 +274,7 @@ def prepare(
     config, objective = setup.config, setup.objective
     plan = setup.plan(pairs, list(eval_sets.values()))
     program = setup.program(plan)
+    _warn_of_no_learning(setup, plan)
     checkpoints = Checkpoints(config.output_dir, keep=config.checkpoint.keep, strict=config.checkpoint.strict)
     require_same({"plan": plan.digest, "--allow-change": allowed_changes})
     record = _record(setup, pairs, plan, tokenizer, checkpoints)
@@ -319,6 +320,12 @@ def prepare(
         checkpoints=checkpoints,
     )
     return job, state
+
+
+def _warn_of_no_learning(setup: Setup, plan: Plan) -> None:
+    section, steps = setup.config.optimizer, setup.total_steps(plan)
+    warmup = warmup_of(section.warmup_steps, section.warmup_ratio, steps)
+    warn_of_no_learning(section.learning_rate, warmup, steps, setup.model.param_dtype)
 
 
 def _record(

@@ -182,6 +182,15 @@ def test_an_endpoint_that_gives_no_reply_is_one_error(tmp_path, capsys, answer, 
     assert time.monotonic() - started < 30
 
 
+def test_a_proxy_of_the_environment_is_asked(tmp_path, monkeypatch):
+    """The endpoint has no address that this machine knows; the fake one stands for the proxy."""
+    write_files(tmp_path, questions=1, two_turns=0)
+    with serve(by_content) as endpoint:
+        monkeypatch.setenv("HTTP_PROXY", endpoint.url.removesuffix("/v1"))
+        assert judge(tmp_path, "http://judge.invalid/v1", retries=0) == 0
+    assert len(endpoint.requests) == 2
+
+
 def test_nobody_at_the_address_is_one_error(tmp_path, capsys):
     write_files(tmp_path, questions=1, two_turns=0)
     assert judge(tmp_path, "http://127.0.0.1:9/v1", retries=1) == 1

@@ -6,6 +6,7 @@ not trusted: the time and the size of a reply are bounded.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import logging
@@ -15,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from sr_dpo_jax.commands.judge.settings import Settings
 from sr_dpo_jax.durable.files import finished_lines, json_digest
@@ -85,31 +87,33 @@ class _TooLarge(Exception):
     """The body of a reply is larger than MOST_BYTES."""
 
 
-class _Bounded(httpx2.HTTPTransport):
-    """Ends a reply that comes too slowly or grows too large; the client's own time-out starts again with every byte."""
+class _Bounded(openai.DefaultHttpxClient):
+    """Ends a reply that comes too slowly or grows too large; the client's own time-out starts again with every byte.
 
-    def __init__(self, timeout_s: float):
+    A trap: a client with a transport of its own would ignore the proxies of the environment.
+    """
+
+    def __init__(self, reply_s: float):
         super().__init__()
-        self._timeout_s = timeout_s
+        self._reply_s = reply_s
 
-    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
-        deadline = time.monotonic() + self._timeout_s
-        response = super().handle_request(request)
-        return httpx2.Response(
-            response.status_code,
-            headers=response.headers,
-            stream=_BoundedStream(response, deadline),
-            extensions=response.extensions,
-        )
+    def send(self, request: httpx2.Request, *, stream: bool = False, **options: Any) -> httpx2.Response:
+        deadline = time.monotonic() + self._reply_s
+        response = super().send(request, stream=True, **options)
+        response.stream = _BoundedStream(response.stream, deadline)
+        if not stream:
+            with contextlib.closing(response):
+                response.read()
+        return response
 
 
 class _BoundedStream(httpx2.SyncByteStream):
-    def __init__(self, response: httpx2.Response, deadline: float):
-        self._response, self._deadline = response, deadline
+    def __init__(self, stream: httpx2.SyncByteStream, deadline: float):
+        self._stream, self._deadline = stream, deadline
 
     def __iter__(self) -> Iterator[bytes]:
         size = 0
-        for part in self._response.stream:
+        for part in self._stream:
             size += len(part)
             if size > MOST_BYTES:
                 raise _TooLarge
@@ -118,7 +122,7 @@ class _BoundedStream(httpx2.SyncByteStream):
             yield part
 
     def close(self) -> None:
-        self._response.close()
+        self._stream.close()
 
 
 class Judge:
@@ -141,7 +145,7 @@ class Judge:
             base_url=settings.base_url,
             timeout=settings.timeout_s,
             max_retries=settings.retries,
-            http_client=openai.DefaultHttpxClient(transport=_Bounded(settings.timeout_s)),
+            http_client=_Bounded(settings.timeout_s),
         )
 
     def verdicts(self, conversations: Sequence[Messages], progress: Callable[[int], None]) -> list[Verdict]:
