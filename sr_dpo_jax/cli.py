@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import gc
 import importlib
 import logging
 import os
@@ -39,8 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(options)
     except (UsageError, RunError) as error:
-        print(redact(f"sr-dpo {options.command}: {error}"), file=sys.stderr)
-        return _end(EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED)
+        last = redact(f"sr-dpo {options.command}: {error}")
+        code = EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED
+    # Tasks of a failed save log their exceptions, a hundred lines, when they are collected: the readable word is last.
+    gc.collect()
+    print(last, file=sys.stderr)
+    return _end(code)
 
 
 def _fail(_kind: type[BaseException], error: BaseException, _trace: TracebackType | None) -> None:
