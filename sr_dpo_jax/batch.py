@@ -64,6 +64,10 @@ class Batch:
     """`[B, 2]` float32, nats: log π_ref of each response (cached reference only)."""
     reference_augmented: Array | None = None
     """`[B, 2]` float32, nats: the same with p ⊕ x."""
+    against: Rows | None = None
+    """The rows with a second instruction in the place of p; None where there is none."""
+    refinement: Array | None = None
+    """`[B]` float32: Δ of each pair, where it is known before step 0."""
 
 
 @dataclasses.dataclass(frozen=True)

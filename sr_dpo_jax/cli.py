@@ -95,6 +95,14 @@ def _eval(config: Config, *, best: bool) -> None:
         print(f"{name:28} {value:.6g}")
 
 
+def _score(config: Config, *, output: Path | None, knowledge: bool) -> None:
+    from sr_dpo_jax.commands.evaluate import score_command
+
+    count = score_command(config, output, knowledge=knowledge)
+    if output is not None:
+        print(f"{count} pairs scored in {output}")
+
+
 def _inspect(model: str, *, mesh: str, json: Path | None, **options: Any) -> int:
     import jax
 
@@ -138,7 +146,7 @@ def _demo(output: Path, *, full: bool, seeds: int | None, **knobs: Any) -> int:
 
 FUNCTIONS: dict[str, str | Callable[..., Any]] = {
     "train": "train.loop:train",
-    "score": "commands.evaluate:score_command",
+    "score": _score,
     "eval": _eval,
     "generate": "commands.generate:generate_command",
     "judge": "commands.judge.command:judge_command",
@@ -152,7 +160,6 @@ FUNCTIONS: dict[str, str | Callable[..., Any]] = {
 }
 """The function of each command, which takes its options under their names and gives the exit code, None for 0."""
 DONE = {
-    "score": "{result} pairs scored in {output}",
     "generate": "{result} responses in {output}",
     "export": "written to {out_dir}",
     "report": "{result} run(s) compared in {output}",
@@ -201,7 +208,9 @@ def _add_runs(command: Command, with_config: WithConfig) -> None:
         help="resumes although this key, named in the refusal, has another value than before; may be repeated",
     )
     score = with_config(command("score", "log-probs of every pair of data.path under model.path"))
-    score.add_argument("--output", required=True, type=Path, metavar="FILE.jsonl")
+    score.add_argument("--output", type=Path, metavar="FILE.jsonl")
+    table = "prints whether the model knows which responses are better: what objective.lam=auto is settled by"
+    score.add_argument("--knowledge", action="store_true", help=table)
     evaluate = with_config(
         command("eval", "metrics on held-out pairs, of the latest checkpoint of output_dir or of model.path")
     )

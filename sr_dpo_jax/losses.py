@@ -1,12 +1,14 @@
 """DPO, IPO and their self-refined forms: pure functions of margins, one loss a pair.
 
     log-ratio         log π(y|x) − log π_ref(y|x), summed over the response's tokens, nats
+    preference        d  = log π(y⁺|x) − log π(y⁻|x), of the policy or of the reference
     margin            m  = log-ratio of chosen − log-ratio of rejected
     augmented margin  m̂  = the same with p ⊕ x in place of x, p the instruction of arXiv:2405.21040, section 3.2
-    refinement        Δ  = β·m̂, a number and not a path for gradients
+    refinement        Δ, a number and not a path for gradients: β·m̂ in the paper, or the contrast c = d(p ⊕ x) − d(x)
 
-Every argument is float32 `[pairs]`; numbers are keyword-only. Nothing is averaged here: the caller divides once, by
-the number of pairs, last.
+Every argument is float32 `[pairs]`; numbers are keyword-only. A loss of a margin takes Δ as its second argument: it
+shifts the margin by λΔ, and without it, or with λ = 0, the loss is the plain one bit for bit. Nothing is averaged here:
+the caller divides once, by the number of pairs, last.
 
 The road from YAML to gradient ends here: `train/train_step.py` differentiates these.
 """
@@ -17,59 +19,47 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
-def dpo(margin: Array, *, beta: float, label_smoothing: float = 0.0) -> Array:
-    """`−(1 − ε)·log σ(β·m) − ε·log σ(−β·m)`, ε = `label_smoothing`.
+def dpo(
+    margin: Array, refinement: Array | None = None, *, beta: float, lam: float = 0.0, label_smoothing: float = 0.0
+) -> Array:
+    """`−(1 − ε)·log σ(h) − ε·log σ(−h)` with `h = β·m − λΔ`, ε = `label_smoothing`.
 
     Args:
       margin: m, `[pairs]` float32, nats.
+      refinement: Δ, `[pairs]` float32; no gradient flows into it. None for plain DPO.
       beta: β > 0, strength of the pull towards the reference.
+      lam: λ ≥ 0, the weight of Δ.
       label_smoothing: ε in [0, 0.5), assumed share of flipped labels.
 
     Returns:
-      `[pairs]` float32; ln 2 where m = 0.
+      `[pairs]` float32; ln 2 where m = Δ = 0.
 
-    Reference: arXiv:2305.18290 eq. 7 (arXiv:2405.21040 eq. 5); for ε > 0 conservative DPO, ericmitchell.ai/cdpo.pdf
-    eq. 3.
+    Reference: arXiv:2305.18290 eq. 7 (arXiv:2405.21040 eq. 5, and with Δ eq. 13); for ε > 0 conservative DPO,
+    ericmitchell.ai/cdpo.pdf eq. 3.
     """
-    reward = beta * margin
+    logit = _logit(margin, refinement, beta=beta, lam=lam)
     if label_smoothing == 0.0:
-        return -jax.nn.log_sigmoid(reward)
-    return -(1.0 - label_smoothing) * jax.nn.log_sigmoid(reward) - label_smoothing * jax.nn.log_sigmoid(-reward)
+        return -jax.nn.log_sigmoid(logit)
+    return -(1.0 - label_smoothing) * jax.nn.log_sigmoid(logit) - label_smoothing * jax.nn.log_sigmoid(-logit)
 
 
-def ipo(margin: Array, *, beta: float) -> Array:
-    """`(m − 1/(2β))²` on sums of log-probs.
+def ipo(margin: Array, refinement: Array | None = None, *, beta: float, lam: float = 0.0) -> Array:
+    """`(m − λΔ − 1/(2β))²` on sums of log-probs.
 
     Args:
       margin: m, `[pairs]` float32, nats.
+      refinement: Δ, `[pairs]` float32; no gradient flows into it. None for plain IPO.
       beta: β > 0, the τ of the IPO paper.
+      lam: λ ≥ 0, the weight of Δ.
 
     Returns:
-      `[pairs]` float32, nats²; 1/(4β²) where m = 0.
+      `[pairs]` float32, nats²; 1/(4β²) where m = Δ = 0.
 
-    Reference: arXiv:2310.12036 eq. 17 (arXiv:2405.21040 eq. 8).
+    Reference: arXiv:2310.12036 eq. 17 (arXiv:2405.21040 eq. 8, and with Δ eq. 15).
     """
+    if refinement is not None:
+        margin = margin - lam * jax.lax.stop_gradient(refinement)
     return jnp.square(margin - 1.0 / (2.0 * beta))
-
-
-def ipo_mean(
-    chosen_log_ratio: Array, rejected_log_ratio: Array, chosen_tokens: Array, rejected_tokens: Array, *, beta: float
-) -> Array:
-    """IPO on length-normalised log-ratios: `(r⁺/|y⁺| − r⁻/|y⁻| − 1/(2β))²`.
-
-    Args:
-      chosen_log_ratio: r⁺, `[pairs]` float32, nats over the whole response.
-      rejected_log_ratio: r⁻, likewise.
-      chosen_tokens: |y⁺| ≥ 1, `[pairs]`, scored tokens, end-of-sequence included.
-      rejected_tokens: |y⁻| ≥ 1, likewise.
-      beta: β > 0; on the scale of nats per token, so not the β of `ipo`.
-
-    Returns:
-      `[pairs]` float32, (nats per token)².
-
-    Reference: arXiv:2310.12036 eq. 17 with the normalisation that TRL's `ipo` applies.
-    """
-    return ipo(chosen_log_ratio / chosen_tokens - rejected_log_ratio / rejected_tokens, beta=beta)
 
 
 def refinement(augmented_margin: Array, *, beta: float) -> Array:
@@ -87,8 +77,26 @@ def refinement(augmented_margin: Array, *, beta: float) -> Array:
     return jax.lax.stop_gradient(beta * augmented_margin)
 
 
+def contrast(preference_with_p: Array, preference_without: Array) -> Array:
+    """`c = d(p ⊕ x) − d(x)`, under stop_gradient: the evidence of the model itself that y⁺ is the better response.
+
+    By Bayes' rule it is log P(p|x, y⁺) − log P(p|x, y⁻): how much likelier the model holds the rating that p asks for
+    to be that of the chosen response. In `dpo` it adds to the label's evidence with the weight λ = 1.
+
+    Args:
+      preference_with_p: d(p ⊕ x) = log π(y⁺|p ⊕ x) − log π(y⁻|p ⊕ x), `[pairs]` float32, nats.
+      preference_without: d(x), likewise without p, or with a second instruction that asks for the opposite.
+
+    Returns:
+      `[pairs]` float32, nats. There is no β in it.
+
+    The form with two instructions is that of arXiv:2402.11907.
+    """
+    return jax.lax.stop_gradient(preference_with_p - preference_without)
+
+
 def sr_dpo(margin: Array, augmented_margin: Array, *, beta: float, lam: float) -> Array:
-    """`−log σ(β·m − λΔ)`.
+    """`−log σ(β·m − λΔ)` with the paper's `Δ = β·m̂`.
 
     Args:
       margin: m, `[pairs]` float32, nats.
@@ -101,11 +109,11 @@ def sr_dpo(margin: Array, augmented_margin: Array, *, beta: float, lam: float) -
 
     Reference: arXiv:2405.21040 eq. 13, algorithm 1.
     """
-    return -jax.nn.log_sigmoid(beta * margin - lam * refinement(augmented_margin, beta=beta))
+    return dpo(margin, refinement(augmented_margin, beta=beta), beta=beta, lam=lam)
 
 
 def sr_ipo(margin: Array, augmented_margin: Array, *, beta: float, lam: float) -> Array:
-    """`(m − λΔ − 1/(2β))²`.
+    """`(m − λΔ − 1/(2β))²` with the paper's `Δ = β·m̂`.
 
     Args:
       margin: m, `[pairs]` float32, nats.
@@ -118,7 +126,7 @@ def sr_ipo(margin: Array, augmented_margin: Array, *, beta: float, lam: float) -
 
     Reference: arXiv:2405.21040 eq. 15, algorithm 2.
     """
-    return ipo(margin - lam * refinement(augmented_margin, beta=beta), beta=beta)
+    return ipo(margin, refinement(augmented_margin, beta=beta), beta=beta, lam=lam)
 
 
 def sft(chosen_logprob: Array) -> Array:
@@ -133,3 +141,10 @@ def sft(chosen_logprob: Array) -> Array:
     The caller's mean is over pairs, so long responses weigh more, as in the code base that arXiv:2405.21040 builds on.
     """
     return -chosen_logprob
+
+
+def _logit(margin: Array, refinement: Array | None, *, beta: float, lam: float) -> Array:
+    """`β·m − λΔ`, the input of a logistic loss."""
+    if refinement is None:
+        return beta * margin
+    return beta * margin - lam * jax.lax.stop_gradient(refinement)

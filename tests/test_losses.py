@@ -16,8 +16,8 @@ AUGMENTED = np.array([0.3, -1.1])
 
 
 def ipo_mean(beta: float) -> jax.Array:
-    arrays = (CHOSEN_RATIO, REJECTED_RATIO, CHOSEN_TOKENS, REJECTED_TOKENS)
-    return losses.ipo_mean(*(jnp.asarray(array) for array in arrays), beta=beta)
+    """TRL's IPO, on log-ratios averaged over tokens: the objective table gives `ipo` such a margin."""
+    return losses.ipo(jnp.asarray(CHOSEN_RATIO / CHOSEN_TOKENS - REJECTED_RATIO / REJECTED_TOKENS), beta=beta)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,10 @@ from sr_dpo_jax.data.dataset import TokenizedPairs
 from sr_dpo_jax.durable.files import pairs_file, require_output, whole, write_json
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.train.identity import digests_of
+from sr_dpo_jax.train.knowledge import lines_of
 from sr_dpo_jax.train.metrics import Progress
 from sr_dpo_jax.train.scored_set import ScoredSet, make_scored_set
+from sr_dpo_jax.train.scored_set import knowledge as knowledge_from
 from sr_dpo_jax.train.setup import read_held_out, read_model, read_pairs_of, set_up
 from sr_dpo_jax.train.train_step import Scores
 
@@ -39,6 +41,7 @@ def evaluate_command(config: Config, *, best: bool = False) -> dict[str, float]:
             base = setup.model.base_params() if base is None else base
             held.fill_reference(base)
     params, step = setup.latest_params(base, best=best)
+    setup = setup.settled_at(step)
     metrics: dict[str, float] = {"step": step}
     if jax.process_index() == 0:
         root.mkdir(parents=True, exist_ok=True)
@@ -55,19 +58,31 @@ def evaluate_command(config: Config, *, best: bool = False) -> dict[str, float]:
     return metrics
 
 
-def score_command(config: Config, output: Path) -> int:
-    """Writes the log-probs under model.path of every pair of data.path; returns the count of pairs."""
-    require_output(output)
+def score_command(config: Config, output: Path | None, *, knowledge: bool = False) -> int:
+    """Writes the log-probs under model.path of every pair of data.path; returns the count of pairs.
+
+    With `knowledge` prints how well they agree with the labels: the table by which `objective.lam: auto` is settled.
+    """
+    if output is None and not knowledge:
+        raise UsageError("give --output FILE.jsonl for the log-probs, --knowledge for the table of them, or both")
+    if output is not None:
+        require_output(output)
+    data, section = config.data, config.refinement
+    if knowledge and not section.prompt:
+        raise UsageError("--knowledge: compares log-probs with p and without; remove refinement.prompt=null")
     directory, tokenizer = read_model(config)
-    data, p = config.data, config.refinement.prompt
-    pairs = read_pairs_of(config, data.path, data.split, tokenizer, directory.architecture, instruction=p)
+    instructions = {"instruction": section.prompt, "against": section.against}
+    pairs = read_pairs_of(config, data.path, data.split, tokenizer, directory.architecture, **instructions)
     setup = set_up(config, directory, digests_of(tokenizer, {"data.path": pairs}))
     scored = make_scored_set("score", pairs, setup.model, setup.packing, None, cache_dir=config.cache_path)
     with Progress("score", total=len(scored.feed.source), active=jax.process_index() == 0) as progress:
         scores = scored.scores(setup.model.base_params(), progress.update)
     require_finite(pairs, scores, config)
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 and output is not None:
         write_scores(output, pairs, scores)
+    if jax.process_index() == 0 and knowledge:
+        per_token = setup.objective.kind.per_token
+        print("\n".join(lines_of(knowledge_from(scores, per_token=per_token))))
     return len(pairs)
 
 
@@ -104,4 +119,7 @@ def _logp_columns(prefix: str, scores: Scores) -> dict[str, np.ndarray]:
     if scores.augmented is not None:
         columns[f"{prefix}logp_chosen_augmented"] = scores.augmented[:, CHOSEN]
         columns[f"{prefix}logp_rejected_augmented"] = scores.augmented[:, REJECTED]
+    if scores.against is not None:
+        columns[f"{prefix}logp_chosen_against"] = scores.against[:, CHOSEN]
+        columns[f"{prefix}logp_rejected_against"] = scores.against[:, REJECTED]
     return columns

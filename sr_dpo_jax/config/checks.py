@@ -3,7 +3,7 @@
 What needs the data or the devices is checked where they are. Imports no jax.
 """
 
-from sr_dpo_jax.config.schema import Config, PairObjective, RefinedObjective
+from sr_dpo_jax.config.schema import Config, PairObjective, RefinedObjective, Refinement
 
 MEASURES = ("loss", "logps/chosen")
 PAIR_MEASURES = (
@@ -42,8 +42,7 @@ def evaluation_metrics(config: Config) -> list[str]:
 def cross_checks(config: Config) -> list[str]:
     """Finds the problems between keys, each with its remedy."""
     found = [*_addresses(config), *_evaluation_problems(config)]
-    if isinstance(config.objective, RefinedObjective) and not config.refinement.prompt:
-        found.append(f"  refinement.prompt is empty: {config.objective.name} needs the instruction p; remove the key")
+    found += _refinement_problems(config)
     if config.generation.temperature == 0 and (config.generation.top_k, config.generation.top_p) != (None, None):
         found.append(
             "  generation.top_k, generation.top_p: without effect at generation.temperature=0, the likeliest token; "
@@ -66,6 +65,41 @@ def cross_checks(config: Config) -> list[str]:
     sizes = config.mesh.model_dump()
     if list(sizes.values()).count(-1) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         found.append(f"  mesh={sizes}: sizes are positive, and at most one of them is -1 (all devices left)")
+    return found
+
+
+def _refinement_problems(config: Config) -> list[str]:
+    section, name, found = config.refinement, config.objective.name, []
+    asked = {key: value for key, value in section if key != "prompt" and value != Refinement.model_fields[key].default}
+    if not isinstance(config.objective, RefinedObjective):
+        if asked:
+            keys = ", ".join(f"refinement.{key}" for key in asked)
+            found.append(f"  {keys}: objective.name={name} has no refinement; remove them, or choose one of sr_*")
+        return found
+    rated = section.judge == "ratings"
+    if not section.prompt and not rated:
+        found.append(f"  refinement.prompt is empty: {name} needs the instruction p; remove the key")
+    if section.judge == "reference" and section.form == "margin":
+        found.append(
+            "  refinement.judge=reference with refinement.form=margin: the reference's margin over itself is 0; set "
+            "refinement.form=contrast"
+        )
+    if section.form == "contrast" and rated:
+        found.append("  refinement.form=contrast: ratings are no log-probs; remove it, or choose another judge")
+    if section.against is not None and (section.form != "contrast" or not section.against.strip()):
+        found.append(
+            "  refinement.against: is a second instruction of refinement.form=contrast; set that, or remove it"
+        )
+    found += [
+        f"  refinement.{key}={asked[key]}: is for refinement.judge=ratings; set that, or remove it"
+        for key in ("offset", "alpha")
+        if key in asked and not rated
+    ]
+    if config.objective.lam == "auto" and (section.form != "contrast" or rated):
+        found.append(
+            "  objective.lam=auto: only a contrast is known before step 0, as its judge is no part of the labels; set "
+            "refinement.form=contrast, or a number"
+        )
     return found
 
 

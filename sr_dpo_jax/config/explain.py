@@ -65,15 +65,18 @@ def _walk(location: Sequence[str], root: type[BaseModel]) -> tuple[list[str], li
       on the way, each as the list of its kinds: the last is where the error is, the one before it is what the last was
       chosen from where it was. An entry of a list or mapping of sections is one of those, whatever it is called.
     """
-    path, sections = [], [[root]]
+    path, sections, at_value = [], [[root]], False
     for part in location:
         kinds = sections[-1]
+        if at_value and not part.isdigit():  # says which type of a value was tried
+            continue
         if len(kinds) > 1 and any(part in _names_of(kind) for kind in kinds):
             sections.append([kind for kind in kinds if part in _names_of(kind)])
             continue
         path.append(part)
         if len(kinds) == 1 and part in kinds[0].model_fields:
             inner = list(_sections_in(kinds[0].model_fields[part].annotation))
+            at_value = not inner
             if inner:
                 sections.append(inner)
     return path, sections

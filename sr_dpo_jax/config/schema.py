@@ -210,8 +210,13 @@ class IpoObjective(PairObjective):
 
 class RefinedObjective(PairObjective):
     name: Literal["sr_dpo", "sr_ipo"]
-    lam: NonNegativeRate
-    """The paper's λ, the weight of the refinement; it chooses from 0.1, 0.3, 0.5 and 1."""
+    lam: Annotated[
+        Annotated[NonNegativeRate, Tag("number")] | Annotated[Literal["auto"], Tag("word")],
+        Discriminator(lambda value: "word" if isinstance(value, str) else "number"),
+    ]
+    """λ, the weight of the refinement. The paper chooses from 0.1, 0.3, 0.5 and 1; 1 is Bayes' weight of a contrast.
+    `auto`, for a contrast, is the slope of a logistic regression of the labels on it, from the scores of the model at
+    the start; where that cannot be told from 0 the plain objective is trained."""
 
 
 Objective = Annotated[
@@ -224,6 +229,21 @@ Objective = Annotated[
 class Refinement(Section):
     prompt: str | None = PAPER_INSTRUCTION
     """The instruction p. Trains sr_*, and measures augmented accuracy in every evaluation; null measures none."""
+    form: Literal["margin", "contrast"] = "margin"
+    """What Δ of sr_* is. `margin`: β times the augmented margin, as in the paper. `contrast`: how much more p raises
+    the log-prob of the chosen response than that of the rejected one, in nats, with no β and no reference subtracted.
+    """
+    judge: Literal["policy", "reference", "ratings"] = "policy"
+    """Whose judgement Δ is. `policy`: its own, in every step, from rows with p. `reference`: that of the model at the
+    start, scored once, so that a step costs what one without refinement costs; for a contrast. `ratings`: the ratings
+    of the rows, as ODPO has it (arXiv:2402.10571)."""
+    against: str | None = None
+    """A second instruction p′, such as one that asks for a low rating: a contrast is then between p and p′. Null:
+    between p and no instruction."""
+    offset: Literal["log", "linear"] = "log"
+    """With `judge: ratings`, Δ is α·log of the difference of the two ratings, or α times it."""
+    alpha: Rate = 1.0
+    """The α of `judge: ratings`."""
 
 
 class Reference(Section):

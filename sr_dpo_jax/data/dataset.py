@@ -16,7 +16,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -97,6 +97,8 @@ class TokenizedPairs:
     content_digest: str
     """The sha256 (hex) of the raw data, for the manifest."""
     report: Report
+    against: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    """int32 `[J]`: the ids of a second instruction, which takes the place of p; empty without one."""
 
     def __len__(self) -> int:
         return len(self.offsets)

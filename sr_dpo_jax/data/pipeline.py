@@ -32,6 +32,8 @@ class HostStep:
     """Fields of `Rows`, `[A, local rows, T or M]`."""
     augmented: dict[str, np.ndarray] | None
     prefix_tokens: int
+    against: dict[str, np.ndarray] | None = None
+    against_prefix_tokens: int = 0
 
 
 class Pairs(Protocol):
@@ -39,6 +41,7 @@ class Pairs(Protocol):
 
     head: np.ndarray
     augmentation: np.ndarray
+    against: np.ndarray
 
     def pair(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
 
@@ -58,6 +61,8 @@ class StepSource:
     with_rejected: bool
     """False lays out the chosen side alone (sft)."""
     augmented: bool
+    against: bool = False
+    """Rows with the second instruction are built too."""
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -73,12 +78,22 @@ class StepSource:
         wanted = np.arange(self.micro_batches)[:, None] * self.rows + self.local_rows
         numbers = [np.flatnonzero((row == r) & (pair >= 0)) for r in wanted.flat]
         members = [[self._placed(number, pair[number]) for number in of_row] for of_row in numbers]
-        plain, augmented = self._stack(members, shape.row_length, 0, head[:0]), None
+        plain, augmented, against = self._stack(members, shape.row_length, 0, head[:0]), None, None
+        second = self.pairs.against
         if self.augmented:
-            # The head moves from each prompt to the prefix, so a row grows by at most the length of p.
-            length = round_up(shape.row_length + len(p), self.row_multiple)
-            augmented = self._stack(members, length, len(head), np.concatenate([head, p]))
-        return HostStep(pair, plain, augmented, len(head) + len(p))
+            augmented = self._behind(members, p)
+        if self.against:
+            against = self._behind(members, second)
+        return HostStep(pair, plain, augmented, len(head) + len(p), against, len(head) + len(second))
+
+    def _behind(self, members: list[list[Placed]], instruction: np.ndarray) -> dict[str, np.ndarray]:
+        """Stacks rows that begin with head and instruction.
+
+        The head moves there from each prompt, so a row grows by at most the length of the instruction.
+        """
+        head = self.pairs.head
+        length = round_up(self.plan.shape.row_length + len(instruction), self.row_multiple)
+        return self._stack(members, length, len(head), np.concatenate([head, instruction]))
 
     def _placed(self, number: int, index: int) -> Placed:
         prompt, chosen, rejected = self.pairs.pair(index)
@@ -111,7 +126,9 @@ class Feed:
     row_sharding: NamedSharding
     """The sharding of `[A, R, T]`."""
     reference: np.ndarray | None = None
-    """`[N, 2 sides, 2 (plain, augmented)]` float32, scores of the data set; None where a batch needs none."""
+    """`[N, 2 sides, kinds (plain, augmented)]` float32, scores of the data set; None where a batch needs none."""
+    refinement: np.ndarray | None = None
+    """`[N]` float32, Δ of the data set; None where it is not known before step 0."""
 
     def batches(self, first: int) -> Iterator[tuple[HostStep, Batch]]:
         """Yields the steps from number `first` on; background threads build them ahead."""
@@ -138,21 +155,27 @@ class Feed:
         yield from (of_pairs(*last) for last in pending)
 
     def _to_batch(self, step: HostStep) -> Batch:
-        plain, augmented = self._rows(step.plain), None
-        if step.augmented is not None:
-            augmented = dataclasses.replace(self._rows(step.augmented), prefix_tokens=step.prefix_tokens)
+        augmented = self._rows(step.augmented, step.prefix_tokens)
+        batch = Batch(self._rows(step.plain), augmented, against=self._rows(step.against, step.against_prefix_tokens))
+        if self.refinement is not None:
+            batch = dataclasses.replace(batch, refinement=self._of_pairs(self.refinement, step.pair))
         if self.reference is None:
-            return Batch(plain, augmented)
-        scores = np.where((step.pair >= 0)[:, None, None], self.reference[step.pair], 0).astype(np.float32)
-        return Batch(
-            plain,
-            augmented,
-            reference=self._whole(scores[..., 0]),
-            reference_augmented=None if augmented is None else self._whole(scores[..., 1]),
+            return batch
+        return dataclasses.replace(
+            batch,
+            reference=self._of_pairs(self.reference[..., 0], step.pair),
+            reference_augmented=None if augmented is None else self._of_pairs(self.reference[..., 1], step.pair),
         )
 
-    def _rows(self, fields: dict[str, np.ndarray]) -> Rows:
-        return Rows(**{name: self._globally(array) for name, array in fields.items()})
+    def _rows(self, fields: dict[str, np.ndarray] | None, prefix_tokens: int = 0) -> Rows | None:
+        if fields is None:
+            return None
+        return Rows(**{name: self._globally(array) for name, array in fields.items()}, prefix_tokens=prefix_tokens)
+
+    def _of_pairs(self, values: np.ndarray, pair: np.ndarray) -> jax.Array:
+        """Picks a step's pairs from the values of the data set, whole on every device; 0 where the step runs short."""
+        present = (pair >= 0).reshape(-1, *[1] * (values.ndim - 1))
+        return self._whole(np.where(present, values[pair], 0).astype(np.float32))
 
     def _globally(self, array: np.ndarray) -> jax.Array:
         rows = self.source.rows
@@ -175,26 +198,38 @@ class Packing:
     micro_batches: int
     """A, the parts that a step's rows are cut into."""
 
-    def source(self, pairs: Pairs, plan: Plan, rows: np.ndarray, *, augmented: bool, with_rejected: bool) -> StepSource:
+    def source(
+        self,
+        pairs: Pairs,
+        plan: Plan,
+        rows: np.ndarray,
+        *,
+        augmented: bool,
+        with_rejected: bool = True,
+        against: bool = False,
+    ) -> StepSource:
         """Lays out the steps of a plan; `rows` are those of each micro-batch that are built here, ascending."""
-        return StepSource(pairs, plan, rows, self.micro_batches, self.limits.row_multiple, with_rejected, augmented)
+        multiple = self.limits.row_multiple
+        return StepSource(pairs, plan, rows, self.micro_batches, multiple, with_rejected, augmented, against)
 
     def feed(
         self,
         pairs: Pairs,
         plan: Plan,
         *,
-        augmented: bool,
-        with_rejected: bool = True,
         reference: np.ndarray | None = None,
+        refinement: np.ndarray | None = None,
+        **kinds: bool,
     ) -> Feed:
-        """Makes the steps of a plan into batches on the mesh; arguments as for `StepSource` and `Feed`."""
+        """Makes the steps of a plan into batches on the mesh.
+
+        `reference` and `refinement` are as for `Feed`; `augmented`, `with_rejected` and `against` as for `StepSource`.
+        """
         rows = plan.shape.rows // self.micro_batches
         shape = (self.micro_batches, rows, plan.shape.row_length)
         row_sharding = sharding(self.mesh, ("micro_batches", "rows", None), shape, "batch.plain.tokens")
         here = local_rows(row_sharding, self.micro_batches, rows)
-        source = self.source(pairs, plan, here, augmented=augmented, with_rejected=with_rejected)
-        return Feed(source, row_sharding, reference)
+        return Feed(self.source(pairs, plan, here, **kinds), row_sharding, reference, refinement)
 
 
 def pair_sizes(pairs: TokenizedPairs, *, with_rejected: bool) -> tuple[np.ndarray, np.ndarray]:

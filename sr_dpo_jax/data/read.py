@@ -1,5 +1,6 @@
 """Preference files -> pairs that the model can take: tokenised, counted in the log, and within its lengths and ids."""
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -21,17 +22,23 @@ def read_pairs(
     architecture: Architecture,
     *,
     first_pairs: int | None = None,
+    augmentation_prompt: str | None,
+    against: str | None = None,
     **settings: Any,
 ) -> TokenizedPairs:
     """Reads, checks and tokenises `sources`; touches no device.
 
-    `first_pairs` keeps only so many, the first; `settings` are the other arguments of `dataset.prepare`.
+    `first_pairs` keeps only this many, the first. `augmentation_prompt` is p, `against` a second instruction that is
+    to take its place; `settings` are the other arguments of `dataset.prepare`.
 
     Raises:
       UsageError: unusable rows, sequences longer than those for which the model's rotary embedding is known, or ids
         that the model does not have.
     """
-    pairs = dataset.prepare(sources, tokenizer, **settings)
+    pairs = dataset.prepare(sources, tokenizer, augmentation_prompt=augmentation_prompt, **settings)
+    if against is not None:
+        second = dataset.prepare(sources, tokenizer, augmentation_prompt=against, **settings)
+        pairs = dataclasses.replace(pairs, against=second.augmentation)
     report = pairs.report
     log.info(
         f"{', '.join(source.path for source in sources)}: {report.pairs} pairs of {report.rows} rows; skipped "
@@ -48,8 +55,9 @@ def read_pairs(
 def _require_lengths(pairs: TokenizedPairs, architecture: Architecture) -> None:
     """Refuses sequences for which the rotary embedding is not known; warns of those the model was not made for."""
     longest = int((pairs.prompt_tokens + np.maximum(pairs.chosen_tokens, pairs.rejected_tokens)).max())
-    longest += len(pairs.augmentation)
-    what = f"the longest sequence has {longest} tokens, {len(pairs.augmentation)} of them p"
+    p_tokens = max(len(pairs.augmentation), len(pairs.against))
+    longest += p_tokens
+    what = f"the longest sequence has {longest} tokens, {p_tokens} of them p"
     require_exact_positions(architecture, longest, what=what, remedy="lower data.max_length")
     if longest > architecture.context_tokens:
         log.warning(

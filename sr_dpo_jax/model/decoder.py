@@ -206,33 +206,30 @@ class Decoder(nnx.Module):
         """The matrix whose product with a hidden state gives the logits, `[V, d]`."""
         return (self.embedding if self.unembedding is None else self.unembedding)[...]
 
-    def __call__(self, plain: Rows, augmented: Rows | None = None) -> tuple[Array, Array | None]:
-        """Computes hidden states `[R, T, d]` of the plain rows and, under stop_gradient, of the augmented rows.
+    def __call__(self, plain: Rows, *augmented: Rows) -> tuple[Array, ...]:
+        """Computes hidden states `[R, T, d]` of the plain rows and, under stop_gradient, of each of the augmented ones.
 
-        Both go through one scan over the layers, and the augmented branch leaves nothing for the backward pass.
+        All go through one scan over the layers, and the augmented branches leave nothing for the backward pass.
         """
         block, stacked = nnx.split(self.layers)
-        attentions = [self._attention_on(rows) for rows in (plain, augmented) if rows is not None]
+        attentions = [self._attention_on(rows) for rows in (plain, *augmented)]
 
         def layer(hidden: tuple[Array, ...], of_layer: tuple[nnx.State, Array]) -> tuple[tuple[Array, ...], None]:
             params, kind = of_layer
             frozen = jax.lax.stop_gradient(params)
             advanced = []
-            for x, kinds, parameters in zip(hidden, attentions, (params, frozen), strict=False):
-                x = nnx.merge(block, parameters)(x, LayerAttention(kinds, kind))
+            for branch, (x, kinds) in enumerate(zip(hidden, attentions, strict=True)):
+                x = nnx.merge(block, frozen if branch else params)(x, LayerAttention(kinds, kind))
                 advanced.append(constrain(x, ("rows", None, None)))
             return tuple(advanced), None
 
         if self.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        embedded = [self.embed(plain.tokens)]
-        if augmented is not None:
-            embedded.append(jax.lax.stop_gradient(self.embed(augmented.tokens)))
+        embedded = [self.embed(plain.tokens), *(jax.lax.stop_gradient(self.embed(rows.tokens)) for rows in augmented)]
         kinds = jnp.asarray(self.architecture.kind_of_layer, jnp.int32)
         hidden, _ = jax.lax.scan(layer, tuple(embedded), (stacked, kinds))
-        if augmented is None:
-            return self.final_norm(hidden[0]), None
-        return self.final_norm(hidden[0]), jax.lax.stop_gradient(self.final_norm(hidden[1]))
+        frozen = [jax.lax.stop_gradient(self.final_norm(states)) for states in hidden[1:]]
+        return self.final_norm(hidden[0]), *frozen
 
     def embed(self, tokens: Array) -> Array:
         """Maps token ids `[R, T]` to what enters the first layer, `[R, T, d]`."""

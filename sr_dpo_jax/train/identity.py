@@ -83,6 +83,12 @@ def identity_of(
       total_steps: the steps that the run takes; they count where the learning rate of a step follows from the last.
     """
     p = np.concatenate([pairs.head, pairs.augmentation])
+    refinement = config["refinement"]
+    # Null where it is the paper's, as it was before there were others.
+    made = {"refinement.form": refinement["form"], "refinement.judge": refinement["judge"]}
+    made = {key: None if value in ("margin", "policy") else value for key, value in made.items()}
+    if refinement["judge"] == "ratings":
+        made |= {f"refinement.{key}": refinement[key] for key in ("offset", "alpha")}
     sections = {
         "objective": config["objective"],
         "optimizer": config["optimizer"],
@@ -98,6 +104,8 @@ def identity_of(
         "data.path": _digest(pairs.tokens, pairs.offsets),
         "data.path weights": [float(weight) for weight in pairs.source_weights],
         "refinement.prompt": f"{len(pairs.augmentation)} tokens, {_digest(p)}",
+        **made,
+        "refinement.against": f"{len(pairs.against)} tokens, {_digest(pairs.against)}" if len(pairs.against) else None,
         "tokenizer": _short(tokenizer),
         "model.path": _short(weights_digest),
         "seed": config["seed"],
@@ -192,6 +200,7 @@ def write_run_files(
         "digests": {"data": pairs.content_digest, "tokens": pairs.digest, **digests},
         "model": model,
         "identity": record["identity"],
+        "knowledge": record.get("knowledge"),
         "pairs": len(pairs.ids),
         "bad_rows": len(pairs.report.bad_rows),
         **{name: getattr(pairs.report, name) for name in COUNTED},

@@ -128,7 +128,7 @@ def plan_training(
         room_for=tuple(map(max, zip((0, 0), *longest, strict=True))),
     )
     shape = plan.shape
-    p_tokens = len(pairs.augmentation) if objective.kind.refined or held_out else 0
+    p_tokens = max(len(pairs.augmentation), len(pairs.against)) if objective.scored_with_p or held_out else 0
     if attention == "splash":
         require_short_rows(limits, shape.row_length, p_tokens)
     log.info(
@@ -182,8 +182,10 @@ def work_of(
         rejected_tokens=pairs.rejected_tokens if kind.needs_rejected else 0 * pairs.rejected_tokens,
     )
     flops = (4 if online else 3) * forward(prefix_tokens=0)
-    if kind.refined:
+    if objective.judged_in_step:
         flops += (2 if online else 1) * forward(prefix_tokens=len(pairs.augmentation))
+        if len(pairs.against):
+            flops += (2 if online else 1) * forward(prefix_tokens=len(pairs.against))
     devices = packing.mesh.devices.flatten().tolist()
     tokens, _ = pair_sizes(pairs, with_rejected=kind.needs_rejected)
     return Work(tokens, flops, len(devices), peak_flops(devices))

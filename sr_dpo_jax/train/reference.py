@@ -37,20 +37,20 @@ ids or code make far more."""
 CODE_VERSION = "2"
 """Part of every key; raise it when a change of code changes the numbers by more than float order."""
 SAVE_EVERY_S = 60.0
-KINDS = ("plain", "augmented")
+KINDS = ("plain", "augmented", "against")
 
 
 def cache_files(
-    cache_dir: Path, pairs: TokenizedPairs, *, weights_digest: str, dtype: str, augmented: bool
+    cache_dir: Path, pairs: TokenizedPairs, *, weights_digest: str, dtype: str, augmented: bool, against: bool = False
 ) -> tuple[Path, ...]:
-    """Names the cache file of the plain scores and, if asked for, that of the augmented ones."""
+    """Names the cache file of the plain scores and, if asked for, those with p and with the second instruction."""
     plain = hashlib.sha256(f"{CODE_VERSION} {weights_digest} {dtype}".encode())
     for array in (pairs.tokens, pairs.offsets):
         plain.update(np.ascontiguousarray(array).tobytes())
     digests = [plain.hexdigest()]
-    if augmented:
+    for instruction in (pairs.augmentation,) * augmented + (pairs.against,) * against:
         refined = plain.copy()
-        for array in (pairs.head, pairs.augmentation):
+        for array in (pairs.head, instruction):
             refined.update(f"{len(array)} ".encode() + np.ascontiguousarray(array).tobytes())
         digests.append(refined.hexdigest())
     return tuple(
@@ -61,13 +61,13 @@ def cache_files(
 class ReferenceScores:
     """The reference's scores of one data set, all of whose pairs `feed` holds, as far as the cache has them.
 
-    `scores` is `[N, 2 sides, 2 (plain, augmented)]` float32, NaN where nothing is known. Process 0 reads the cache and
-    tells the others, so that all agree on what is left to do.
+    `scores` is `[N, 2 sides, kinds]` float32, the kinds being plain, augmented and against; NaN where nothing is
+    known. Process 0 reads the cache and tells the others, so that all agree on what is left to do.
     """
 
     def __init__(self, files: tuple[Path, ...], feed: Feed):
         self._files, self._plan, self._feed = files, feed.source.plan, feed
-        self.scores = np.full((len(feed.source.pairs), 2, 2), np.nan, np.float32)
+        self.scores = np.full((len(feed.source.pairs), 2, max(2, len(files))), np.nan, np.float32)
         if jax.process_index() == 0:
             for kind, file in enumerate(files):
                 if file.is_file():
@@ -103,7 +103,7 @@ class ReferenceScores:
             host_step, batch = next(self._feed.batches(int(step)))
             result = jax.device_get(score_step(params, batch))
             present = host_step.pair >= 0
-            for kind, part in enumerate((result.plain, result.augmented)[: len(self._files)]):
+            for kind, part in enumerate((result.plain, result.augmented, result.against)[: len(self._files)]):
                 known = self.scores[host_step.pair[present], :, kind]
                 off = np.abs(part[present] - known) > absolute + relative * np.abs(known)
                 if off.any():
@@ -151,7 +151,7 @@ class ReferenceScores:
     def _take(self, pair: np.ndarray, result: Scores) -> None:
         """Fills what is missing; known scores stay, so that a resumed run sees what it saw before."""
         pair, present = pair[pair >= 0], pair >= 0
-        for kind, part in enumerate((result.plain, result.augmented)[: len(self._files)]):
+        for kind, part in enumerate((result.plain, result.augmented, result.against)[: len(self._files)]):
             known = self.scores[pair, :, kind]
             self.scores[pair, :, kind] = np.where(np.isnan(known), part[present], known)
 

@@ -18,11 +18,13 @@ from sr_dpo_jax.batch import CHOSEN, REJECTED, Batch
 from sr_dpo_jax.data.dataset import TokenizedPairs
 from sr_dpo_jax.data.pipeline import Feed, Packing, pair_sizes
 from sr_dpo_jax.data.plan import Plan, Shape, scoring_plan, scoring_shape
+from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.model.decoder import Params
+from sr_dpo_jax.train.knowledge import knowledge_of
 from sr_dpo_jax.train.metrics import Progress
-from sr_dpo_jax.train.objective import Objective
+from sr_dpo_jax.train.objective import Objective, Refinement
 from sr_dpo_jax.train.reference import ReferenceScores, cache_files
-from sr_dpo_jax.train.train_step import Scores, averages, make_score_step, pair_metrics
+from sr_dpo_jax.train.train_step import Scores, averages, difference, make_score_step, pair_metrics, refinement_by
 from sr_dpo_jax.weights.placement import PlacedModel
 
 
@@ -37,29 +39,29 @@ class ScoredSet:
     """Holds every pair once."""
     score_step: Callable[[Params, Batch], Scores]
     reference: ReferenceScores | None
-    """The reference's scores, as far as the cache has them; None where the objective needs no reference."""
+    """The reference's scores, as far as the cache has them; None where the objective needs none."""
 
     def scores(self, params: Params, progress: Callable[[int], None] = lambda done: None) -> Scores:
         """Scores all pairs with these parameters; `progress` is called with the number of steps done.
 
         Returns:
-          Scores with `[N, 2]` NumPy arrays, in the order of the data; `augmented` is None without rows with p.
+          Scores with `[N, 2]` NumPy arrays, in the order of the data; None where the set has no rows of that kind.
         """
-        count = len(self.pairs)
-        plain, tokens = np.full((count, 2), np.nan, np.float32), np.zeros((count, 2), np.int32)
-        augmented = np.full((count, 2), np.nan, np.float32) if self.feed.source.augmented else None
-
+        count, source = len(self.pairs), self.feed.source
+        tokens, blank = np.zeros((count, 2), np.int32), partial(np.full, (count, 2), np.nan, np.float32)
+        found = Scores(
+            blank(), blank() if source.augmented else None, tokens, against=blank() if source.against else None
+        )
         for done, (pair, scores) in enumerate(self.feed.results(partial(self.score_step, params)), 1):
-            plain[pair], tokens[pair] = scores.plain, scores.tokens
-            if augmented is not None:
-                augmented[pair] = scores.augmented
+            jax.tree.map(partial(_put, pair), found, scores)
             progress(done)
-        return Scores(plain, augmented, tokens)
+        return found
 
     def metrics(self, objective: Objective, policy: Scores) -> dict[str, float]:
         """Averages loss and metrics over all pairs, under their names in metrics.jsonl behind the set's name."""
-        reference = self.reference_scores(policy)
-        per_pair = pair_metrics(objective, jax.tree.map(jnp.asarray, policy), jax.tree.map(jnp.asarray, reference))
+        reference = self.reference_scores(policy) if objective.kind.needs_reference else None
+        known = self.refinement(objective)
+        per_pair = pair_metrics(objective, *jax.tree.map(jnp.asarray, (policy, reference, known)))
         means = averages({key: np.asarray(value, np.float64) for key, value in per_pair.items()}, policy.tokens)
         named = {f"{self.name}/{key}": float(value) for key, value in means.items()}
         return named | {f"{self.name}/pairs": len(policy.plain)}
@@ -70,6 +72,26 @@ class ScoredSet:
             return None
         known = self.reference.scores
         return Scores(known[..., 0], None if policy.augmented is None else known[..., 1], policy.tokens)
+
+    def refinement(self, objective: Objective) -> np.ndarray | None:
+        """Computes Δ of each pair, `[N]` float32, where it is known before step 0; else gives None.
+
+        Raises:
+          UsageError: ratings judge, and a pair has none, or none of which Δ can be made.
+        """
+        if not objective.judged_before:
+            return None
+        if objective.refinement.judge == "ratings":
+            return rating_offsets(self.pairs, objective.refinement)
+        return np.asarray(refinement_by(objective, self.known_scores, None))
+
+    @property
+    def known_scores(self) -> Scores:
+        """The scores of the model at the start, with p and the second instruction where the set has such rows."""
+        known, source = self.reference.scores, self.feed.source
+        tokens = np.stack([self.pairs.chosen_tokens, self.pairs.rejected_tokens], axis=1)
+        augmented = known[..., 1] if source.augmented else None
+        return Scores(known[..., 0], augmented, tokens, against=known[..., 2] if source.against else None)
 
     def margins(self, policy: Scores) -> dict[str, np.ndarray]:
         """Computes m and, where p is used, m̂ of each pair, `[N]`, nats."""
@@ -92,6 +114,47 @@ class ScoredSet:
                 between()
 
             self.reference.fill(self.score_step, params, done)
+
+
+def knowledge(scores: Scores, *, per_token: bool = False) -> dict[str, Any]:
+    """Measures how well a model's scores agree with the labels, as `knowledge_of` does.
+
+    With `per_token` every log-prob is divided by the tokens of its response, as the objective has it.
+    """
+    tokens = scores.tokens if per_token else None
+    without = scores.plain if scores.against is None else scores.against
+    plain, augmented, other = (difference(part, tokens) for part in (scores.plain, scores.augmented, without))
+    return knowledge_of(plain, augmented, augmented - other, scores.tokens)
+
+
+def _put(pair: np.ndarray, array: np.ndarray, values: np.ndarray) -> None:
+    array[pair] = values
+
+
+def rating_offsets(pairs: TokenizedPairs, refinement: Refinement) -> np.ndarray:
+    """Computes Δ from the ratings of the rows, `[N]` float32: α·log of their difference, or α times it.
+
+    Reference: arXiv:2402.10571, section 3, where the difference of the scores is the offset that a margin must exceed.
+
+    Raises:
+      UsageError: a pair has no ratings; or its difference, of which the logarithm is taken, is not above 0.
+    """
+    gap = np.asarray(pairs.chosen_score, np.float32) - np.asarray(pairs.rejected_score, np.float32)
+    unrated = np.flatnonzero(np.isnan(gap))
+    if len(unrated):
+        raise UsageError(
+            f"refinement.judge=ratings: {len(unrated)} of {len(gap)} pairs have no ratings, first "
+            f"{pairs.place(unrated[0])}; give every row chosen_score and rejected_score, or choose another judge"
+        )
+    if refinement.offset == "linear":
+        return refinement.alpha * gap
+    wrong = np.flatnonzero(gap <= 0)
+    if len(wrong):
+        raise UsageError(
+            f"refinement.offset=log: {len(wrong)} of {len(gap)} pairs are rated {gap[wrong[0]]:g} apart or the like, "
+            f"first {pairs.place(wrong[0])}, which has no logarithm; set refinement.offset=linear, or remove them"
+        )
+    return refinement.alpha * np.log(gap)
 
 
 def compiled_sets(sets: Sequence[ScoredSet], params: Params, programs: dict[Any, Any]) -> tuple[ScoredSet, ...]:
@@ -176,15 +239,17 @@ def make_scored_set(
         plan = scoring_plan(*sizes, scoring_shape(*sizes, packing.limits) if shape is None else shape)
     if augmented is None:
         augmented = with_rejected and len(pairs.augmentation) > 0
-    feed = packing.feed(pairs, plan, augmented=augmented, with_rejected=with_rejected)
+    against = augmented and len(pairs.against) > 0
+    feed = packing.feed(pairs, plan, augmented=augmented, with_rejected=with_rejected, against=against)
     reference = None
-    if objective is not None and objective.kind.needs_reference:
+    if objective is not None and objective.wants_scores:
         files = cache_files(
             cache_dir,
             pairs,
             weights_digest=model.digest,
             dtype=f"{model.dtype.name} {model.param_dtype.name}",
             augmented=augmented,
+            against=against,
         )
         reference = ReferenceScores(files, feed)
     score_step = make_score_step(model.graph, pairs=plan.shape.pairs, mesh=model.mesh)

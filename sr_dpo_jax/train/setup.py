@@ -43,10 +43,18 @@ from sr_dpo_jax.model.kernels.check import wrong_kernel
 from sr_dpo_jax.parallel.mesh import make_mesh, row_shards
 from sr_dpo_jax.parallel.processes import on_leader, require_same, start_distributed, text_from_leader
 from sr_dpo_jax.train.identity import identity_of, report_drift, require_same_run, shared_facts, surroundings
-from sr_dpo_jax.train.objective import OBJECTIVES, Objective
+from sr_dpo_jax.train.knowledge import lines_of, settled_lam, verdict_of
+from sr_dpo_jax.train.objective import OBJECTIVES, Objective, Refinement
 from sr_dpo_jax.train.program import Program, Work, make_program, plan_training, warmup_of, warn_of_no_learning, work_of
 from sr_dpo_jax.train.samples import Samples
-from sr_dpo_jax.train.scored_set import ScoredSet, compiled_sets, make_scored_set, score_reference
+from sr_dpo_jax.train.scored_set import (
+    ScoredSet,
+    compiled_sets,
+    knowledge,
+    make_scored_set,
+    rating_offsets,
+    score_reference,
+)
 from sr_dpo_jax.train.state import TrainState, first_state
 from sr_dpo_jax.weights import directory as weights
 from sr_dpo_jax.weights.placement import PlacedModel, abstract_params, place_model
@@ -70,17 +78,15 @@ def read_model(config: Config) -> tuple[weights.ModelDirectory, PreTrainedTokeni
 
 def read_training(config: Config, tokenizer: PreTrainedTokenizerBase, architecture: Architecture) -> TokenizedPairs:
     """Reads the training pairs, with p where the objective compares two responses."""
-    data, p = config.data, _instruction(config)
-    return read_pairs_of(config, data.path, data.split, tokenizer, architecture, instruction=p)
+    data = config.data
+    return read_pairs_of(config, data.path, data.split, tokenizer, architecture, **_instructions(config))
 
 
 def read_held_out(
     config: Config, tokenizer: PreTrainedTokenizerBase, architecture: Architecture
 ) -> dict[str, TokenizedPairs]:
     """Reads every held-out set, under the name that its metrics begin with: `eval` or `eval/NAME`."""
-    read = partial(
-        read_pairs_of, config, tokenizer=tokenizer, architecture=architecture, instruction=_instruction(config)
-    )
+    read = partial(read_pairs_of, config, tokenizer=tokenizer, architecture=architecture, **_instructions(config))
     return {
         name: read(held_out.path, held_out.split, format=held_out.format, first_pairs=held_out.pairs)
         for name, held_out in config.data.held_out
@@ -95,10 +101,14 @@ def read_pairs_of(
     architecture: Architecture,
     *,
     instruction: str | None,
+    against: str | None = None,
     format: str | None = None,
     first_pairs: int | None = None,
 ) -> TokenizedPairs:
-    """Reads pairs as `data.read.read_pairs` does, by the keys of `data`; `format` is data.format unless given."""
+    """Reads pairs as `data.read.read_pairs` does, by the keys of `data`; `format` is data.format unless given.
+
+    `instruction` is p, and `against` the second one.
+    """
     section = config.data
     return read_pairs(
         [dataset.Source(source.path, source.weight, source.revision) for source in sources],
@@ -108,6 +118,7 @@ def read_pairs_of(
         format=format or section.format,
         split=split,
         augmentation_prompt=instruction,
+        against=against,
         max_length=section.max_length,
         max_prompt_length=section.max_prompt_length,
         prompt_truncation=section.prompt_truncation,
@@ -116,8 +127,11 @@ def read_pairs_of(
     )
 
 
-def _instruction(config: Config) -> str | None:
-    return config.refinement.prompt if OBJECTIVES[config.objective.name].needs_rejected else None
+def _instructions(config: Config) -> dict[str, str | None]:
+    section = config.refinement
+    if not OBJECTIVES[config.objective.name].needs_rejected:
+        return {"instruction": None}
+    return {"instruction": section.prompt, "against": section.against}
 
 
 def generation_settings(
@@ -156,6 +170,23 @@ class Setup:
             self.packing.limits, self.objective, pairs, held_out, seed=seed, epochs=epochs, attention=attention
         )
 
+    def training_feed(self, pairs: TokenizedPairs, plan: Plan, scored: ScoredSet | None) -> Feed:
+        """Makes the steps of training into batches, with what the reference's scores of the pairs give them."""
+        objective, in_step = self.objective, self.objective.judged_in_step
+        known = None
+        if objective.judged_before:
+            known = scored.refinement(objective) if scored else rating_offsets(pairs, objective.refinement)
+        cached = scored is not None and objective.kind.needs_reference and not self.online
+        return self.packing.feed(
+            pairs,
+            plan,
+            reference=scored.reference.scores if cached else None,
+            refinement=known,
+            augmented=in_step,
+            against=in_step and objective.refinement.against,
+            with_rejected=objective.kind.needs_rejected,
+        )
+
     def program(self, plan: Plan) -> Program:
         """Makes the train step for the steps of a plan."""
         optimizer = self.config.optimizer.model_dump()
@@ -176,6 +207,26 @@ class Setup:
             return None
         settings = generation_settings(config, self.model.directory, tokenizer)
         return Samples(self.model, eval_sets, tokenizer, params, count=count, seed=config.seed, settings=settings)
+
+    def settled(self, table: Mapping[str, Any] | None) -> "Setup":
+        """Gives the setup with the λ of a run's record in place of `objective.lam: auto`; λ = 0 is the plain objective.
+
+        Raises:
+          UsageError: the record has none, as no run with `auto` has begun.
+        """
+        if not self.objective.unsettled:
+            return self
+        if table is None or "lam" not in table:
+            raise UsageError("objective.lam=auto: no run has settled it here; train first, or set a number")
+        log.info("objective.lam=auto is %.4g: %s", table["lam"], verdict_of(table))
+        return dataclasses.replace(self, objective=self.objective.settled(table["lam"]))
+
+    def settled_at(self, step: int) -> "Setup":
+        """Gives the setup with the λ that the run had at this step."""
+        if not self.objective.unsettled or not step:
+            return self.settled(None)
+        with Checkpoints(self.config.output_dir, read_only=True) as checkpoints:
+            return self.settled(checkpoints.restore_position(step).get("knowledge"))
 
     def latest_params(self, base: Params | None = None, *, best: bool = False) -> tuple[Params, int]:
         """Restores the parameters of the latest (or `best`) checkpoint of output_dir, and gives its step.
@@ -235,7 +286,12 @@ def set_up_on(mesh: Mesh, config: Config, directory: weights.ModelDirectory) -> 
     )
     batch, micro_batches = config.batch, config.batch.accumulation_steps
     limits = Limits(batch.pairs_per_step, batch.row_length, batch.row_multiple, row_shards(mesh) * micro_batches)
-    return Setup(config, model, Packing(mesh, limits, micro_batches), Objective.of(**config.objective.model_dump()))
+    refinement = Refinement(
+        **config.refinement.model_dump(include={"form", "judge", "offset", "alpha"}),
+        against=config.refinement.against is not None,
+    )
+    objective = Objective.of(refinement=refinement, **config.objective.model_dump())
+    return Setup(config, model, Packing(mesh, limits, micro_batches), objective)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,7 +329,6 @@ def prepare(
     """Plans, scores the reference, loads or restores the state, compiles: all that precedes the first step."""
     config, objective = setup.config, setup.objective
     plan = setup.plan(pairs, list(eval_sets.values()))
-    program = setup.program(plan)
     _warn_of_no_learning(setup, plan)
     checkpoints = Checkpoints(config.output_dir, keep=config.checkpoint.keep, strict=config.checkpoint.strict)
     require_same({"plan": plan.digest, "--allow-change": allowed_changes})
@@ -284,9 +339,9 @@ def prepare(
     compiled = partial(compiled_sets, params=setup.model.shapes, programs={})
     held_out = compiled([setup.scored_set(name, held, shape=plan.shape) for name, held in eval_sets.items()])
     training, scored = None, list(held_out)
-    if objective.kind.needs_reference and not setup.online:
+    if objective.wants_scores and (objective.judged_before or objective.unsettled or not setup.online):
         covering = covering_plan(plan, *pair_sizes(pairs, with_rejected=True))
-        training = setup.scored_set("training", pairs, plan=covering, augmented=objective.kind.refined)
+        training = setup.scored_set("training", pairs, plan=covering, augmented=objective.scored_with_p)
         scored.insert(0, training)
     record["reference"], reference_params, base = score_reference(
         setup.model,
@@ -297,14 +352,20 @@ def prepare(
         online=setup.online,
         keep_base=resumed is None,
     )
+    table = before.get("knowledge")
+    if table is None and training is not None and objective.scored_with_p:
+        table = knowledge(training.known_scores, per_token=objective.kind.per_token)
+        log.info("%s", "\n".join(["what the model at the start knows of the labels:", *lines_of(table)]))
+    if objective.unsettled:
+        table = {**table, "lam": settled_lam(table)}
+    setup, record["knowledge"] = setup.settled(table), table
+    program = setup.program(plan)
     _require_room(config, checkpoints, program.state)
     if resumed is None:
         state = first_state(program.state, base, program.optimizer)
     else:
         state = TrainState(**checkpoints.restore(program.state.tree(), step=resumed))
-    sides = {"augmented": objective.kind.refined, "with_rejected": objective.kind.needs_rejected}
-    reference = None if training is None else training.reference.scores
-    feed = setup.packing.feed(pairs, plan, **sides, reference=reference)
+    feed = setup.training_feed(pairs, plan, training)
     stop.meet()
     job = Job(
         setup=setup,

@@ -44,29 +44,33 @@ class Scores:
     """The same with p ⊕ x in place of x; None where p is not used."""
     tokens: Array
     """`[B, 2]` int32, scored tokens; 0 where a pair was absent."""
+    against: Array | None = None
+    """The same with a second instruction in the place of p; None where there is none."""
 
 
-def pair_metrics(objective: Objective, policy: Scores, reference: Scores | None) -> dict[str, Array]:
+def pair_metrics(
+    objective: Objective, policy: Scores, reference: Scores | None, refinement: Array | None = None
+) -> dict[str, Array]:
     """Computes the loss and the metrics of every pair.
 
     Args:
       objective: the loss and its numbers.
       policy: scores of the policy.
       reference: scores of the frozen reference; None where the objective needs none.
+      refinement: Δ, `[B]` float32, where it is known before step 0; None where the policy judges.
 
     Returns:
       One float32 value a pair, `[B]`, under the names of metrics.jsonl.
     """
-    sides = {"chosen": CHOSEN, "rejected": REJECTED} if objective.kind.needs_rejected else {"chosen": CHOSEN}
+    kind = objective.kind
+    sides = {"chosen": CHOSEN, "rejected": REJECTED} if kind.needs_rejected else {"chosen": CHOSEN}
     tokens = jnp.maximum(policy.tokens, 1)  # absent pairs have none, and their losses are dropped
-    arrays = {f"{name}_logprob": policy.plain[:, side] for name, side in sides.items()}
-    arrays |= {f"{name}_tokens": tokens[:, side] for name, side in sides.items()}
     logps = {f"logps/{name}": policy.plain[:, side] for name, side in sides.items()}
+    arrays = {f"{name}_logprob": policy.plain[:, side] for name, side in sides.items()}
     if reference is None:
         return {"loss": pair_losses(objective, arrays), **logps}
     log_ratio = policy.plain - reference.plain
-    margin = log_ratio[:, CHOSEN] - log_ratio[:, REJECTED]
-    arrays |= {f"{name}_log_ratio": log_ratio[:, side] for name, side in sides.items()} | {"margin": margin}
+    margin = difference(log_ratio)
     beta = objective.numbers["beta"]
     metrics = {
         "rewards/chosen": beta * log_ratio[:, CHOSEN],
@@ -76,33 +80,57 @@ def pair_metrics(objective: Objective, policy: Scores, reference: Scores | None)
         **logps,
         "margin": margin,
     }
-    if policy.augmented is not None:
-        augmented_ratio = policy.augmented - reference.augmented
-        arrays["augmented_margin"] = augmented_ratio[:, CHOSEN] - augmented_ratio[:, REJECTED]
-        metrics["augmented/margin"] = arrays["augmented_margin"]
-        metrics["augmented/accuracies"] = (arrays["augmented_margin"] > 0).astype(jnp.float32)
-    if objective.kind.refined:
-        metrics["refinement"] = losses.refinement(arrays["augmented_margin"], beta=beta)
+    if policy.augmented is not None and reference.augmented is not None:
+        metrics["augmented/margin"] = difference(policy.augmented - reference.augmented)
+        metrics["augmented/accuracies"] = (metrics["augmented/margin"] > 0).astype(jnp.float32)
+    arrays["margin"] = difference(log_ratio, tokens if kind.per_token else None)
+    if kind.refined:
+        if refinement is None:
+            refinement = refinement_by(objective, policy, reference)
+        arrays["refinement"] = metrics["refinement"] = refinement
     return {"loss": pair_losses(objective, arrays), **metrics}
+
+
+def refinement_by(objective: Objective, judge: Scores, reference: Scores | None) -> Array:
+    """Computes Δ of every pair from the judge's scores, `[B]` float32; no gradient flows into it.
+
+    Args:
+      objective: says how Δ is made.
+      judge: scores with p, and with the second instruction where there is one: the policy's or the reference's.
+      reference: scores of the frozen reference, for Δ of the form `margin`.
+    """
+    tokens = jnp.maximum(judge.tokens, 1) if objective.kind.per_token else None
+    if objective.refinement.form == "contrast":
+        without = judge.plain if judge.against is None else judge.against
+        return losses.contrast(difference(judge.augmented, tokens), difference(without, tokens))
+    augmented = difference(judge.augmented - reference.augmented, tokens)
+    return losses.refinement(augmented, beta=objective.numbers["beta"])
+
+
+def difference(values: Array, tokens: Array | None = None) -> Array:
+    """Subtracts the rejected side from the chosen one, `[B, 2]` to `[B]`; with `tokens` each is divided by its own."""
+    if tokens is not None:
+        values = values / tokens
+    return values[:, CHOSEN] - values[:, REJECTED]
 
 
 def pair_losses(objective: Objective, arrays: dict[str, Array]) -> Array:
     """Calls the objective's function in `losses.py` with the arrays that its kind names and its numbers."""
-    function = getattr(losses, objective.name)
+    function = getattr(losses, objective.kind.function)
     return function(*(arrays[name] for name in objective.kind.arguments), **objective.numbers)
 
 
 def score(graph: nnx.GraphDef, params: Params, batch: Batch, pairs: int) -> Scores:
     """Scores one micro-batch (rows without the axis A); pairs that stand in other micro-batches get zeros."""
     model = nnx.merge(graph, params)
-    hidden, augmented_hidden = model(batch.plain, batch.augmented)
+    others = [rows for rows in (batch.augmented, batch.against) if rows is not None]
+    hidden, *frozen = model(batch.plain, *others)
     matrix = model.vocabulary_matrix
     logprobs_of = partial(response_logprobs, pairs=pairs, cap=model.architecture.logit_cap)
     plain, tokens = logprobs_of(hidden, matrix, batch.plain)
-    augmented = None
-    if augmented_hidden is not None:
-        augmented, _ = logprobs_of(augmented_hidden, jax.lax.stop_gradient(matrix), batch.augmented)
-    return Scores(plain, augmented, tokens)
+    matrix = jax.lax.stop_gradient(matrix)
+    scores = [logprobs_of(states, matrix, rows)[0] for states, rows in zip(frozen, others, strict=True)]
+    return Scores(plain, scores[0] if scores else None, tokens, against=None if len(scores) < 2 else scores[1])
 
 
 def make_score_step(graph: nnx.GraphDef, *, pairs: int, mesh: Mesh) -> Callable[[Params, Batch], Scores]:
@@ -120,7 +148,7 @@ def make_continuation_step(
 
     def part(params: Params, micro: Batch) -> tuple[Array, Array]:
         model = nnx.merge(graph, params)
-        hidden, _ = model(micro.plain, None)
+        (hidden,) = model(micro.plain)
         cap = model.architecture.logit_cap
         return continuation_logprobs(hidden, model.vocabulary_matrix, micro.plain, pairs=pairs, cap=cap)
 
@@ -159,7 +187,7 @@ def make_train_step(
         policy = score(graph, params, micro, pairs)
         reference = _reference_scores(graph, reference_params, micro, policy, objective, pairs)
         present = policy.tokens[:, CHOSEN] > 0
-        per_pair = pair_metrics(objective, policy, reference)
+        per_pair = pair_metrics(objective, policy, reference, micro.refinement)
         per_pair = {name: jnp.where(present, value, 0.0) for name, value in per_pair.items()}
         return per_pair["loss"].sum(), (policy.tokens, per_pair)
 
@@ -204,15 +232,14 @@ def averages(per_pair: dict[str, Array], tokens: Array) -> dict[str, Array]:
 
 
 def _micro_batches(batch: Batch) -> Batch:
-    """Repeats the reference scores for every micro-batch, so that all arrays begin with the axis A."""
+    """Repeats what belongs to pairs for every micro-batch, so that all arrays begin with the axis A."""
     steps = batch.plain.tokens.shape[0]
-
-    def repeat(scores: Array | None) -> Array | None:
-        return None if scores is None else jnp.broadcast_to(scores, (steps, *scores.shape))
-
-    return dataclasses.replace(
-        batch, reference=repeat(batch.reference), reference_augmented=repeat(batch.reference_augmented)
-    )
+    of_pairs = {name: getattr(batch, name) for name in ("reference", "reference_augmented", "refinement")}
+    repeated = {
+        name: None if array is None else jnp.broadcast_to(array, (steps, *array.shape))
+        for name, array in of_pairs.items()
+    }
+    return dataclasses.replace(batch, **repeated)
 
 
 def _reference_scores(

@@ -129,7 +129,7 @@ def compile_for(
     plan, work = setup.plan(pairs, eval_sets), setup.work(pairs)
     kind = setup.objective.kind
     evaluates_p = bool(eval_sets) and kind.needs_rejected and config.refinement.prompt is not None
-    step = first_step(setup, pairs, plan, augmented=kind.refined or evaluates_p)
+    step = first_step(setup, pairs, plan, augmented=setup.objective.scored_with_p or evaluates_p)
     visited = blocks_visited(setup.model, step)
     programs = [train_program(setup, plan, step, visited)]
     if (kind.needs_reference and not setup.online) or config.data.held_out:
@@ -162,7 +162,8 @@ def first_step(setup: Setup, pairs: TokenizedPairs, plan: Plan, *, augmented: bo
     """Builds all rows of the plan's first step, as the processes of a run build them together."""
     rows = np.arange(plan.shape.rows // setup.packing.micro_batches)
     with_rejected = setup.objective.kind.needs_rejected
-    return setup.packing.source(pairs, plan, rows, augmented=augmented, with_rejected=with_rejected)[0]
+    against = augmented and setup.objective.refinement.against
+    return setup.packing.source(pairs, plan, rows, augmented=augmented, with_rejected=with_rejected, against=against)[0]
 
 
 def blocks_visited(model: PlacedModel, step: HostStep) -> dict[str, float]:
@@ -210,7 +211,7 @@ def share_visited(
     return visited["augmented"] * augmented + visited["plain"] * (1 - augmented)
 
 
-def _abstract_batch(mesh: Mesh, step: HostStep, *, augmented: bool, scores: bool) -> Batch:
+def _abstract_batch(mesh: Mesh, step: HostStep, *, augmented: bool, scores: bool, shift: bool = False) -> Batch:
     def rows(arrays: dict[str, np.ndarray], prefix_tokens: int) -> Rows:
         axes = ("micro_batches", "rows", None)
         shapes = {}
@@ -221,9 +222,14 @@ def _abstract_batch(mesh: Mesh, step: HostStep, *, augmented: bool, scores: bool
 
     everywhere = meshes.replicated(mesh)
     of_pairs = jax.ShapeDtypeStruct((len(step.pair), 2), jnp.float32, sharding=everywhere) if scores else None
-    if not augmented:
-        return Batch(rows(step.plain, 0), None, of_pairs, None)
-    return Batch(rows(step.plain, 0), rows(step.augmented, step.prefix_tokens), of_pairs, of_pairs)
+    return Batch(
+        rows(step.plain, 0),
+        rows(step.augmented, step.prefix_tokens) if augmented else None,
+        of_pairs,
+        of_pairs if augmented else None,
+        against=rows(step.against, step.against_prefix_tokens) if augmented and step.against is not None else None,
+        refinement=jax.ShapeDtypeStruct((len(step.pair),), jnp.float32, sharding=everywhere) if shift else None,
+    )
 
 
 def train_program(setup: Setup, plan: Plan, step: HostStep, visited: dict[str, float]) -> Program:
@@ -235,16 +241,19 @@ def train_program(setup: Setup, plan: Plan, step: HostStep, visited: dict[str, f
 
 def train_step_of(setup: Setup, plan: Plan, step: HostStep) -> tuple[Any, tuple[Any, ...]]:
     """Gives the jitted train step and the shapes of its arguments: state, online reference or None, batch."""
+    if setup.objective.unsettled:  # a λ is a number in the program, and any number costs the same
+        setup = dataclasses.replace(setup, objective=setup.objective.settled(1.0))
     program, kind = setup.program(plan), setup.objective.kind
     scores = kind.needs_reference and not setup.online
-    batch = _abstract_batch(setup.model.mesh, step, augmented=kind.refined, scores=scores)
+    in_step, before = setup.objective.judged_in_step, setup.objective.judged_before
+    batch = _abstract_batch(setup.model.mesh, step, augmented=in_step, scores=scores, shift=before)
     reference = _abstract_reference(setup.model, program.state.params) if setup.online else None
     return program.step, (program.state, reference, batch)
 
 
 def _score_program(setup: Setup, plan: Plan, step: HostStep, visited: dict[str, float]) -> Program:
     """Compiles the scoring step with the rows that need it most: with p where the reference or an evaluation has it."""
-    model, state = setup.model, setup.program(plan).state
+    model, state = setup.model, train_step_of(setup, plan, step)[1][0]
     batch = _abstract_batch(model.mesh, step, augmented=step.augmented is not None, scores=False)
     resident = 0
     if setup.config.data.held_out:

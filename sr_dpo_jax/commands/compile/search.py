@@ -235,6 +235,8 @@ def _typical(config: Config, directory: weights.ModelDirectory) -> tuple[Tokeniz
         max_length=config.data.max_length,
         max_prompt_length=config.data.max_prompt_length,
     )
+    if config.refinement.against is not None:  # taken to be as long as p
+        pairs = dataclasses.replace(pairs, against=pairs.augmentation)
     typical = LENGTHS[config.data.format]
     lengths = (
         f"typical of {config.data.format}, not read from data.path: prompt {typical.prompt[0]:g}, chosen "
