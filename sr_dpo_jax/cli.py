@@ -134,14 +134,14 @@ def _compile(config: Config, *, slices: int, json: Path | None, **options: Any) 
     return 0 if report.compiled.fits else EXIT_USAGE
 
 
-def _demo(output: Path, *, full: bool, seeds: int | None, **knobs: Any) -> int:
+def _demo(output: Path, *, full: bool, noise: bool, seeds: int | None, **knobs: Any) -> int:
     from sr_dpo_jax.commands.demo.corpus import Knobs, parse_gaps
     from sr_dpo_jax.commands.demo.demo import demo
 
     turned = {name: value for name, value in knobs.items() if value is not None}
     if "gaps" in turned:
         turned["gaps"] = parse_gaps(turned["gaps"])
-    return demo(output, full=full, seeds=seeds, knobs=Knobs(**turned))
+    return demo(output, full=full, noise=noise, seeds=seeds, knobs=Knobs(**turned))
 
 
 FUNCTIONS: dict[str, str | Callable[..., Any]] = {
@@ -224,8 +224,12 @@ def _add_runs(command: Command, with_config: WithConfig) -> None:
 def _add_demo(command: Command) -> None:
     demo = command("demo", "the method in a world where the quality of responses is computed, in minutes")
     demo.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="DIR")
-    demo.add_argument("--full", action="store_true", help="the paper's protocol: every objective, every λ, seeds")
-    demo.add_argument("--seeds", type=int, metavar="N", help="default: 1, with --full 5")
+    which = demo.add_mutually_exclusive_group()
+    which.add_argument("--full", action="store_true", help="the paper's protocol: every objective, every λ, seeds")
+    which.add_argument(
+        "--noise", action="store_true", help="labels of which some are wrong: the contrast and its rivals"
+    )
+    demo.add_argument("--seeds", type=int, metavar="N", help="default: 1, with --full or --noise 5")
     demo.add_argument("--pairs", type=int, metavar="N", help="size of the preference set")
     demo.add_argument("--beta", type=float, metavar="B", help="β of every objective")
     demo.add_argument("--rated-share", type=float, metavar="S", help="of the base text, with instruction and rating")

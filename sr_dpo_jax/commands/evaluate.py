@@ -15,6 +15,7 @@ from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.train.identity import digests_of
 from sr_dpo_jax.train.knowledge import lines_of
 from sr_dpo_jax.train.metrics import Progress
+from sr_dpo_jax.train.objective import Objective
 from sr_dpo_jax.train.scored_set import ScoredSet, make_scored_set
 from sr_dpo_jax.train.scored_set import knowledge as knowledge_from
 from sr_dpo_jax.train.setup import read_held_out, read_model, read_pairs_of, set_up
@@ -52,7 +53,7 @@ def evaluate_command(config: Config, *, best: bool = False) -> dict[str, float]:
         if jax.process_index() == 0 and held.reference is not None:
             difference = held.pairs.chosen_score - held.pairs.rejected_score
             metrics |= rating_metrics(held.margins(policy), difference, seed=config.seed, name=held.name)
-            write_scores(root / pairs_file(held.name), held.pairs, policy, held)
+            write_scores(root / pairs_file(held.name), held.pairs, policy, held, setup.objective)
     if jax.process_index() == 0:
         write_json(root / "eval.json", metrics)
     return metrics
@@ -98,16 +99,24 @@ def require_finite(pairs: TokenizedPairs, scores: Scores, config: Config) -> Non
         )
 
 
-def write_scores(path: Path, pairs: TokenizedPairs, scores: Scores, held: ScoredSet | None = None) -> None:
+def write_scores(
+    path: Path,
+    pairs: TokenizedPairs,
+    scores: Scores,
+    held: ScoredSet | None = None,
+    objective: Objective | None = None,
+) -> None:
     """Writes one JSON line a pair, in the order of the data: id, token counts, log-probs in nats, scores if rated.
 
-    With a held-out set also the reference's log-probs and the margins.
+    With a held-out set also the reference's log-probs and the margins; with an objective that has one, Δ.
     """
     names = ("prompt_tokens", "chosen_tokens", "rejected_tokens", "chosen_score", "rejected_score")
     columns = {name: getattr(pairs, name) for name in names} | _logp_columns("", scores)
     if held is not None:
         columns |= _logp_columns("reference_", held.reference_scores(scores)) | held.margins(scores)
         columns["rating_difference"] = pairs.chosen_score - pairs.rejected_score
+    if held is not None and objective is not None and objective.kind.refined:
+        columns["refinement"] = np.asarray(held.pair_metrics(objective, scores)["refinement"])
     with whole(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for index, identity in enumerate(pairs.ids):
             numbers = {name: values[index].item() for name, values in columns.items() if not np.isnan(values[index])}

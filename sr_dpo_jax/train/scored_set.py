@@ -59,12 +59,16 @@ class ScoredSet:
 
     def metrics(self, objective: Objective, policy: Scores) -> dict[str, float]:
         """Averages loss and metrics over all pairs, under their names in metrics.jsonl behind the set's name."""
-        reference = self.reference_scores(policy) if objective.kind.needs_reference else None
-        known = self.refinement(objective)
-        per_pair = pair_metrics(objective, *jax.tree.map(jnp.asarray, (policy, reference, known)))
+        per_pair = self.pair_metrics(objective, policy)
         means = averages({key: np.asarray(value, np.float64) for key, value in per_pair.items()}, policy.tokens)
         named = {f"{self.name}/{key}": float(value) for key, value in means.items()}
         return named | {f"{self.name}/pairs": len(policy.plain)}
+
+    def pair_metrics(self, objective: Objective, policy: Scores) -> dict[str, jax.Array]:
+        """Computes loss and metrics of every pair, `[N]` float32, under their names in metrics.jsonl."""
+        reference = self.reference_scores(policy) if objective.kind.needs_reference else None
+        known = self.refinement(objective)
+        return pair_metrics(objective, *jax.tree.map(jnp.asarray, (policy, reference, known)))
 
     def reference_scores(self, policy: Scores) -> Scores | None:
         """Gives the reference's scores in the form of the policy's; None where the objective needs no reference."""
@@ -144,7 +148,7 @@ def rating_offsets(pairs: TokenizedPairs, refinement: Refinement) -> np.ndarray:
     if len(unrated):
         raise UsageError(
             f"refinement.judge=ratings: {len(unrated)} of {len(gap)} pairs have no ratings, first "
-            f"{pairs.place(unrated[0])}; give every row chosen_score and rejected_score, or choose another judge"
+            f"{pairs.place(unrated[0])}; give each row score_chosen and score_rejected, or choose another judge"
         )
     if refinement.offset == "linear":
         return refinement.alpha * gap

@@ -15,7 +15,7 @@ import jax
 from sr_dpo_jax.commands import console
 from sr_dpo_jax.commands.demo.corpus import Knobs
 from sr_dpo_jax.commands.demo.page import write_page
-from sr_dpo_jax.commands.demo.protocol import FULL, PAIRS_PER_STEP, SMALL, Layout, Setting
+from sr_dpo_jax.commands.demo.protocol import FULL, NOISE, PAIRS_PER_STEP, SMALL, Layout, Setting
 from sr_dpo_jax.commands.demo.results import collect, markdown, tables
 from sr_dpo_jax.commands.demo.stages import Interrupted, make_base, make_sft, run_arm
 from sr_dpo_jax.commands.report.page import report
@@ -23,17 +23,22 @@ from sr_dpo_jax.durable.files import write_json, write_text
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.train.loop import EXIT_DONE
 
-PRINTED_TABLES = 3
-"""The number of tables that are printed at the end, the first ones of the page."""
+PRINTED = (
+    "What the base model knows",
+    "True quality of responses",
+    "Against the best of each plain objective",
+    "Win, tie and lose by true quality (table 2)",
+)
+"""The tables that are printed at the end, where the setting has them."""
 
 
-def demo(output_dir: Path, *, full: bool, seeds: int | None, knobs: Knobs) -> int:
+def demo(output_dir: Path, *, full: bool = False, noise: bool = False, seeds: int | None, knobs: Knobs) -> int:
     """Runs `sr-dpo demo` and returns an exit code.
 
     Raises:
       UsageError: a knob or the number of seeds is out of range, or the directory was begun with others.
     """
-    setting = FULL if full else SMALL
+    setting = NOISE if noise else FULL if full else SMALL
     if seeds is not None:
         setting = dataclasses.replace(setting, seeds=seeds)
     return run_setting(output_dir, setting, knobs)
@@ -41,6 +46,8 @@ def demo(output_dir: Path, *, full: bool, seeds: int | None, knobs: Knobs) -> in
 
 def run_setting(output_dir: Path, setting: Setting, knobs: Knobs) -> int:
     """Runs or resumes all that a setting asks for, writes report, results and page, and returns an exit code."""
+    if knobs.label_noise is None:
+        knobs = dataclasses.replace(knobs, label_noise=setting.label_noise)
     _check(setting, knobs)
     layout = Layout(output_dir)
     _begin(layout, setting, knobs)
@@ -62,7 +69,9 @@ def run_setting(output_dir: Path, setting: Setting, knobs: Knobs) -> int:
         return interrupted.code
     page = output_dir / "report.html"
     report([layout.run(0, name) for name in ("sft", *(arm.name for arm in setting.arms))], page, with_texts=True)
-    for title, table in list(tables(results).items())[:PRINTED_TABLES]:
+    for title, table in tables(results).items():
+        if title not in PRINTED:
+            continue
         printed = console.table(table.head[0], *(f">{heading}" for heading in table.head[1:]))
         for cells in table.rows:
             console.row(printed, *cells)

@@ -76,17 +76,17 @@ SECTIONS = {
     "What the refinement does": (
         Picture(
             "refinement",
-            "Refinement Δ = β·m̂",
+            "Refinement Δ",
             curve("refinement", "mean refinement Δ"),
-            "an objective with Δ (sr_dpo, sr_ipo)",
-            "The policy's own verdict on how far apart the two responses are. 0 at the start; it grows as the policy "
-            "learns to judge.",
+            "an objective with Δ (sr_*)",
+            "The judge's verdict on how far apart the two responses are. The paper's, β·m̂ of the policy, is 0 at the "
+            "start and grows as the policy learns; a contrast by the reference, or ratings, stay as they are.",
         ),
         Picture(
             "share",
             "Share of the loss that Δ takes back",
             figures.share,
-            "an objective with Δ (sr_dpo, sr_ipo)",
+            "an objective with Δ (sr_*)",
             "λΔ relative to what it is subtracted from, βm (m in Sr-IPO). At the broken line, λ (λβ in Sr-IPO), m̂ is "
             "as large as m. Near 0 the run is plain DPO or IPO; towards 1 Δ cancels the margin, and λ is too large.",
         ),
@@ -183,6 +183,7 @@ def render(runs: Sequence[Run], *, with_texts: bool) -> str:
         swatches=[data_uri(figures.svg(figures.swatch, run)) for run in runs],
         headline=tables.headline(runs),
         final=tables.final_metrics(runs),
+        known=tables.knowledge(runs),
         difference=tables.config_difference(runs),
         sections={title: [(item, image(item.draw, runs)) for item in items] for title, items in SECTIONS.items()},
         guide=GUIDE,
