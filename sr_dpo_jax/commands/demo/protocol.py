@@ -137,8 +137,10 @@ SHARES_OF_BETA = (0.3, 0.1, 0.03)
 OFFSET = (("judge", "ratings"), ("offset", "linear"), ("alpha", 0.05))
 """Δ from the true qualities, five nats for the whole scale: what a judge that is never wrong would give."""
 NOISE = dataclasses.replace(
-    FULL,
+    SMALL,
     name="noise",
+    base_steps=1500,
+    seeds=5,
     arms=(
         Arm("dpo", "dpo"),
         *(_with_beta("dpo", share) for share in SHARES_OF_BETA),
@@ -154,8 +156,7 @@ NOISE = dataclasses.replace(
         _contrast(1.0, judge="policy"),
         Arm("ratings", "sr_dpo", 1.0, refinement=OFFSET),
     ),
-    evaluations=1,
-    label_noise=0.3,
+    held_out_pairs=512,
 )
 """The contrast against objectives that are made for, or tuned to, labels of which some are wrong."""
 
