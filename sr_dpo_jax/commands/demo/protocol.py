@@ -78,14 +78,9 @@ def _with_beta(objective: str, beta_share: float) -> Arm:
     return Arm(f"{objective}-beta-{beta_share:g}", objective, beta_share=beta_share)
 
 
-def _contrast(lam: float | str, judge: str = "reference", objective: str = "sr_dpo") -> Arm:
-    name = f"contrast-{lam}" + (f"-{judge}" if judge != "reference" else "")
-    name = name if objective == "sr_dpo" else f"{objective}-{name}"
-    return Arm(name, objective, lam, refinement=(("form", "contrast"), ("judge", judge)))
-
-
-def _refined(objective: str, lam: float, data: str = PAIRS) -> Arm:
-    return Arm(f"{objective}-{lam:g}" + (f"-{data}" if data != PAIRS else ""), objective, lam, data)
+def _contrast(lam: float | str, judge: str = "reference") -> Arm:
+    name = f"contrast-{lam}" + ("-policy" if judge == "policy" else "")
+    return Arm(name, "sr_dpo", lam, refinement=(("form", "contrast"), ("judge", judge)))
 
 
 SMALL = Setting(
