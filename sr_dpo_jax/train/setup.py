@@ -43,6 +43,7 @@ from sr_dpo_jax.model.kernels.check import wrong_kernel
 from sr_dpo_jax.parallel.mesh import make_mesh, row_shards
 from sr_dpo_jax.parallel.processes import on_leader, require_same, start_distributed, text_from_leader
 from sr_dpo_jax.train.identity import identity_of, report_drift, require_same_run, shared_facts, surroundings
+from sr_dpo_jax.train.measured import measured_sets, selection_so_far
 from sr_dpo_jax.train.objective import OBJECTIVES, Objective
 from sr_dpo_jax.train.program import Program, Work, make_program, plan_training, warmup_of, warn_of_no_learning, work_of
 from sr_dpo_jax.train.samples import Samples
@@ -257,7 +258,7 @@ class Job:
     selection: Selection
     """The best evaluation and the patience, as they stood at the step that this start goes on from."""
     evaluation_due: bool
-    """That step was saved by a signal that came before its evaluation."""
+    """That step was saved by a signal that came before its evaluation, or evaluated on other held-out pairs."""
     checkpoints: Checkpoints
 
 
@@ -306,18 +307,18 @@ def prepare(
     reference = None if training is None else training.reference.scores
     feed = setup.packing.feed(pairs, plan, **sides, reference=reference)
     stop.meet()
+    total_steps = setup.total_steps(plan)
     job = Job(
         setup=setup,
         record=record,
         feed=feed,
-        total_steps=setup.total_steps(plan),
+        total_steps=total_steps,
         train_step=program.compiled(state, reference_params, feed),
         reference_params=reference_params,
         held_out=held_out,
         samples=setup.samples(eval_sets, tokenizer, state.params),
-        evaluation_due=bool(held_out) and before.get("evaluation_due", False),
-        selection=_selection(config, checkpoints, before.get("selection"), eval_sets),
         checkpoints=checkpoints,
+        **_evaluations(setup, checkpoints, record, before, eval_sets, total_steps=total_steps),
     )
     return job, state
 
@@ -355,34 +356,26 @@ def _resumed(
     return step, before
 
 
-def _selection(
-    config: Config,
+def _evaluations(
+    setup: Setup,
     checkpoints: Checkpoints,
-    record: Mapping[str, Any] | None,
+    record: dict[str, Any],
+    before: Mapping[str, Any],
     eval_sets: Mapping[str, TokenizedPairs],
-) -> Selection:
-    """Takes up what the checkpoint that is resumed has counted, under the rule of the configuration."""
-    section, train = config.checkpoint, config.train
+    *,
+    total_steps: int,
+) -> dict[str, Any]:
+    """Takes up what the checkpoint that is resumed has measured, under the rule of the configuration: fields of Job."""
+    section, train, step = setup.config.checkpoint, setup.config.train, before.get("next_step", 0)
     measured = [name for name in eval_sets if (section.best_metric or "").startswith(f"{name}/")]
     data = eval_sets[max(measured, key=len)].fingerprint if measured else ""
     patience = {"min_delta": train.early_stopping_min_delta, "patience": train.early_stopping_patience}
     rule = Selection(section.best_metric, section.best_mode, **patience, data=data)
-    selection = rule if record is None else rule.resumed(record)
-    if selection is None:
-        log.warning(
-            "checkpoint.best_metric is another one than before, or its held-out pairs are others: the evaluations so "
-            "far do not count, and the best checkpoint so far stays no longer than others"
-        )
-        return rule
-    if selection.step is not None:
-        try:
-            checkpoints.existing(selection.step)
-        except UsageError as error:
-            message = f"the best checkpoint cannot be used any more: {error}"
-            if config.checkpoint.strict:
-                raise UsageError(f"{message}; checkpoint.strict=true: restore it, or set that to false") from error
-            log.warning("%s; only a better one takes its place", message)
-    return selection
+    selection = selection_so_far(rule, before.get("selection"), checkpoints, strict=section.strict)
+    ended = selection.over or step >= total_steps
+    record["measured"], anew = measured_sets(before, eval_sets, step=step, ended=ended)
+    due = anew or (bool(eval_sets) and before.get("evaluation_due", False))
+    return {"selection": selection, "evaluation_due": due}
 
 
 def _require_room(config: Config, checkpoints: Checkpoints, state: TrainState) -> None:
