@@ -4,6 +4,7 @@ Only time and single calls are steered; signals, files and processes are real. K
 
     step_s         every training step takes so much longer
     scoring_s      every step of scoring the reference takes so much longer, and its result is saved at once
+    response_s     every response that is generated takes so much longer
     verify_s       so long passes between the commit of a checkpoint and its verification
     hang_at        training step that never ends, in this process
     raise_at       training step after which this process fails, with the text of `message`
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from sr_dpo_jax import cli
 from sr_dpo_jax.durable import integrity
+from sr_dpo_jax.generation import generator
 from sr_dpo_jax.train import metrics, reference
 
 
@@ -31,6 +33,7 @@ def main() -> int:
             Path(fault["mark"]).write_text(place)
 
     add, take, check_shards = metrics.StepLog.add, reference.ReferenceScores._take, integrity.check_shards
+    respond = generator.Generator.respond
 
     def slow_add(self, step, host_step, of_step):
         add(self, step, host_step, of_step)
@@ -58,6 +61,13 @@ def main() -> int:
             time.sleep(fault["verify_s"])
         check_shards(step_directory, shards)
 
+    def slow_respond(self, params, wanted):
+        for found in respond(self, params, wanted):
+            mark("responding")
+            time.sleep(fault.get("response_s", 0))
+            yield found
+
+    generator.Generator.respond = slow_respond
     metrics.StepLog.add = slow_add
     reference.ReferenceScores._take = slow_take
     integrity.check_shards = slow_check

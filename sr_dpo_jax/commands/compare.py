@@ -23,7 +23,7 @@ import yaml
 from sr_dpo_jax.commands import console
 from sr_dpo_jax.commands.demo.statistics import holm, mean_of, paired
 from sr_dpo_jax.commands.report.tables import Table, number, with_interval
-from sr_dpo_jax.commands.tune import EXIT_DONE, Child, content_of
+from sr_dpo_jax.commands.tune import EXIT_DONE, Child, content_reader
 from sr_dpo_jax.config.load import config_from_dict, load_config
 from sr_dpo_jax.config.schema import Config, PairObjective, Refinement
 from sr_dpo_jax.durable.files import json_digest, read_lines, write_json, write_text
@@ -162,7 +162,7 @@ class _Finished:
     """The runs that are trained and evaluated, by a digest of configuration and content."""
 
     def __init__(self, file: Path):
-        self._file = file
+        self._file, self._content = file, content_reader()
         self._digests: dict[str, str] = {}
         if file.is_file():
             try:
@@ -172,7 +172,7 @@ class _Finished:
 
     def make(self, run: Run, child: Child, own: Sequence[str]) -> int:
         """Trains and evaluates a run that is not finished; returns the exit code."""
-        digest = json_digest([run.config.model_dump(mode="json", exclude={"distributed"}), content_of(run.config)])
+        digest = json_digest([run.config.model_dump(mode="json", exclude={"distributed"}), self._content(run.config)])
         if self._digests.get(str(run.root)) == digest and (run.root / HELD_OUT).is_file():
             log.info("%s: finished before", run.name)
             return EXIT_DONE

@@ -5,6 +5,7 @@ Every pair counts the same, whatever the batch size, the number of hosts or how 
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,12 +21,14 @@ from sr_dpo_jax.data.pipeline import Feed, Packing, pair_sizes
 from sr_dpo_jax.data.plan import Plan, Shape, scoring_plan, scoring_shape
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.model.decoder import Params
-from sr_dpo_jax.train.knowledge import knowledge_of
+from sr_dpo_jax.train.knowledge import knowledge_of, lines_of, settled_lam
 from sr_dpo_jax.train.metrics import Progress
 from sr_dpo_jax.train.objective import Objective, Refinement
 from sr_dpo_jax.train.reference import ReferenceScores, cache_files
 from sr_dpo_jax.train.train_step import Scores, averages, difference, make_score_step, pair_metrics, refinement_by
 from sr_dpo_jax.weights.placement import PlacedModel
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +132,50 @@ def knowledge(scores: Scores, *, per_token: bool = False) -> dict[str, Any]:
     without = scores.plain if scores.against is None else scores.against
     plain, augmented, other = (difference(part, tokens) for part in (scores.plain, scores.augmented, without))
     return knowledge_of(plain, augmented, augmented - other, scores.tokens)
+
+
+def known_at_start(
+    training: ScoredSet | None, objective: Objective, before: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    """Measures what the model at the start knows of the labels, logs it, and adds the λ that it gives to `auto`.
+
+    A run that goes on keeps the table, and so the λ, of its checkpoint (`before`). None where nothing was scored with p.
+    """
+    table = before
+    if table is None and training is not None and objective.scored_with_p:
+        table = knowledge(training.known_scores, per_token=objective.kind.per_token)
+        log.info("%s", "\n".join(["what the model at the start knows of the labels:", *lines_of(table)]))
+    if objective.unsettled and table is not None and "lam" not in table:
+        return {**table, "lam": settled_lam(table)}
+    return table
+
+
+def training_feed(
+    packing: Packing,
+    objective: Objective,
+    pairs: TokenizedPairs,
+    plan: Plan,
+    scored: ScoredSet | None,
+    *,
+    online: bool,
+) -> Feed:
+    """Makes the steps of training into batches, with what the reference's scores of the pairs give them.
+
+    `scored` are the training pairs with these scores; None where none are needed, or an `online` reference gives them.
+    """
+    known = None
+    if objective.judged_before:
+        known = scored.refinement(objective) if scored else rating_offsets(pairs, objective.refinement)
+    cached = scored is not None and objective.kind.needs_reference and not online
+    return packing.feed(
+        pairs,
+        plan,
+        reference=scored.reference.scores if cached else None,
+        refinement=known,
+        augmented=objective.judged_in_step,
+        against=objective.judged_in_step and objective.refinement.against,
+        with_rejected=objective.kind.needs_rejected,
+    )
 
 
 def _put(pair: np.ndarray, array: np.ndarray, values: np.ndarray) -> None:

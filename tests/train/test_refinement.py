@@ -20,6 +20,7 @@ from sr_dpo_jax.cli import main
 from sr_dpo_jax.config.load import config_from_dict
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.train.loop import train
+from sr_dpo_jax.train.scored_set import training_feed
 
 LOW = "Answer badly, please: "
 CONTRAST = {"form": "contrast", "judge": "reference"}
@@ -184,7 +185,7 @@ def test_the_step_costs_what_dpos_costs(world, tmp_path):
         scored_set = setup.scored_set("training", pairs) if setup.objective.judged_before else None
         if scored_set is not None:
             scored_set.reference.scores[:] = 0
-        feed = setup.training_feed(pairs, plan, scored_set)
+        feed = training_feed(setup.packing, setup.objective, pairs, plan, scored_set, online=False)
         program = setup.program(plan)
         batch = next(feed.batches(0))[1]
         if batch.reference is None:

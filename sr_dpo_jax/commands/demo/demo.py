@@ -8,6 +8,7 @@ Next: `protocol.py`, which says which runs there are, and `stages.py`, which tak
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -20,6 +21,7 @@ from sr_dpo_jax.commands.demo.results import collect, markdown, tables
 from sr_dpo_jax.commands.demo.stages import Interrupted, make_base, make_sft, run_arm
 from sr_dpo_jax.commands.report.page import report
 from sr_dpo_jax.durable.files import write_json, write_text
+from sr_dpo_jax.durable.lease import Lease
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.train.loop import EXIT_DONE
 
@@ -36,7 +38,8 @@ def demo(output_dir: Path, *, full: bool = False, noise: bool = False, seeds: in
     """Runs `sr-dpo demo` and returns an exit code.
 
     Raises:
-      UsageError: a knob or the number of seeds is out of range, or the directory was begun with others.
+      UsageError: a knob or the number of seeds is out of range, the directory was begun with others, or another demo
+        is running there.
     """
     setting = NOISE if noise else FULL if full else SMALL
     if seeds is not None:
@@ -49,7 +52,14 @@ def run_setting(output_dir: Path, setting: Setting, knobs: Knobs) -> int:
     if knobs.label_noise is None:
         knobs = dataclasses.replace(knobs, label_noise=setting.label_noise)
     _check(setting, knobs)
-    layout = Layout(output_dir)
+    with Lease(output_dir, remedy="name another --output") as lease:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        lease.take()
+        return _run(Layout(output_dir), setting, knobs, lease.check)
+
+
+def _run(layout: Layout, setting: Setting, knobs: Knobs, check: Callable[[], None]) -> int:
+    output_dir = layout.root
     _begin(layout, setting, knobs)
     _keep_compiled(output_dir / "cache" / "compiled")
     try:
@@ -60,7 +70,9 @@ def run_setting(output_dir: Path, setting: Setting, knobs: Knobs) -> int:
             make_sft(layout, setting, knobs, seed)
             for arm in setting.arms:
                 console.say(f"seed {seed}: {arm.name}", "bold")
+                check()
                 run_arm(layout, setting, knobs, seed, arm)
+            check()
             results = collect(layout, setting, knobs, range(seed + 1))
             write_json(output_dir / "results.json", results)
             write_text(output_dir / "results.md", markdown(results))
@@ -94,7 +106,6 @@ def _check(setting: Setting, knobs: Knobs) -> None:
 
 def _begin(layout: Layout, setting: Setting, knobs: Knobs) -> None:
     """Writes down what the directory was begun with, and refuses anything else later; only the seeds may grow."""
-    layout.root.mkdir(parents=True, exist_ok=True)
     file = layout.root / "world.json"
     decisive = dataclasses.asdict(dataclasses.replace(setting, seeds=0)) | {"knobs": dataclasses.asdict(knobs)}
     text = json.dumps(decisive, indent=1) + "\n"

@@ -83,6 +83,10 @@ def _contrast(lam: float | str, judge: str = "reference") -> Arm:
     return Arm(name, "sr_dpo", lam, refinement=(("form", "contrast"), ("judge", judge)))
 
 
+def _refined(objective: str, lam: float, data: str = PAIRS) -> Arm:
+    return Arm(f"{objective}-{lam:g}" + (f"-{data}" if data != PAIRS else ""), objective, lam, data)
+
+
 SMALL = Setting(
     name="small",
     tasks=("copy", "reverse", "sort", "count", "sort+reverse"),  # without looking up, which takes longest to learn
