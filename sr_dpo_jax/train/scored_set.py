@@ -139,7 +139,7 @@ def known_at_start(
 ) -> dict[str, Any] | None:
     """Measures what the model at the start knows of the labels, logs it, and adds the λ that it gives to `auto`.
 
-    A run that goes on keeps the table, and so the λ, of its checkpoint (`before`). None where nothing was scored with p.
+    A run that goes on keeps the table, and so the λ, of its checkpoint (`before`). None where p was not scored.
     """
     table = before
     if table is None and training is not None and objective.scored_with_p:

@@ -304,7 +304,9 @@ def prepare(
     """Plans, scores the reference, loads or restores the state, compiles: all that precedes the first step."""
     config, objective = setup.config, setup.objective
     plan = setup.plan(pairs, list(eval_sets.values()))
-    _warn_of_no_learning(setup, plan)
+    optimizer, steps = config.optimizer, setup.total_steps(plan)
+    warmup = warmup_of(optimizer.warmup_steps, optimizer.warmup_ratio, steps)
+    warn_of_no_learning(optimizer.learning_rate, warmup, steps, setup.model.param_dtype)
     checkpoints = Checkpoints(config.output_dir, keep=config.checkpoint.keep, strict=config.checkpoint.strict)
     require_same({"plan": plan.digest, "--allow-change": allowed_changes})
     record = _record(setup, pairs, plan, tokenizer, checkpoints)
@@ -352,12 +354,6 @@ def prepare(
         **_evaluations(setup, checkpoints, record, before, eval_sets, total_steps=total_steps),
     )
     return job, state
-
-
-def _warn_of_no_learning(setup: Setup, plan: Plan) -> None:
-    section, steps = setup.config.optimizer, setup.total_steps(plan)
-    warmup = warmup_of(section.warmup_steps, section.warmup_ratio, steps)
-    warn_of_no_learning(section.learning_rate, warmup, steps, setup.model.param_dtype)
 
 
 def _record(
