@@ -117,6 +117,7 @@ A file may hold more on the same fault than the table names; `tests/soak.py` is 
     parquet of other types                          test_rows.test_parquet_of_other_types
                                                     test_rows.test_parquet_with_a_column_twice
     numbers that float32 does not hold              test_config.test_a_refusal_of_a_value_names_its_key
+                                                    test_objective.test_a_loss_that_begins_beyond_float32_is_refused
 """  # noqa: E501 (a table)
 
 import ast
