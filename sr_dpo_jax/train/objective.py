@@ -70,8 +70,8 @@ class Objective:
         begins_at = OBJECTIVES[name].loss_at_zero
         if begins_at is not None and begins_at(numbers["beta"]) > LARGEST_LOSS:
             raise UsageError(
-                f"objective.beta={numbers['beta']:g}: the loss of {name} begins at {begins_at(numbers['beta']):.2g}, too "
-                "large for float32; raise objective.beta"
+                f"objective.beta={numbers['beta']:g}: the loss of {name} begins at {begins_at(numbers['beta']):.2g}, "
+                "too large for float32; raise objective.beta"
             )
         return cls(name, numbers)
 
