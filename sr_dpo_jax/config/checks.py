@@ -18,8 +18,6 @@ AUGMENTED_MEASURES = ("augmented/margin", "augmented/accuracies")
 LOSSES = ("loss", "loss_per_token")
 GAINS = ("margin", "margins", "accuracies")
 """Metrics whose names end so are better when they are higher."""
-SMALLEST_BETA = 1e-16
-"""Below it the squares of 1/(2·beta), summed over pairs, leave float32."""
 RESERVED = {
     *(measure.partition("/")[0] for measure in (*MEASURES, *PAIR_MEASURES, *AUGMENTED_MEASURES)),
     *("augmented_margin", "eval", "loss_per_token", "pairs", "rated_pairs", "rating_gap", "refinement"),
@@ -45,11 +43,6 @@ def cross_checks(config: Config) -> list[str]:
     """Finds the problems between keys, each with its remedy."""
     found = [*_addresses(config), *_evaluation_problems(config)]
     found += _refinement_problems(config)
-    if isinstance(config.objective, PairObjective) and config.objective.beta < SMALLEST_BETA:
-        found.append(
-            f"  objective.beta={config.objective.beta:g}: a loss of 1/(4·beta²), as IPO's at the start, is infinite in "
-            f"float32; give {SMALLEST_BETA:g} or more"
-        )
     if config.generation.temperature == 0 and (config.generation.top_k, config.generation.top_p) != (None, None):
         found.append(
             "  generation.top_k, generation.top_p: without effect at generation.temperature=0, the likeliest token; "

@@ -43,7 +43,7 @@ class Lease(contextlib.AbstractContextManager):
         self._file, self._needed, self._remedy = root / NAME, True, remedy
         self._where, self._doing, self._what = self._file, "is running in this directory", "directory"
         self._content = json.dumps({**_this_process(), "token": secrets.token_hex(8)})
-        self._stop, self._lost, self._made_root = threading.Event(), False, not root.exists()
+        self._stop, self._lost, self._gone, self._made_root = threading.Event(), False, False, not root.exists()
         self._thread: threading.Thread | None = None
 
     @classmethod
@@ -82,7 +82,10 @@ class Lease(contextlib.AbstractContextManager):
     def check(self) -> None:
         """Raises RunError where this process stood still so long that another one took over."""
         if self._lost:
-            raise RunError(f"{self._file}: another run has taken this {self._what} over; stopped without writing more")
+            reason = f"another run has taken this {self._what} over"
+            if self._gone:
+                reason = f"was removed while this run was writing to its {self._what}; start it again, and leave it be"
+            raise RunError(f"{self._file}: {reason}; stopped without writing more")
 
     def _created(self) -> bool:
         """Writes the lease where there is none; False where there is one already, or another process came first.
@@ -145,8 +148,8 @@ class Lease(contextlib.AbstractContextManager):
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_S):
             try:
-                if self._read() != self._content:
-                    self._lost = True
+                if (found := self._read()) != self._content:
+                    self._gone, self._lost = found is None, True
                     return
                 os.utime(self._file)
             except OSError:  # the file system is away; if it stays so, another run takes over, which `_read` will show

@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from sr_dpo_jax.errors import UsageError
+
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
@@ -40,6 +42,8 @@ def _quarter(beta: float) -> float:
     return 1 / (4 * beta**2)
 
 
+LARGEST_LOSS = 1e32
+"""The largest loss of a pair whose sums stay within float32."""
 MARGIN = ("margin",)
 PLAIN = {
     "sft": Kind("sft", ("chosen_logprob",), "likelihood", needs_rejected=False, needs_reference=False),
@@ -85,7 +89,17 @@ class Objective:
 
     @classmethod
     def of(cls, name: str, refinement: Refinement = Refinement(), **numbers: Any) -> "Objective":
-        """Takes the keys of the configuration's section `objective`."""
+        """Takes the keys of the configuration's section `objective`.
+
+        Raises:
+          UsageError: the loss begins at a number whose sums float32 holds as infinity, so that no step would count.
+        """
+        begins_at = OBJECTIVES[name].loss_at_zero
+        if begins_at is not None and begins_at(numbers["beta"]) > LARGEST_LOSS:
+            raise UsageError(
+                f"objective.beta={numbers['beta']:g}: the loss of {name} begins at {begins_at(numbers['beta']):.2g}, "
+                "too large for float32; raise objective.beta"
+            )
         return cls(name, numbers, refinement)
 
     @property

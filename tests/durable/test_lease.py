@@ -198,6 +198,17 @@ def test_p2_a_file_has_a_lease_beside_it(tmp_path, quick_lease):
     assert [path.name for path in tmp_path.iterdir()] == ["link.jsonl"], "given back"
 
 
+def test_p5_a_lease_that_was_removed_is_told_from_one_that_another_run_took(tmp_path, quick_lease):
+    with Lease(tmp_path) as lease:
+        lease.take()
+        (tmp_path / "lease.json").unlink()
+        deadline = time.monotonic() + 5
+        with pytest.raises(RunError, match="was removed while this run was writing to its directory"):
+            while time.monotonic() < deadline:
+                lease.check()
+                time.sleep(0.02)
+
+
 def test_a_directory_that_only_the_lease_made_is_removed_with_it(tmp_path):
     """A start that is refused before the run has written anything leaves nothing behind."""
     root = tmp_path / "run"

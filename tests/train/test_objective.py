@@ -11,6 +11,7 @@ import pytest
 
 from sr_dpo_jax import losses
 from sr_dpo_jax.config import schema
+from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.train.objective import OBJECTIVES, Kind, Objective
 from sr_dpo_jax.train.train_step import Scores, averages, pair_losses, pair_metrics
 
@@ -25,6 +26,15 @@ def objective(name: str) -> Objective:
     section = SECTION_OF[name]
     chosen = section(name=name, **{key: given[key] for key in given if key in section.model_fields})
     return Objective.of(**chosen.model_dump())
+
+
+@pytest.mark.parametrize("name", ["ipo", "sr_ipo", "ipo_mean"])
+def test_a_loss_that_begins_beyond_float32_is_refused(name):
+    """Every step would be skipped, and a short run would end with 0."""
+    numbers = {"beta": 1e-20} | ({"lam": 0.5} if OBJECTIVES[name].refined else {})
+    with pytest.raises(UsageError, match=f"objective.beta=1e-20: the loss of {name} begins at 2.5e.39"):
+        Objective.of(name, **numbers)
+    assert Objective.of(name, **(numbers | {"beta": 1e-15})).numbers["beta"] == 1e-15
 
 
 def test_the_table_and_the_configuration_know_the_same_objectives():
