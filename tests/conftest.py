@@ -38,3 +38,21 @@ def float64():
     """64-bit jax arrays for the length of one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="module")
+def same_programs():
+    """Runs of one file share the programs that they have in common."""
+    import same_programs as programs
+
+    with programs.shared():
+        yield
+
+
+@pytest.fixture
+def programs_anew(same_programs):
+    """Every program of this test is traced anew."""
+    import same_programs as programs
+
+    with programs.anew():
+        yield
