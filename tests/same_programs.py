@@ -1,7 +1,7 @@
 """Programs that runs of one test file have in common are traced and lowered once.
 
-Nearly all of the time of a tiny run in this process goes to that, and every run makes its programs anew. Here the makers
-give the jitted function that they gave before for equal arguments. A trap: a test that changes what is traced, or that
+Most of the time of a tiny run in this process goes to that, and every run makes its programs anew. Here the makers give
+the jitted function that they gave before for equal arguments. A trap: a test that changes what is traced, or that
 watches what is compiled, must not share; and where a file says that a start anew gives the same numbers, at least one
 of its tests must trace anew (`anew`).
 """

@@ -61,6 +61,7 @@ def finished(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 def test_the_protocol_end_to_end(finished):
     output, said = finished
     results = json.loads((output / "results.json").read_text(encoding="utf-8"))
