@@ -25,16 +25,32 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 import jax
 import pytest
 
-LONGEST = ("test_every_command_end_to_end", "test_the_protocol_end_to_end", "test_an_epoch_of_sr_dpo")
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the longest tests first, so that no worker is left alone with one of them at the end."""
-    items.sort(key=lambda item: not item.name.startswith(LONGEST))
+    """Puts the tests that are marked so first, so that no worker is left alone with one of them at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("longest") is None)
 
 
 @pytest.fixture
 def float64():
     """64-bit jax arrays for the length of one test."""
     with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="module")
+def same_programs():
+    """Runs of one file share the programs that they have in common."""
+    import same_programs as programs
+
+    with programs.shared():
+        yield
+
+
+@pytest.fixture
+def programs_anew(same_programs):
+    """Every program of this test is traced anew."""
+    import same_programs as programs
+
+    with programs.anew():
         yield

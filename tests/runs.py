@@ -1,6 +1,7 @@
 """Makers of whole runs: a tiny model directory, preference files, configurations, and how to read what a run wrote."""
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import warm
 import yaml
 from toy_tokenizers import byte_level_tokenizer
 from transformers import AutoConfig
@@ -51,6 +53,9 @@ TASKS = {
     "First and last": lambda words: [words[0], words[-1]],
 }
 
+IMPORTED = ("sr_dpo_jax.train.loop", "pyarrow.parquet")
+"""What a forked process has imported before it is one."""
+_STARTED = itertools.count()
 TIMES = ("pairs_per_second", "tokens_per_second", "tokens_per_second_per_chip", "step_time_s")
 
 
@@ -156,18 +161,32 @@ def without_times(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def run_process(
-    arguments: Sequence[str], *, devices: int = 1, fault: dict[str, Any] | None = None, **environment: str
-) -> "subprocess.Popen[str]":
+    arguments: Sequence[str],
+    *,
+    devices: int = 1,
+    fault: dict[str, Any] | None = None,
+    **environment: str,
+) -> "subprocess.Popen[str] | warm.Process":
     """`sr-dpo ARGUMENTS` in a process of its own with this many CPU devices; `fault` is for `fault_driver.py`."""
+    driver = ["-m", "sr_dpo_jax.cli"]
+    if fault is not None:
+        driver = [str(REPOSITORY / "tests" / "fault_driver.py"), json.dumps(fault)]
+    return start_python([*driver, *arguments], devices=devices, **environment)
+
+
+def start_python(
+    program: Sequence[str], *, devices: int = 1, **environment: str
+) -> "subprocess.Popen[str] | warm.Process":
+    """Python with the command line `program`, forked from one that has the imports behind it where that is the same."""
     env = {**os.environ, **environment}
     kept = [flag for flag in env.get("XLA_FLAGS", "").split() if "device_count" not in flag]
     env["XLA_FLAGS"] = " ".join([*kept, f"--xla_force_host_platform_device_count={devices}"])
     env["PYTHONPATH"] = str(REPOSITORY)
-    driver = ["-m", "sr_dpo_jax.cli"]
-    if fault is not None:
-        driver = [str(REPOSITORY / "tests" / "fault_driver.py"), json.dumps(fault)]
+    parent = warm.warm_process(next(_STARTED) % 2, IMPORTED)
+    if parent.same_imports(env):
+        return parent.start(program, env)
     return subprocess.Popen(
-        [sys.executable, *driver, *arguments],
+        [sys.executable, *program],
         env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -182,7 +201,7 @@ def run_processes(
     devices: int = 1,
     faults: Sequence[dict[str, Any] | None] = (None,) * 4,
     own: Sequence[Sequence[str]] = ((),) * 4,
-) -> "list[subprocess.Popen[str]]":
+) -> "list[subprocess.Popen[str] | warm.Process]":
     """Starts the same command in several processes that join through jax.distributed, `devices` each.
 
     `own` are arguments that a process has for itself, behind the others.

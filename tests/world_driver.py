@@ -6,6 +6,8 @@ import logging
 import sys
 from pathlib import Path
 
+import same_programs
+
 from sr_dpo_jax.commands.demo.corpus import Knobs
 from sr_dpo_jax.commands.demo.demo import run_setting
 from sr_dpo_jax.commands.demo.protocol import FULL
@@ -15,4 +17,6 @@ if __name__ == "__main__":
     fields, pairs, output = json.loads(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     named = fields.pop("arms")
     arms = tuple(arm for arm in FULL.arms if arm.name in named)
-    sys.exit(run_setting(output, dataclasses.replace(FULL, arms=arms, **fields), Knobs(pairs=pairs)))
+    with same_programs.shared():  # the arms of all seeds have few programs between them
+        code = run_setting(output, dataclasses.replace(FULL, arms=arms, **fields), Knobs(pairs=pairs))
+    sys.exit(code)

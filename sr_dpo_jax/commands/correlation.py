@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import scipy.stats
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +20,8 @@ CONFIDENCE = 0.95
 LEAST_PAIRS = 3
 GAP_BUCKETS = 4
 RESAMPLES_AT_ONCE = 50
-STATISTICS = {"pearson": scipy.stats.pearsonr, "spearman": scipy.stats.spearmanr, "kendall": scipy.stats.kendalltau}
+STATISTICS = {"pearson": "pearsonr", "spearman": "spearmanr", "kendall": "kendalltau"}
+"""The functions of `scipy.stats`, which takes so long to import that only rated pairs do so."""
 
 
 def rating_metrics(margins: dict[str, np.ndarray], difference: np.ndarray, *, seed: int, name: str) -> dict[str, float]:
@@ -62,9 +62,11 @@ def _correlations(name: str, margin: np.ndarray, difference: np.ndarray, seed: i
     if reason is not None:
         log.warning("%s: no correlation with ratings is defined: %s", name, reason)
         return {}
+    import scipy.stats
+
     metrics = {}
-    for statistic, function in STATISTICS.items():
-        key = f"{name}/{statistic}"
+    for statistic, named in STATISTICS.items():
+        key, function = f"{name}/{statistic}", getattr(scipy.stats, named)
         metrics[key] = float(function(margin, difference).statistic)
         low, high = _interval(function, margin, difference, seed)
         if np.isfinite([low, high]).all():
@@ -78,6 +80,8 @@ def _interval(
     function: Callable[..., Any], margin: np.ndarray, difference: np.ndarray, seed: int
 ) -> tuple[float, float]:
     """Gives the percentile interval over resampled pairs; a seed resamples the same pairs for every statistic."""
+    import scipy.stats
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", scipy.stats.ConstantInputWarning)
         warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)

@@ -10,7 +10,6 @@ from jax.sharding import Mesh
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.model.architecture import Architecture
 from sr_dpo_jax.model.attention import DENSE, AttentionPath
-from sr_dpo_jax.model.kernels.splash import splash_path
 from sr_dpo_jax.model.kernels.tiled import TILED
 
 log = logging.getLogger(__name__)
@@ -64,6 +63,9 @@ def attention_path(name: str, mesh: Mesh, architecture: Architecture, dtype: jnp
         case "tiled":
             return TILED
         case "splash" if device.platform == "tpu":
+            # Imported only here, as Pallas for TPUs takes as long as a fifth of jax itself.
+            from sr_dpo_jax.model.kernels.splash import splash_path
+
             return splash_path(interpret=False)
         case "splash":
             raise UsageError(f"model.attention=splash: a kernel for TPUs, here is {device.platform}; set it to auto")

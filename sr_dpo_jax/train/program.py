@@ -19,7 +19,6 @@ from sr_dpo_jax.data.plan import Limits, Plan, round_up, training_plan
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.model.architecture import Architecture
 from sr_dpo_jax.model.decoder import Params
-from sr_dpo_jax.model.kernels.splash import LONGEST_ROW, padded_length
 from sr_dpo_jax.parallel.chips import peak_flops
 from sr_dpo_jax.train.flops import pair_flops
 from sr_dpo_jax.train.objective import Objective
@@ -145,6 +144,8 @@ def plan_training(
 
 def require_short_rows(limits: Limits, row_length: int, p_tokens: int) -> None:
     """Refuses rows that splash attention cannot take, before anything is loaded or compiled."""
+    from sr_dpo_jax.model.kernels.splash import LONGEST_ROW, padded_length
+
     multiple = limits.row_multiple
     tokens = round_up(row_length + p_tokens, multiple)
     if padded_length(tokens) > LONGEST_ROW:

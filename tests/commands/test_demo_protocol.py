@@ -1,18 +1,17 @@
 """Tests the demo's protocol end to end in a very small setting, stopped and resumed; its tables; the findings page."""
 
 import json
-import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import browser
 import numpy as np
 import pytest
-from runs import REPOSITORY, metrics_of
+import warm
+from runs import REPOSITORY, metrics_of, start_python
 
 from sr_dpo_jax.commands.demo import results as measured
 from sr_dpo_jax.commands.demo.corpus import Knobs
@@ -33,10 +32,8 @@ TINY = {
 }
 
 
-def start(output: Path) -> "subprocess.Popen[str]":
-    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-    command = [sys.executable, str(REPOSITORY / "tests" / "world_driver.py"), json.dumps(TINY), "64", str(output)]
-    return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+def start(output: Path) -> "subprocess.Popen[str] | warm.Process":
+    return start_python([str(REPOSITORY / "tests" / "world_driver.py"), json.dumps(TINY), "64", str(output)])
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +58,7 @@ def finished(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 def test_the_protocol_end_to_end(finished):
     output, said = finished
     results = json.loads((output / "results.json").read_text(encoding="utf-8"))

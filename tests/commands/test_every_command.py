@@ -29,6 +29,7 @@ def test_the_world_is_made_without_the_real_pairs(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 def test_every_command_end_to_end(tmp_path):
     environment = {**os.environ, "SR_DPO": f"{sys.executable} -m sr_dpo_jax.cli", "PYTHON": sys.executable}
     environment |= {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}

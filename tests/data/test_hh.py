@@ -59,6 +59,7 @@ def test_the_first_loss_is_analytic(world, tmp_path, name, mode, dtype):
     assert metrics_of(config.output_dir)[0]["loss"] == pytest.approx(expected, rel=5e-6)
 
 
+@pytest.mark.longest
 def test_an_epoch_of_sr_dpo(tmp_path):
     """The benchmark's run at a smaller size: what the full size must show, without its 20 minutes."""
     result = hh_run.run(tmp_path, hidden=64, layers=2, overrides=("data.max_length=256", "data.max_prompt_length=128"))

@@ -21,7 +21,7 @@ from sr_dpo_jax.train.loop import train
 from sr_dpo_jax.train.program import make_program
 from sr_dpo_jax.train.setup import read_model, set_up
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("same_programs")]
 
 FLIPS, TRUNCATIONS = 30, 5
 
@@ -294,6 +294,7 @@ def test_p4_any_mesh_restores_every_value_bitwise(finished, world, sizes):
     assert moments == sorted(saved[name].tobytes() for name in saved if "optimizer_state" in name)
 
 
+@pytest.mark.usefixtures("programs_anew")
 def test_p3_any_number_of_interruptions_is_bitwise(finished, world, tmp_path):
     for steps in (1, 2, 3, 4, 5, None):
         assert train(make_config(tmp_path, *world, train={"max_steps": steps})) == 0

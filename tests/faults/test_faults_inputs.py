@@ -36,6 +36,8 @@ from sr_dpo_jax.train import loop
 from sr_dpo_jax.train.loop import train
 from sr_dpo_jax.weights import directory as weights
 
+pytestmark = pytest.mark.usefixtures("same_programs")
+
 WORDS = {word: number for number, word in enumerate(["</s>", "<s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz"])}
 EOS = 0
 HI = "\n\nHuman: hi\n\nAssistant:"
@@ -383,6 +385,7 @@ def test_p4_a_run_goes_on_on_another_mesh(world, tmp_path, caplog, sizes):
 
 
 @pytest.mark.faults
+@pytest.mark.usefixtures("programs_anew")
 def test_p7_nothing_compiles_after_the_first_step_and_another_shape_is_an_error(world, tmp_path, monkeypatch):
     """No model compiles again once step 1 is on its way, and nothing at all after the first evaluation and checkpoint.
 

@@ -34,7 +34,7 @@ from sr_dpo_jax.train import loop, reference
 from sr_dpo_jax.train.loop import train
 from sr_dpo_jax.train.reference import ReferenceScores
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("same_programs")]
 
 CANARY = "hf_canaryCANARYcanary0123456789"
 PRIVATE = "zqxjkv"

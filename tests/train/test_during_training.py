@@ -33,6 +33,8 @@ from sr_dpo_jax.errors import RunError, UsageError
 from sr_dpo_jax.train import loop
 from sr_dpo_jax.train.loop import EXIT_PREEMPTED, train
 
+pytestmark = pytest.mark.usefixtures("same_programs")
+
 METRIC = "eval/other/loss"
 BETA, LAM = 0.1, 0.5
 PATIENCE = 2
@@ -276,8 +278,10 @@ AFTER_THE_BEST = [(when, (3, 1, 3)) for when in CUTS]
     ("when", "cuts"),
     [(CUTS[0], (3, 3)), *(pytest.param(*case, marks=pytest.mark.slow) for case in AFTER_THE_BEST)],
 )
-def test_a_run_that_is_cut_off_is_the_run_that_is_not(world, golden, tmp_path, monkeypatch, when, cuts):
+def test_a_run_that_is_cut_off_is_the_run_that_is_not(world, golden, tmp_path, monkeypatch, when, cuts, request):
     """Cut once before the best and then while it waits for a better one: the same state, lines, samples and end."""
+    if when == CUTS[0]:
+        request.getfixturevalue("programs_anew")
     config, best = config_of(world, tmp_path), first_best(golden[0])
     first, *waiting = cuts
     for step in (first, *(best + after for after in waiting)):
@@ -478,6 +482,7 @@ def test_another_metric_counts_from_where_it_is_set(world, golden, tmp_path, cap
     assert best in verified_steps(tmp_path / "run")
 
 
+@pytest.mark.usefixtures("programs_anew")
 def test_nothing_is_compiled_after_the_first_evaluation(world, tmp_path, monkeypatch, caplog):
     """jax logs what it compiles: after step 0 nothing of ours, and after the first evaluation nothing at all.
 

@@ -29,6 +29,8 @@ from sr_dpo_jax.train.loop import train
 from sr_dpo_jax.train.metrics import Trace
 from sr_dpo_jax.weights.directory import open_directory
 
+pytestmark = pytest.mark.usefixtures("same_programs")
+
 LOSS_AT_START = {"dpo": math.log(2), "sr_dpo": math.log(2), "ipo": 25.0, "sr_ipo": 25.0, "ipo_mean": 25.0}
 
 
@@ -124,6 +126,7 @@ def test_sft_learns_and_its_export_starts_dpo(world, tmp_path):
     assert metrics_of(dpo.output_dir)[0]["logps/chosen"] > 0.8 * -lines[0]["loss"]
 
 
+@pytest.mark.usefixtures("programs_anew")
 def test_resuming_is_bitwise(world, tmp_path):
     """A run stopped after 1 and 3 steps and resumed equals one never stopped: state and metrics, to the bit."""
     sections = {"data": {"eval_path": str(world[2])}, "optimizer": {"name": "rmsprop", "learning_rate": 1e-3}}

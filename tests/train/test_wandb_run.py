@@ -13,6 +13,8 @@ from sr_dpo_jax.train import loop
 from sr_dpo_jax.train.loop import train
 from sr_dpo_jax.train.wandb_run import require_wandb
 
+pytestmark = pytest.mark.usefixtures("same_programs")
+
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
 
