@@ -7,6 +7,7 @@ of its tests must trace anew (`anew`).
 """
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -32,7 +33,7 @@ def _key(given: Any) -> Any:
     if isinstance(given, setup.PlacedModel):
         return given.graph, given.mesh, _layout(given.shapes)
     if isinstance(given, setup.Objective):
-        return given.name, tuple(sorted(given.numbers.items()))
+        return dataclasses.replace(given, numbers=()), tuple(sorted(given.numbers.items()))
     if isinstance(given, dict):
         return json.dumps(given, sort_keys=True)
     return _layout(given) if isinstance(given, generator.State) else given
