@@ -1,7 +1,9 @@
 """`sr-dpo eval`: metrics on held-out sets. `sr-dpo score`: log-probs of every pair under model.path."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
 import numpy as np
@@ -15,8 +17,8 @@ from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.train.identity import digests_of
 from sr_dpo_jax.train.knowledge import lines_of
 from sr_dpo_jax.train.metrics import Progress
-from sr_dpo_jax.train.scored_set import ScoredSet, make_scored_set
 from sr_dpo_jax.train.scored_set import knowledge as knowledge_from
+from sr_dpo_jax.train.scored_set import make_scored_set
 from sr_dpo_jax.train.setup import read_held_out, read_model, read_pairs_of, set_up
 from sr_dpo_jax.train.train_step import Scores
 
@@ -49,10 +51,13 @@ def evaluate_command(config: Config, *, best: bool = False) -> dict[str, float]:
         policy = held.scores(params)
         require_finite(held.pairs, policy, config)
         metrics |= held.metrics(setup.objective, policy)
-        if jax.process_index() == 0 and held.reference is not None:
+        if jax.process_index() == 0 and setup.objective.kind.needs_rejected:
             difference = held.pairs.chosen_score - held.pairs.rejected_score
-            metrics |= rating_metrics(held.margins(policy), difference, seed=config.seed, name=held.name)
-            write_scores(root / pairs_file(held.name), held.pairs, policy, held)
+            margins, reference = held.margins(setup.objective, policy), held.reference_scores(policy)
+            metrics |= rating_metrics(margins, difference, seed=config.seed, name=held.name)
+            more = {} if reference is None else _logp_columns("reference_", reference)
+            more |= margins | {"rating_difference": difference}
+            write_scores(root / pairs_file(held.name), held.pairs, policy, more)
     if jax.process_index() == 0:
         write_json(root / "eval.json", metrics)
     return metrics
@@ -98,16 +103,15 @@ def require_finite(pairs: TokenizedPairs, scores: Scores, config: Config) -> Non
         )
 
 
-def write_scores(path: Path, pairs: TokenizedPairs, scores: Scores, held: ScoredSet | None = None) -> None:
+def write_scores(
+    path: Path, pairs: TokenizedPairs, scores: Scores, more: Mapping[str, np.ndarray] = MappingProxyType({})
+) -> None:
     """Writes one JSON line a pair, in the order of the data: id, token counts, log-probs in nats, scores if rated.
 
-    With a held-out set also the reference's log-probs and the margins.
+    `more` are further columns, `[N]` each, by name; a NaN is left out.
     """
     names = ("prompt_tokens", "chosen_tokens", "rejected_tokens", "chosen_score", "rejected_score")
-    columns = {name: getattr(pairs, name) for name in names} | _logp_columns("", scores)
-    if held is not None:
-        columns |= _logp_columns("reference_", held.reference_scores(scores)) | held.margins(scores)
-        columns["rating_difference"] = pairs.chosen_score - pairs.rejected_score
+    columns = {name: getattr(pairs, name) for name in names} | _logp_columns("", scores) | {**more}
     with whole(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for index, identity in enumerate(pairs.ids):
             numbers = {name: values[index].item() for name, values in columns.items() if not np.isnan(values[index])}

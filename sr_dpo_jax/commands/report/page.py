@@ -78,7 +78,7 @@ SECTIONS = {
             "refinement",
             "Refinement Δ = β·m̂",
             curve("refinement", "mean refinement Δ"),
-            "an objective with Δ (sr_dpo, sr_ipo)",
+            "an objective with Δ (sr_*)",
             "The policy's own verdict on how far apart the two responses are. 0 at the start; it grows as the policy "
             "learns to judge.",
         ),
@@ -86,7 +86,7 @@ SECTIONS = {
             "share",
             "Share of the loss that Δ takes back",
             figures.share,
-            "an objective with Δ (sr_dpo, sr_ipo)",
+            "an objective with Δ (sr_*)",
             "λΔ relative to what it is subtracted from, βm (m in Sr-IPO). At the broken line, λ (λβ in Sr-IPO), m̂ is "
             "as large as m. Near 0 the run is plain DPO or IPO; towards 1 Δ cancels the margin, and λ is too large.",
         ),
