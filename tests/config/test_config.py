@@ -289,7 +289,10 @@ def test_frozen():
             {"optimizer": {"weight_decay": 0.1}},
             ["optimizer.weight_decay=0.1: only adamw takes it; remove"],
         ),
-        ({"optimizer": {"name": "adam"}}, ["optimizer.name='adam': not known; did you mean adamw? choose one of rmsprop, adamw"]),
+        (
+            {"optimizer": {"name": "adam"}},
+            ["optimizer.name='adam': not known; did you mean adamw? choose one of rmsprop"],
+        ),
         ({"optimizer": {"learning_rte": 1.0}}, ["optimizer.learning_rte: no such key; did you mean learning_rate?"]),
         (
             {"data": {"max_prompt_length": 512}},
