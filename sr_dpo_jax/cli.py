@@ -134,14 +134,24 @@ def _compile(config: Config, *, slices: int, json: Path | None, **options: Any) 
     return 0 if report.compiled.fits else EXIT_USAGE
 
 
-def _demo(output: Path, *, full: bool, seeds: int | None, **knobs: Any) -> int:
+def _compare(path: str, *, named: Sequence[str], seeds: int, betas: Sequence[float]) -> int:
+    from sr_dpo_jax.commands.compare import compare
+
+    return compare(path, named, seeds=seeds, factors=betas)
+
+
+def _factors(text: str) -> tuple[float, ...]:
+    return tuple(float(item) for item in text.split(","))
+
+
+def _demo(output: Path, *, full: bool, noise: bool, seeds: int | None, **knobs: Any) -> int:
     from sr_dpo_jax.commands.demo.corpus import Knobs, parse_gaps
     from sr_dpo_jax.commands.demo.demo import demo
 
     turned = {name: value for name, value in knobs.items() if value is not None}
     if "gaps" in turned:
         turned["gaps"] = parse_gaps(turned["gaps"])
-    return demo(output, full=full, seeds=seeds, knobs=Knobs(**turned))
+    return demo(output, full=full, noise=noise, seeds=seeds, knobs=Knobs(**turned))
 
 
 FUNCTIONS: dict[str, str | Callable[..., Any]] = {
@@ -155,6 +165,7 @@ FUNCTIONS: dict[str, str | Callable[..., Any]] = {
     "inspect": _inspect,
     "compile": _compile,
     "tune": "commands.tune:tune",
+    "compare": _compare,
     "report": "commands.report.page:report",
     "demo": _demo,
 }
@@ -189,6 +200,14 @@ def parser() -> argparse.ArgumentParser:
     tune = with_config(command("tune", choice), dest="path")
     tune.add_argument("--metric", default=METRIC, help=f"of a held-out set, as in metrics.jsonl; default: {METRIC}")
     tune.add_argument("--eval-pairs", type=int, metavar="N", help="decides on the first N pairs of that set")
+    compared = "objectives on the same pairs, β swept for each, with paired tests"
+    compare = command("compare", compared)
+    compare.add_argument("path", metavar="config", help="YAML file that all runs share")
+    named = "an objective, as in sr_dpo,lam=0.5,refinement.form=contrast, or an override section.key=value for all runs"
+    compare.add_argument("named", nargs="+", metavar="OBJECTIVE[,key=value...]", help=named)
+    compare.add_argument("--seeds", type=int, default=1, metavar="N", help="default: 1")
+    factors = "of each objective's β that the first seed tries; default: 0.1,0.3,1,3"
+    compare.add_argument("--betas", type=_factors, default=(0.1, 0.3, 1.0, 3.0), metavar="F1,F2", help=factors)
     report = command("report", "one HTML page that compares runs: curves, held-out pairs, tables to copy")
     report.add_argument("directories", nargs="+", type=Path, metavar="RUN_DIR")
     report.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE.html")
@@ -224,8 +243,12 @@ def _add_runs(command: Command, with_config: WithConfig) -> None:
 def _add_demo(command: Command) -> None:
     demo = command("demo", "the method in a world where the quality of responses is computed, in minutes")
     demo.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="DIR")
-    demo.add_argument("--full", action="store_true", help="the paper's protocol: every objective, every λ, seeds")
-    demo.add_argument("--seeds", type=int, metavar="N", help="default: 1, with --full 5")
+    which = demo.add_mutually_exclusive_group()
+    which.add_argument("--full", action="store_true", help="the paper's protocol: every objective, every λ, seeds")
+    which.add_argument(
+        "--noise", action="store_true", help="labels of which some are wrong: the contrast and its rivals"
+    )
+    demo.add_argument("--seeds", type=int, metavar="N", help="default: 1, with --full or --noise 5")
     demo.add_argument("--pairs", type=int, metavar="N", help="size of the preference set")
     demo.add_argument("--beta", type=float, metavar="B", help="β of every objective")
     demo.add_argument("--rated-share", type=float, metavar="S", help="of the base text, with instruction and rating")

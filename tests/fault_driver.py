@@ -4,7 +4,9 @@ Only time and single calls are steered; signals, files and processes are real. K
 
     step_s         every training step takes so much longer
     scoring_s      every step of scoring the reference takes so much longer, and its result is saved at once
+    response_s     every response that is generated takes so much longer
     verify_s       so long passes between the commit of a checkpoint and its verification
+    compile_s      compiling the train step takes so much longer
     hang_at        training step that never ends, in this process
     raise_at       training step after which this process fails, with the text of `message`
     fsize          limit of the size of any file, in bytes (RLIMIT_FSIZE), from the first training step on
@@ -20,7 +22,8 @@ from pathlib import Path
 
 from sr_dpo_jax import cli
 from sr_dpo_jax.durable import integrity
-from sr_dpo_jax.train import metrics, reference
+from sr_dpo_jax.generation import generator
+from sr_dpo_jax.train import metrics, program, reference
 
 
 def main() -> int:
@@ -31,6 +34,7 @@ def main() -> int:
             Path(fault["mark"]).write_text(place)
 
     add, take, check_shards = metrics.StepLog.add, reference.ReferenceScores._take, integrity.check_shards
+    respond, compiled = generator.Generator.respond, program.Program.compiled
 
     def slow_add(self, step, host_step, of_step):
         add(self, step, host_step, of_step)
@@ -58,6 +62,20 @@ def main() -> int:
             time.sleep(fault["verify_s"])
         check_shards(step_directory, shards)
 
+    def slow_respond(self, params, wanted):
+        for found in respond(self, params, wanted):
+            mark("responding")
+            time.sleep(fault.get("response_s", 0))
+            yield found
+
+    def slow_compile(self, *arguments):
+        if "compile_s" in fault:
+            mark("compiling")
+            time.sleep(fault["compile_s"])
+        return compiled(self, *arguments)
+
+    program.Program.compiled = slow_compile
+    generator.Generator.respond = slow_respond
     metrics.StepLog.add = slow_add
     reference.ReferenceScores._take = slow_take
     integrity.check_shards = slow_check

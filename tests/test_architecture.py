@@ -85,6 +85,7 @@ def test_there_is_something_to_read():
             "scipy",
             {
                 "commands/correlation.py",
+                "train/knowledge.py",
                 "commands/judge/outcomes.py",
                 "commands/report/pair_figures.py",
                 "commands/report/tables.py",

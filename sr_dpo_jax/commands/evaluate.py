@@ -1,5 +1,6 @@
 """`sr-dpo eval`: metrics on held-out sets. `sr-dpo score`: log-probs of every pair under model.path."""
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,14 +13,17 @@ from sr_dpo_jax.batch import CHOSEN, REJECTED
 from sr_dpo_jax.commands.correlation import rating_metrics
 from sr_dpo_jax.config.schema import Config
 from sr_dpo_jax.data.dataset import TokenizedPairs
-from sr_dpo_jax.durable.files import pairs_file, require_output, whole, write_json
+from sr_dpo_jax.durable.files import pairs_file, require_output, require_writable, whole, write_json
+from sr_dpo_jax.durable.lease import Lease
 from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.parallel.processes import on_leader
 from sr_dpo_jax.train.identity import digests_of
 from sr_dpo_jax.train.knowledge import lines_of
 from sr_dpo_jax.train.metrics import Progress
+from sr_dpo_jax.train.objective import Objective
+from sr_dpo_jax.train.scored_set import ScoredSet, make_scored_set
 from sr_dpo_jax.train.scored_set import knowledge as knowledge_from
-from sr_dpo_jax.train.scored_set import make_scored_set
-from sr_dpo_jax.train.setup import read_held_out, read_model, read_pairs_of, set_up
+from sr_dpo_jax.train.setup import Setup, read_held_out, read_model, read_pairs_of, set_up
 from sr_dpo_jax.train.train_step import Scores
 
 
@@ -37,6 +41,16 @@ def evaluate_command(config: Config, *, best: bool = False) -> dict[str, float]:
     directory, tokenizer = read_model(config)
     sets = read_held_out(config, tokenizer, directory.architecture)
     setup, root = set_up(config, directory, digests_of(tokenizer, sets)), Path(config.output_dir)
+    with Lease.of_file(root / "eval.json", remedy="choose another output_dir") as lease:
+        on_leader(lambda: require_writable(root))
+        on_leader(lease.take)
+        return _measure(setup, sets, root, lease, best=best)
+
+
+def _measure(
+    setup: Setup, sets: dict[str, TokenizedPairs], root: Path, lease: Lease, *, best: bool
+) -> dict[str, float]:
+    config = setup.config
     held_out, base = [setup.scored_set(name, pairs) for name, pairs in sets.items()], None
     for held in held_out:
         if held.reference is not None and not held.reference.complete:
@@ -45,19 +59,18 @@ def evaluate_command(config: Config, *, best: bool = False) -> dict[str, float]:
     params, step = setup.latest_params(base, best=best)
     setup = setup.settled_at(step)
     metrics: dict[str, float] = {"step": step}
-    if jax.process_index() == 0:
-        root.mkdir(parents=True, exist_ok=True)
     for held in held_out:
         policy = held.scores(params)
         require_finite(held.pairs, policy, config)
         metrics |= held.metrics(setup.objective, policy)
+        lease.check()
         if jax.process_index() == 0 and setup.objective.kind.needs_rejected:
             difference = held.pairs.chosen_score - held.pairs.rejected_score
-            margins, reference = held.margins(setup.objective, policy), held.reference_scores(policy)
+            margins = held.margins(setup.objective, policy)
             metrics |= rating_metrics(margins, difference, seed=config.seed, name=held.name)
-            more = {} if reference is None else _logp_columns("reference_", reference)
-            more |= margins | {"rating_difference": difference}
-            write_scores(root / pairs_file(held.name), held.pairs, policy, more)
+            columns = margins | {"rating_difference": difference} | _more_columns(held, setup.objective, policy)
+            write_scores(root / pairs_file(held.name), held.pairs, policy, columns)
+    lease.check()
     if jax.process_index() == 0:
         write_json(root / "eval.json", metrics)
     return metrics
@@ -79,15 +92,19 @@ def score_command(config: Config, output: Path | None, *, knowledge: bool = Fals
     instructions = {"instruction": section.prompt, "against": section.against}
     pairs = read_pairs_of(config, data.path, data.split, tokenizer, directory.architecture, **instructions)
     setup = set_up(config, directory, digests_of(tokenizer, {"data.path": pairs}))
-    scored = make_scored_set("score", pairs, setup.model, setup.packing, None, cache_dir=config.cache_path)
-    with Progress("score", total=len(scored.feed.source), active=jax.process_index() == 0) as progress:
-        scores = scored.scores(setup.model.base_params(), progress.update)
-    require_finite(pairs, scores, config)
-    if jax.process_index() == 0 and output is not None:
-        write_scores(output, pairs, scores)
+    with contextlib.nullcontext() if output is None else Lease.of_file(output) as lease:
+        if lease is not None:
+            on_leader(lease.take)
+        scored = make_scored_set("score", pairs, setup.model, setup.packing, None, cache_dir=config.cache_path)
+        with Progress("score", total=len(scored.feed.source), active=jax.process_index() == 0) as progress:
+            scores = scored.scores(setup.model.base_params(), progress.update)
+        require_finite(pairs, scores, config)
+        if lease is not None:
+            lease.check()
+        if jax.process_index() == 0 and output is not None:
+            write_scores(output, pairs, scores)
     if jax.process_index() == 0 and knowledge:
-        per_token = setup.objective.kind.per_token
-        print("\n".join(lines_of(knowledge_from(scores, per_token=per_token))))
+        print("\n".join(lines_of(knowledge_from(scores, per_token=setup.objective.kind.per_token))))
     return len(pairs)
 
 
@@ -116,6 +133,15 @@ def write_scores(
         for index, identity in enumerate(pairs.ids):
             numbers = {name: values[index].item() for name, values in columns.items() if not np.isnan(values[index])}
             file.write(json.dumps({"id": identity} | numbers, ensure_ascii=False) + "\n")
+
+
+def _more_columns(held: ScoredSet, objective: Objective, policy: Scores) -> dict[str, np.ndarray]:
+    """Gives the reference's log-probs and Δ, where the objective has them."""
+    reference = held.reference_scores(policy)
+    columns = {} if reference is None else _logp_columns("reference_", reference)
+    if objective.kind.refined:
+        columns["refinement"] = np.asarray(held.pair_metrics(objective, policy)["refinement"])
+    return columns
 
 
 def _logp_columns(prefix: str, scores: Scores) -> dict[str, np.ndarray]:

@@ -24,6 +24,7 @@ from sr_dpo_jax.config.schema import Config
 from sr_dpo_jax.data.rows import BadRow, Message
 from sr_dpo_jax.data.tokens import PairEncoder
 from sr_dpo_jax.durable.files import finished_lines, json_digest, require_output, whole
+from sr_dpo_jax.durable.lease import Lease
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.generation.generator import Generator, Prompt, require_room
 from sr_dpo_jax.parallel.processes import on_leader, text_from_leader
@@ -53,33 +54,37 @@ def generate_command(config: Config, prompts_file: Path, output: Path, *, best: 
     model, (params, step) = setup.model, setup.latest_params(best=best)
     settings = _settings(config, model, lines, step)
     unfinished = output.with_name(output.name + ".partial")
-    finished = _finished(unfinished, settings)
-    leader, total = jax.process_index() == 0, sum(1 + len(line.later_turns) for line in lines)
-    with (
-        Progress("generate", total=total, active=leader) as progress,
-        _appending(unfinished if leader else Path(os.devnull), settings) as append,
-    ):
-        for turn in range(1 + max(len(line.later_turns) for line in lines)):
-            encoded = _encode(encoder, lines, vocabulary_tokens, turn=turn, finished=finished, where=prompts_file)
-            prompts = [
-                Prompt(index, ids, seed=(config.seed * 1_000_003 + turn * 7_000_003 + index) % 2**32)
-                for index, ids in encoded.items()
-                if (index, turn) not in finished
-            ]
-            if prompts:
-                longest = max(map(len, encoded.values()))
-                generator = Generator(model, tokenizer, generation, longest_prompt_tokens=longest)
-                for prompt, response in generator.respond(params, prompts):
-                    finished[prompt.index, turn] = kept = {
-                        "response": response.text,
-                        "response_tokens": len(response.ids),
-                        "finish_reason": response.finish_reason,
-                    }
-                    append({"index": prompt.index, "turn": turn, **kept})
-                    progress.update(len(finished))
-    if leader:
-        _write_all(output, lines, finished)
-        unfinished.unlink(missing_ok=True)
+    with Lease.of_file(output) as lease:
+        on_leader(lease.take)
+        finished = _finished(unfinished, settings)
+        leader, total = jax.process_index() == 0, sum(1 + len(line.later_turns) for line in lines)
+        with (
+            Progress("generate", total=total, active=leader) as progress,
+            _appending(unfinished if leader else Path(os.devnull), settings) as append,
+        ):
+            for turn in range(1 + max(len(line.later_turns) for line in lines)):
+                encoded = _encode(encoder, lines, vocabulary_tokens, turn=turn, finished=finished, where=prompts_file)
+                prompts = [
+                    Prompt(index, ids, seed=(config.seed * 1_000_003 + turn * 7_000_003 + index) % 2**32)
+                    for index, ids in encoded.items()
+                    if (index, turn) not in finished
+                ]
+                if prompts:
+                    longest = max(map(len, encoded.values()))
+                    generator = Generator(model, tokenizer, generation, longest_prompt_tokens=longest)
+                    for prompt, response in generator.respond(params, prompts):
+                        lease.check()
+                        finished[prompt.index, turn] = kept = {
+                            "response": response.text,
+                            "response_tokens": len(response.ids),
+                            "finish_reason": response.finish_reason,
+                        }
+                        append({"index": prompt.index, "turn": turn, **kept})
+                        progress.update(len(finished))
+        lease.check()
+        if leader:
+            _write_all(output, lines, finished)
+            unfinished.unlink(missing_ok=True)
     return len(lines)
 
 

@@ -12,16 +12,16 @@ The last evaluation of each run decides; with `checkpoint.best_metric` that of i
 
 import dataclasses
 import functools
-import hashlib
 import itertools
 import json
 import logging
 import math
 import re
+import secrets
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,6 +29,7 @@ from typing import Any
 from sr_dpo_jax.commands import console
 from sr_dpo_jax.config.load import load_config
 from sr_dpo_jax.config.schema import Config
+from sr_dpo_jax.durable.belonging import newest_position
 from sr_dpo_jax.durable.files import json_digest, read_lines, sampled_digest, write_json
 from sr_dpo_jax.durable.selection import Selection
 from sr_dpo_jax.errors import UsageError
@@ -40,8 +41,8 @@ EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED = 0, 1, 75
 METRIC = "eval/rewards/accuracies"
 MEASURES = ("rewards/accuracies", "augmented/accuracies", "margin", "augmented/margin", "loss")
 """The measures that may decide: the lowest `loss` is best, the highest of the others."""
-KINDS_OF_FILES = (".json", ".safetensors", ".jinja", ".model", ".parquet", ".jsonl", ".gz", ".arrow")
-"""The files of a directory of a model or of data that decide what is trained on."""
+KINDS_OF_FILES = (".json", ".safetensors", ".jinja", ".model")
+"""The files of a directory of a model that decide what is trained on."""
 PLAIN_VALUE = re.compile(r"[\w.+-]+")
 
 
@@ -55,7 +56,7 @@ class Candidate:
     """The arguments of `sr-dpo train` for this point."""
     config: Config
     content: list[str | None]
-    """The digests of the files of data, held-out sets and model that the configuration names."""
+    """The digests of the data, held-out sets and model that the configuration names."""
 
     @property
     def name(self) -> str:
@@ -64,25 +65,37 @@ class Candidate:
     @property
     def digest(self) -> str:
         """The sha256 of the configuration and of the files that it names, the same on every host: a finished run counts
-        for these alone. A hub name stands for its content: training compares that."""
+        for these alone. A model's hub name stands for its content: training compares that."""
         return json_digest([self.config.model_dump(mode="json", exclude={"distributed"}), self.content])
 
 
-def _files_of(config: Config) -> list[str]:
-    sets = [config.data.path, *(held_out.path for _, held_out in config.data.held_out)]
-    return [source.path for sources in sets for source in sources] + [config.model.path]
+def _sources(config: Config) -> list[tuple[str, str, str | None]]:
+    """Lists path or hub name, split and revision of all data."""
+    held_out = [(one.path, one.split) for _, one in config.data.held_out]
+    sets = [(config.data.path, config.data.split), *held_out]
+    return [(source.path, split, source.revision) for sources, split in sets for source in sources]
 
 
-def _content(path: str) -> str | None:
-    """Digests a file, or samples of the files of a directory by name; None where there is none, as of a hub name."""
+def _content_of_model(path: str) -> str | None:
+    """Digests samples of the files of a model's directory by name; None where there is none, as of a hub name."""
     place = Path(path)
-    if place.is_dir():
-        kept = sorted(file for file in place.rglob("*") if file.is_file() and file.suffix in KINDS_OF_FILES)
-        return json_digest([[str(file.relative_to(place)), sampled_digest(file)] for file in kept])
-    if not place.is_file():
+    if not place.is_dir():
         return None
-    with place.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    kept = sorted(file for file in place.rglob("*") if file.is_file() and file.suffix in KINDS_OF_FILES)
+    return json_digest([[str(file.relative_to(place)), sampled_digest(file)] for file in kept])
+
+
+def content_reader() -> Callable[[Config], list[str | None]]:
+    """Makes a function that digests the data, held-out sets and model of a configuration, and reads each file once."""
+    from sr_dpo_jax.data.rows import content_digest  # its import takes long, which `sr-dpo --help` is spared
+
+    data, model = functools.cache(content_digest), functools.cache(_content_of_model)
+
+    def content(config: Config) -> list[str | None]:
+        sets = [data(name, split=split, revision=revision) for name, split, revision in _sources(config)]
+        return [*sets, model(config.model.path)]
+
+    return content
 
 
 def candidates(path: str, overrides: Sequence[str], *, metric: str, eval_pairs: int | None) -> list[Candidate]:
@@ -90,7 +103,7 @@ def candidates(path: str, overrides: Sequence[str], *, metric: str, eval_pairs: 
 
     Raises:
       UsageError: no override names several values, or one names a value twice or a key that tune decides, a combination
-        is no valid configuration, or its runs would not have the metric.
+        is no valid configuration, its runs would not have the metric, or data cannot be read.
     """
     grid, fixed = _grid(overrides)
     if eval_pairs is not None:
@@ -98,8 +111,7 @@ def candidates(path: str, overrides: Sequence[str], *, metric: str, eval_pairs: 
         fixed.append(f"data.{f'eval_sets.{name}.pairs' if name else 'eval_pairs'}={eval_pairs}")
     base = load_config(path, [*fixed, *(f"{key}={values[0]}" for key, values in grid.items())])
     _require_metric(base, metric)
-    content = functools.cache(_content)  # the candidates share most files
-    points = []
+    content, points = content_reader(), []
     for combination in itertools.product(*grid.values()):
         values = dict(zip(grid, combination, strict=True))
         chosen = [f"{key}={value}" for key, value in values.items()]
@@ -107,7 +119,7 @@ def candidates(path: str, overrides: Sequence[str], *, metric: str, eval_pairs: 
         cache_dir = json.dumps(str(base.cache_path))
         arguments = [*fixed, *chosen, f"output_dir={output_dir}", f"cache_dir={cache_dir}"]
         config = load_config(path, arguments)
-        points.append(Candidate(values, [path, *arguments], config, [content(file) for file in _files_of(config)]))
+        points.append(Candidate(values, [path, *arguments], config, content(config)))
     return points
 
 
@@ -161,13 +173,14 @@ def tune(path: str, overrides: Sequence[str], *, metric: str, eval_pairs: int | 
     The metric, as in metrics.jsonl, decides on the first `eval_pairs` pairs of its held-out set; None takes all.
 
     Raises:
-      UsageError: see `candidates`; or tune.json or a run's metrics are damaged, or no run has a finite metric.
+      UsageError: see `candidates`; or a run was not measured on the held-out pairs that are there now, or no run has a
+        finite metric.
     """
     grid = candidates(path, overrides, metric=metric, eval_pairs=eval_pairs)
     state = Path(grid[0].config.output_dir).with_name("tune.json")
     state.parent.mkdir(parents=True, exist_ok=True)
     finished = _read_finished(state)
-    with _Child() as child:
+    with Child() as child:
         for number, candidate in enumerate(grid, 1):
             if candidate.digest in finished:
                 log.info("%s: finished before", candidate.name)
@@ -179,11 +192,11 @@ def tune(path: str, overrides: Sequence[str], *, metric: str, eval_pairs: int | 
                 return code
             metrics = _evaluation(candidate.config, metric)
             finished[candidate.digest] = {"values": candidate.values, "metrics": metrics}
-            write_json(state, {"metric": metric, "chosen": None, "finished": finished})
+            _write_state(state, metric, None, finished)
     results = {candidate.name: finished[candidate.digest]["metrics"] for candidate in grid}
     best, tied = choose(results, metric)
     chosen = next(candidate.values for candidate in grid if candidate.name == best)
-    write_json(state, {"metric": metric, "chosen": chosen, "finished": finished})
+    _write_state(state, metric, chosen, finished)
     _print_table(results, metric, best)
     if tied:
         loss = f"{set_of(metric)}/loss"
@@ -215,17 +228,17 @@ def choose(metrics: dict[str, dict[str, float]], metric: str) -> tuple[str, list
     return best, tied if len(tied) > 1 else []
 
 
-class _Child:
-    """Runs `sr-dpo train` in a process of its own and hands SIGTERM on to it, within a `with` block.
+class Child:
+    """Runs commands, each in a process of its own, and hands SIGTERM on to them, within a `with` block.
 
-    A signal between two runs ends tune with 75 before the next one starts.
+    A signal between two of them gives 75 before the next one starts.
     """
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._stopped = False
 
-    def __enter__(self) -> "_Child":
+    def __enter__(self) -> "Child":
         self._before = signal.signal(signal.SIGTERM, self._receive)
         return self
 
@@ -237,9 +250,13 @@ class _Child:
 
     def train(self, candidate: Candidate) -> int:
         """Trains one point and returns the exit code."""
+        return self.run(["train", *candidate.arguments])
+
+    def run(self, arguments: Sequence[str]) -> int:
+        """Runs `sr-dpo ARGUMENTS` and returns the exit code."""
         if self._stopped:
             return EXIT_PREEMPTED
-        self._process = subprocess.Popen([sys.executable, "-m", "sr_dpo_jax.cli", "train", *candidate.arguments])
+        self._process = subprocess.Popen([sys.executable, "-m", "sr_dpo_jax.cli", *arguments])
         if self._stopped:  # the signal came while the process was being made
             self._process.send_signal(signal.SIGTERM)
         code = self._process.wait()
@@ -254,32 +271,62 @@ class _Child:
 
 
 def _evaluation(config: Config, metric: str) -> dict[str, float]:
-    """Reads the evaluation of a run's best step, else its last one, under its names in metrics.jsonl."""
-    metrics_file, best_metric = Path(config.output_dir) / "metrics.jsonl", config.checkpoint.best_metric
-    evaluations = [line for line in read_lines(metrics_file) if f"{set_of(metric)}/loss" in line]
+    """Reads the evaluation of a run's best step, else its last one, under its names in metrics.jsonl.
+
+    Evaluations of other held-out pairs, from before they were exchanged, count for nothing.
+    """
+    root, best_metric, held_out = Path(config.output_dir), config.checkpoint.best_metric, set_of(metric)
+    measured = newest_position(root).get("measured", {})
+    names = [name for name, _ in config.data.held_out if (best_metric or "").startswith(f"{name}/")]
+    best_set = max(names, key=len, default="")
+
+    def counts(line: dict[str, Any], name: str) -> bool:
+        return f"{name}/loss" in line and line["step"] >= measured.get(name, {}).get("since", math.inf)
+
+    lines = read_lines(root / "metrics.jsonl")
     selection = Selection(best_metric, config.checkpoint.best_mode, min_delta=0.0, patience=None)
-    for line in evaluations:
-        if best_metric in line:
+    for line in lines:
+        if best_metric in line and counts(line, best_set):
             selection = selection.after(line["step"], float(line[best_metric]))
+    evaluations = [line for line in lines if counts(line, held_out)]
     decisive = [line for line in evaluations if selection.step in (None, line["step"])]
     if not decisive or metric not in decisive[-1]:
+        at = "" if selection.step is None else f" at step {selection.step}, the best by {best_metric},"
         raise UsageError(
-            f"{metrics_file}: holds no evaluation with {metric}; delete the run's directory to run it again"
+            f"{root / 'metrics.jsonl'}: holds no evaluation with {metric}{at} on the held-out pairs that are there "
+            f"now; delete {root} to run it again"
         )
     return {name: float(value) for name, value in decisive[-1].items()}
 
 
+def _write_state(state: Path, metric: str, chosen: dict[str, str] | None, finished: dict[str, Any]) -> None:
+    """Writes tune.json, with a digest by which a flipped bit in a number is found."""
+    write_json(
+        state, {"metric": metric, "chosen": chosen, "finished_digest": json_digest(finished), "finished": finished}
+    )
+
+
 def _read_finished(state: Path) -> dict[str, Any]:
-    """Reads the finished runs of tune.json by the digest of their configuration."""
-    if not state.exists():
-        return {}
+    """Reads the finished runs of tune.json by the digest of their configuration.
+
+    A damaged file is set aside with a warning: training finds the runs finished, and their metrics are read again.
+    """
     try:
-        finished = json.loads(state.read_text(encoding="utf-8"))["finished"]
-        return {digest: {"values": run["values"], "metrics": run["metrics"]} for digest, run in finished.items()}
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(
-            f"{state}: damaged ({type(error).__name__}); delete it, and finished runs are read anew"
-        ) from error
+        content = json.loads(state.read_bytes())
+        finished = {
+            key: {name: run[name] for name in ("values", "metrics")} for key, run in content["finished"].items()
+        }
+        if content["finished_digest"] == json_digest(finished):
+            return finished
+        reason = "its digest is another one"
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = type(error).__name__
+    aside = state.with_name(f"{state.name}.damaged-{secrets.token_hex(4)}")
+    state.rename(aside)
+    log.warning("%s: damaged (%s), so finished runs are read anew; the file is kept as %s", state, reason, aside.name)
+    return {}
 
 
 def _print_table(results: dict[str, dict[str, float]], metric: str, best: str) -> None:

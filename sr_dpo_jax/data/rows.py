@@ -195,15 +195,14 @@ def _parquet_records(file: str) -> Iterator[tuple[int, Any]]:
                 for row in batch.to_pylist():
                     line += 1
                     yield line, row
-    except (pyarrow.ArrowException, ValueError) as error:  # ValueError: text that is not UTF-8
+    except (pyarrow.ArrowException, ValueError, OverflowError, LookupError) as error:  # no UTF-8, no date or time zone
         raise UsageError(f"{file}: not a sound parquet file, after row {line}; fetch or write it again") from error
     except OSError as error:
         _cannot_read(file, error)
 
 
 def _hub_records(name: str, split: str, revision: str | None) -> Iterator[tuple[int, Any]]:
-    # The import takes seconds, which a run on plain files is spared.
-    import datasets
+    import datasets  # takes seconds, which a run on plain files is spared
 
     try:
         table = datasets.load_dataset(name, split=split, revision=revision)
@@ -221,9 +220,10 @@ def _hub_records(name: str, split: str, revision: str | None) -> Iterator[tuple[
 
 
 def _columns(names: list[str], file: str) -> list[str]:
-    for name in ("chosen", "rejected"):
-        if name not in names:
-            raise UsageError(f"{file}: there is no column {name!r}; correct data.path or rename the column")
+    for name in COLUMNS:
+        if (count := names.count(name)) > 1 or (count == 0 and name in ("chosen", "rejected")):
+            there = f"are {count} columns" if count else "is no column"
+            raise UsageError(f"{file}: there {there} {name!r}; correct data.path or rename it")
     return [name for name in COLUMNS if name in names]
 
 

@@ -27,6 +27,15 @@ def stored_position(path: Path) -> dict[str, Any]:
     return position if isinstance(position, dict) else {}
 
 
+def newest_position(root: Path) -> dict[str, Any]:
+    """Reads the position that the highest step of a run holds; empty where there is no step that belongs to the run."""
+    run_id = run_id_of(root)
+    steps = sorted(
+        (path for path in (root / "checkpoints").glob("*") if path.name.isdigit()), key=lambda p: int(p.name)
+    )
+    return next((stored_position(path) for path in reversed(steps) if stranger(path, run_id) is None), {})
+
+
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Refuses a step that a training run deletes while the block reads it; other errors pass as they are.

@@ -1,4 +1,5 @@
 """One run for each run directory: `lease.json` names the process that writes there, which touches it while it lives.
+A file that a command writes for long has a lease too, `.NAME.lease` beside it.
 
 The clocks of two machines are never compared. A lease of this machine is stale when its process is gone. A lease of
 another machine is stale when its file is not touched while this process watches it for EXPIRY_S seconds: the successor
@@ -14,7 +15,7 @@ import socket
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from sr_dpo_jax.errors import RunError, UsageError
 
@@ -32,20 +33,36 @@ class Lease(contextlib.AbstractContextManager):
     """Holds `root/lease.json` from `take` to the end of the block.
 
     `filelock` has a lease too, but takes a living one over at once where two machines share a host name.
+
+    Args:
+      root: the directory.
+      remedy: the other choice of one who is refused.
     """
 
-    def __init__(self, root: Path):
-        self._file = root / NAME
+    def __init__(self, root: Path, *, remedy: str = "choose another output_dir"):
+        self._file, self._needed, self._remedy = root / NAME, True, remedy
+        self._where, self._doing, self._what = self._file, "is running in this directory", "directory"
         self._content = json.dumps({**_this_process(), "token": secrets.token_hex(8)})
-        self._stop, self._lost, self._made_root = threading.Event(), False, not root.exists()
+        self._stop, self._lost, self._gone, self._made_root = threading.Event(), False, False, not root.exists()
         self._thread: threading.Thread | None = None
 
+    @classmethod
+    def of_file(cls, output: Path, *, remedy: str = "name another --output") -> Self:
+        """Makes the lease of a file that a command writes; a pipe or a device such as /dev/stdout needs none."""
+        file = output.resolve()
+        lease = cls(file.parent, remedy=remedy)
+        lease._file, lease._needed = file.with_name(f".{file.name}.lease"), file.is_file() or not file.exists()
+        lease._where, lease._doing, lease._what = output, f"is writing this file (says {lease._file})", "file"
+        return lease
+
     def take(self) -> None:
-        """Takes the lease; `root` exists.
+        """Takes the lease; the directory exists.
 
         Raises:
           UsageError: another living process holds it.
         """
+        if not self._needed:
+            return
         while not self._created():
             self._displace()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
@@ -63,9 +80,12 @@ class Lease(contextlib.AbstractContextManager):
                 self._file.parent.rmdir()
 
     def check(self) -> None:
-        """Raises RunError where this process stood still so long that another run took the directory over."""
+        """Raises RunError where this process stood still so long that another one took over."""
         if self._lost:
-            raise RunError(f"{self._file}: another run has taken this directory over; stopped without writing more")
+            reason = f"another run has taken this {self._what} over"
+            if self._gone:
+                reason = f"was removed while this run was writing to its {self._what}; start it again, and leave it be"
+            raise RunError(f"{self._file}: {reason}; stopped without writing more")
 
     def _created(self) -> bool:
         """Writes the lease where there is none; False where there is one already, or another process came first.
@@ -81,9 +101,9 @@ class Lease(contextlib.AbstractContextManager):
     def _displace(self) -> None:
         """Moves a stale lease out of the way, returns where the lease is gone, and refuses a living one."""
         before = self._read()
-        if before is None or not _is_stale(self._file, before):
+        if before is None or not self._is_stale(before):
             return
-        aside = self._file.with_name(f".{NAME}.{secrets.token_hex(8)}")
+        aside = self._file.with_name(f".{self._file.name.lstrip('.')}.{secrets.token_hex(8)}")
         try:
             self._file.rename(aside)
         except FileNotFoundError:
@@ -92,6 +112,32 @@ class Lease(contextlib.AbstractContextManager):
         if moved != before:  # another process took the stale lease over first, and this is its own: put it back
             _create(self._file, moved)
         aside.unlink()
+
+    def _is_stale(self, content: str) -> bool:
+        """Tells whether the process of a lease is dead; watches for EXPIRY_S where only the heartbeat can show it.
+
+        Raises:
+          UsageError: the process lives.
+        """
+        host, pid, started = _holder(content) or ("an unreadable lease", 0, "")
+        process = f"process {pid} on {host.split()[0]}"
+        alive = UsageError(f"{self._where}: {process} {self._doing}; wait for it, stop it, or {self._remedy}")
+        this = _this_process()
+        if host == this["host"]:
+            if _started(pid) != started or pid == this["pid"]:
+                return True
+            raise alive
+        log.info("%s: held by %s; waiting up to %.0f s for a sign of life", self._file, process, EXPIRY_S)
+        watched_since = time.monotonic()
+        try:
+            touched = self._file.stat().st_mtime_ns
+            while time.monotonic() - watched_since < EXPIRY_S:
+                time.sleep(WATCH_S)
+                if self._file.stat().st_mtime_ns != touched:
+                    raise alive
+        except FileNotFoundError:
+            return False
+        return True
 
     def _read(self) -> str | None:
         try:
@@ -102,8 +148,8 @@ class Lease(contextlib.AbstractContextManager):
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_S):
             try:
-                if self._read() != self._content:
-                    self._lost = True
+                if (found := self._read()) != self._content:
+                    self._gone, self._lost = found is None, True
                     return
                 os.utime(self._file)
             except OSError:  # the file system is away; if it stays so, another run takes over, which `_read` will show
@@ -116,35 +162,6 @@ def _create(file: Path, content: str) -> bool:
         with file.open("x", encoding="utf-8") as opened:
             opened.write(content)
     except FileExistsError:
-        return False
-    return True
-
-
-def _is_stale(file: Path, content: str) -> bool:
-    """Tells whether the process of a lease is dead; watches for EXPIRY_S where only the heartbeat can show it.
-
-    Raises:
-      UsageError: the process lives.
-    """
-    host, pid, started = _holder(content) or ("an unreadable lease", 0, "")
-    alive = UsageError(
-        f"{file}: process {pid} on {host.split()[0]} is running in this directory; wait for it, stop it, or choose "
-        "another output_dir"
-    )
-    this = _this_process()
-    if host == this["host"]:
-        if _started(pid) != started or pid == this["pid"]:
-            return True
-        raise alive
-    log.info("%s: held on %s; waiting up to %.0f s for a sign of life", file, host.split()[0], EXPIRY_S)
-    watched_since = time.monotonic()
-    try:
-        touched = file.stat().st_mtime_ns
-        while time.monotonic() - watched_since < EXPIRY_S:
-            time.sleep(WATCH_S)
-            if file.stat().st_mtime_ns != touched:
-                raise alive
-    except FileNotFoundError:
         return False
     return True
 

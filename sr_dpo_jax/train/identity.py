@@ -23,8 +23,10 @@ from sr_dpo_jax import __version__
 from sr_dpo_jax.data.dataset import COUNTED, TokenizedPairs
 from sr_dpo_jax.data.plan import Plan
 from sr_dpo_jax.data.tokens import tokenizer_digest
-from sr_dpo_jax.durable.files import write_json, write_text
+from sr_dpo_jax.durable.checkpoint import Checkpoints
+from sr_dpo_jax.durable.files import json_digest, write_json, write_text
 from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.parallel.processes import require_same
 from sr_dpo_jax.weights import directory as weights
 
 log = logging.getLogger(__name__)
@@ -164,6 +166,37 @@ def require_same_run(
         )
     if changed:
         log.warning("%s", "\n".join([f"{where}: going on with what --allow-change allows:", *lines]))
+
+
+def resume_point(
+    checkpoints: Checkpoints,
+    record: Mapping[str, Any],
+    *,
+    where: str,
+    strict: bool,
+    allowed_changes: Sequence[str],
+) -> tuple[int | None, dict[str, Any]]:
+    """Finds the step that the run goes on from, and what its checkpoint stored; None and nothing for a new run.
+
+    Args:
+      checkpoints: of the run directory.
+      record: identity and surroundings of this start.
+      where: the run directory, for messages.
+      strict: refuses other versions than before.
+      allowed_changes: keys of the identity that may differ.
+
+    Raises:
+      UsageError: the checkpoint is of another run, or no checkpoint is usable although there was one.
+    """
+    step = checkpoints.newest_good()
+    if step is None:
+        return None, {}
+    before, named = checkpoints.restore_position(step), f"{where}: step {step}"
+    require_same({named: json_digest(before)})
+    require_same_run(before["identity"], record["identity"], where=named, allowed_changes=allowed_changes)
+    report_drift(before["surroundings"], record["surroundings"], where=named, strict=strict)
+    log.info("resuming at step %d", before["next_step"])
+    return step, before
 
 
 def report_drift(before: Mapping[str, Any], now: Mapping[str, Any], *, where: str, strict: bool) -> None:

@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 from scipy import optimize, special, stats
 
+from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.train.objective import Objective
+
 log = logging.getLogger(__name__)
 
 FOLDS = 5
@@ -61,6 +64,20 @@ def settled_lam(table: Mapping[str, Any]) -> float:
     if low <= 0:
         return 0.0
     return float(low if high >= LARGEST_SLOPE else value)
+
+
+def settled_by(table: Mapping[str, Any] | None, objective: Objective) -> Objective:
+    """Gives the objective with the λ of a run's table in place of "auto"; with λ = 0 it is the plain one.
+
+    Raises:
+      UsageError: there is none, as no run with "auto" has begun.
+    """
+    if not objective.unsettled:
+        return objective
+    if table is None or "lam" not in table:
+        raise UsageError("objective.lam=auto: no run has settled it here; train first, or set a number")
+    log.info("objective.lam=auto is %.4g: %s", table["lam"], verdict_of(table))
+    return objective.settled(table["lam"])
 
 
 def verdict_of(table: Mapping[str, Any]) -> str:

@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from sr_dpo_jax.errors import UsageError
+
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
@@ -57,6 +59,8 @@ def _divergence_from_labels(numbers: Mapping[str, Any]) -> float:
     return -math.log(2) - math.log(share * (1 - share)) / 2
 
 
+LARGEST_LOSS = 1e32
+"""The largest loss of a pair whose sums stay within float32."""
 MARGIN = ("margin",)
 RATIOS = ("chosen_log_ratio", "rejected_log_ratio")
 PREFERENCES = ("preference", "reference_preference")
@@ -142,7 +146,17 @@ class Objective:
         sft_weight: float = 0.0,
         **numbers: Any,
     ) -> "Objective":
-        """Takes the keys of the configuration's section `objective`."""
+        """Takes the keys of the configuration's section `objective`.
+
+        Raises:
+          UsageError: the loss begins at a number whose sums float32 holds as infinity, so that no step would count.
+        """
+        begins_at = OBJECTIVES[name].at_zero
+        if begins_at is not None and begins_at(numbers) > LARGEST_LOSS:
+            raise UsageError(
+                f"objective.beta={numbers['beta']:g}: the loss of {name} begins at {begins_at(numbers):.2g}, "
+                "too large for float32; raise objective.beta"
+            )
         return cls(name, numbers, refinement, divergence, divergence_alpha, sft_weight)
 
     @property

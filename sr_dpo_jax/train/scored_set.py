@@ -5,6 +5,7 @@ Every pair counts the same, whatever the batch size, the number of hosts or how 
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from sr_dpo_jax.data.pipeline import Feed, Packing, pair_sizes
 from sr_dpo_jax.data.plan import Plan, Shape, scoring_plan, scoring_shape
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.model.decoder import Params
-from sr_dpo_jax.train.knowledge import knowledge_of
+from sr_dpo_jax.train.knowledge import knowledge_of, lines_of, settled_lam
 from sr_dpo_jax.train.metrics import Progress
 from sr_dpo_jax.train.objective import Objective, Refinement
 from sr_dpo_jax.train.reference import ReferenceScores, cache_files
@@ -34,6 +35,8 @@ from sr_dpo_jax.train.train_step import (
     refinement_by,
 )
 from sr_dpo_jax.weights.placement import PlacedModel
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,12 +70,16 @@ class ScoredSet:
 
     def metrics(self, objective: Objective, policy: Scores) -> dict[str, float]:
         """Averages loss and metrics over all pairs, under their names in metrics.jsonl behind the set's name."""
-        reference = self.reference_scores(policy) if objective.kind.needs_reference else None
-        known = self.refinement(objective)
-        per_pair = pair_metrics(objective, *jax.tree.map(jnp.asarray, (policy, reference, known)))
+        per_pair = self.pair_metrics(objective, policy)
         means = averages({key: np.asarray(value, np.float64) for key, value in per_pair.items()}, policy.tokens)
         named = {f"{self.name}/{key}": float(value) for key, value in means.items()}
         return named | {f"{self.name}/pairs": len(policy.plain)}
+
+    def pair_metrics(self, objective: Objective, policy: Scores) -> dict[str, jax.Array]:
+        """Computes loss and metrics of every pair, `[N]` float32, under their names in metrics.jsonl."""
+        reference = self.reference_scores(policy) if objective.kind.needs_reference else None
+        known = self.refinement(objective)
+        return pair_metrics(objective, *jax.tree.map(jnp.asarray, (policy, reference, known)))
 
     def reference_scores(self, policy: Scores) -> Scores | None:
         """Gives the reference's scores in the form of the policy's; None where the objective needs no reference."""
@@ -137,6 +144,50 @@ def knowledge(scores: Scores, *, per_token: bool = False) -> dict[str, Any]:
     return knowledge_of(plain, augmented, augmented - other, scores.tokens)
 
 
+def known_at_start(
+    training: ScoredSet | None, objective: Objective, before: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    """Measures what the model at the start knows of the labels, logs it, and adds the λ that it gives to `auto`.
+
+    A run that goes on keeps the table, and so the λ, of its checkpoint (`before`). None where p was not scored.
+    """
+    table = before
+    if table is None and training is not None and objective.scored_with_p:
+        table = knowledge(training.known_scores, per_token=objective.kind.per_token)
+        log.info("%s", "\n".join(["what the model at the start knows of the labels:", *lines_of(table)]))
+    if objective.unsettled and table is not None and "lam" not in table:
+        return {**table, "lam": settled_lam(table)}
+    return table
+
+
+def training_feed(
+    packing: Packing,
+    objective: Objective,
+    pairs: TokenizedPairs,
+    plan: Plan,
+    scored: ScoredSet | None,
+    *,
+    online: bool,
+) -> Feed:
+    """Makes the steps of training into batches, with what the reference's scores of the pairs give them.
+
+    `scored` are the training pairs with these scores; None where none are needed, or an `online` reference gives them.
+    """
+    known = None
+    if objective.judged_before:
+        known = scored.refinement(objective) if scored else rating_offsets(pairs, objective.refinement)
+    cached = scored is not None and objective.kind.needs_reference and not online
+    return packing.feed(
+        pairs,
+        plan,
+        reference=scored.reference.scores if cached else None,
+        refinement=known,
+        augmented=objective.judged_in_step,
+        against=objective.judged_in_step and objective.refinement.against,
+        with_rejected=objective.kind.needs_rejected,
+    )
+
+
 def _put(pair: np.ndarray, array: np.ndarray, values: np.ndarray) -> None:
     array[pair] = values
 
@@ -154,7 +205,7 @@ def rating_offsets(pairs: TokenizedPairs, refinement: Refinement) -> np.ndarray:
     if len(unrated):
         raise UsageError(
             f"refinement.judge=ratings: {len(unrated)} of {len(gap)} pairs have no ratings, first "
-            f"{pairs.place(unrated[0])}; give every row chosen_score and rejected_score, or choose another judge"
+            f"{pairs.place(unrated[0])}; give each row score_chosen and score_rejected, or choose another judge"
         )
     if refinement.offset == "linear":
         return refinement.alpha * gap

@@ -31,7 +31,7 @@ from sr_dpo_jax.data.read import read_pairs
 from sr_dpo_jax.data.tokenizer_fit import end_tokens, require_fit
 from sr_dpo_jax.data.tokens import load_tokenizer, tokenizer_digest
 from sr_dpo_jax.durable.checkpoint import PARAMS, Checkpoints
-from sr_dpo_jax.durable.files import json_digest, require_room
+from sr_dpo_jax.durable.files import require_room
 from sr_dpo_jax.durable.preemption import StopSignal
 from sr_dpo_jax.durable.selection import Selection
 from sr_dpo_jax.errors import UsageError
@@ -42,18 +42,19 @@ from sr_dpo_jax.model.decoder import Params
 from sr_dpo_jax.model.kernels.check import wrong_kernel
 from sr_dpo_jax.parallel.mesh import make_mesh, row_shards
 from sr_dpo_jax.parallel.processes import on_leader, require_same, start_distributed, text_from_leader
-from sr_dpo_jax.train.identity import identity_of, report_drift, require_same_run, shared_facts, surroundings
-from sr_dpo_jax.train.knowledge import lines_of, settled_lam, verdict_of
+from sr_dpo_jax.train.identity import identity_of, resume_point, shared_facts, surroundings
+from sr_dpo_jax.train.knowledge import settled_by
+from sr_dpo_jax.train.measured import measured_sets, selection_so_far
 from sr_dpo_jax.train.objective import OBJECTIVES, Objective, Refinement
 from sr_dpo_jax.train.program import Program, Work, make_program, plan_training, warmup_of, warn_of_no_learning, work_of
 from sr_dpo_jax.train.samples import Samples
 from sr_dpo_jax.train.scored_set import (
     ScoredSet,
     compiled_sets,
-    knowledge,
+    known_at_start,
     make_scored_set,
-    rating_offsets,
     score_reference,
+    training_feed,
 )
 from sr_dpo_jax.train.state import TrainState, first_state
 from sr_dpo_jax.weights import directory as weights
@@ -170,23 +171,6 @@ class Setup:
             self.packing.limits, self.objective, pairs, held_out, seed=seed, epochs=epochs, attention=attention
         )
 
-    def training_feed(self, pairs: TokenizedPairs, plan: Plan, scored: ScoredSet | None) -> Feed:
-        """Makes the steps of training into batches, with what the reference's scores of the pairs give them."""
-        objective, in_step = self.objective, self.objective.judged_in_step
-        known = None
-        if objective.judged_before:
-            known = scored.refinement(objective) if scored else rating_offsets(pairs, objective.refinement)
-        cached = scored is not None and objective.kind.needs_reference and not self.online
-        return self.packing.feed(
-            pairs,
-            plan,
-            reference=scored.reference.scores if cached else None,
-            refinement=known,
-            augmented=in_step,
-            against=in_step and objective.refinement.against,
-            with_rejected=objective.kind.needs_rejected,
-        )
-
     def program(self, plan: Plan) -> Program:
         """Makes the train step for the steps of a plan."""
         optimizer = self.config.optimizer.model_dump()
@@ -209,17 +193,8 @@ class Setup:
         return Samples(self.model, eval_sets, tokenizer, params, count=count, seed=config.seed, settings=settings)
 
     def settled(self, table: Mapping[str, Any] | None) -> "Setup":
-        """Gives the setup with the λ of a run's record in place of `objective.lam: auto`; λ = 0 is the plain objective.
-
-        Raises:
-          UsageError: the record has none, as no run with `auto` has begun.
-        """
-        if not self.objective.unsettled:
-            return self
-        if table is None or "lam" not in table:
-            raise UsageError("objective.lam=auto: no run has settled it here; train first, or set a number")
-        log.info("objective.lam=auto is %.4g: %s", table["lam"], verdict_of(table))
-        return dataclasses.replace(self, objective=self.objective.settled(table["lam"]))
+        """Gives the setup with the λ of a run's record in place of `objective.lam: auto`."""
+        return dataclasses.replace(self, objective=settled_by(table, self.objective))
 
     def settled_at(self, step: int) -> "Setup":
         """Gives the setup with the λ that the run had at this step."""
@@ -313,7 +288,7 @@ class Job:
     selection: Selection
     """The best evaluation and the patience, as they stood at the step that this start goes on from."""
     evaluation_due: bool
-    """That step was saved by a signal that came before its evaluation."""
+    """That step was saved by a signal that came before its evaluation, or evaluated on other held-out pairs."""
     checkpoints: Checkpoints
 
 
@@ -329,11 +304,14 @@ def prepare(
     """Plans, scores the reference, loads or restores the state, compiles: all that precedes the first step."""
     config, objective = setup.config, setup.objective
     plan = setup.plan(pairs, list(eval_sets.values()))
-    _warn_of_no_learning(setup, plan)
+    optimizer, steps = config.optimizer, setup.total_steps(plan)
+    warmup = warmup_of(optimizer.warmup_steps, optimizer.warmup_ratio, steps)
+    warn_of_no_learning(optimizer.learning_rate, warmup, steps, setup.model.param_dtype)
     checkpoints = Checkpoints(config.output_dir, keep=config.checkpoint.keep, strict=config.checkpoint.strict)
     require_same({"plan": plan.digest, "--allow-change": allowed_changes})
     record = _record(setup, pairs, plan, tokenizer, checkpoints)
-    resumed, before = _resumed(config, checkpoints, record, allowed_changes)
+    where, strict = config.output_dir, config.checkpoint.strict
+    resumed, before = resume_point(checkpoints, record, where=where, strict=strict, allowed_changes=allowed_changes)
 
     # Compiled first, so that the reference is scored with the same programs.
     compiled = partial(compiled_sets, params=setup.model.shapes, programs={})
@@ -352,41 +330,30 @@ def prepare(
         online=setup.online,
         keep_base=resumed is None,
     )
-    table = before.get("knowledge")
-    if table is None and training is not None and objective.scored_with_p:
-        table = knowledge(training.known_scores, per_token=objective.kind.per_token)
-        log.info("%s", "\n".join(["what the model at the start knows of the labels:", *lines_of(table)]))
-    if objective.unsettled:
-        table = {**table, "lam": settled_lam(table)}
-    setup, record["knowledge"] = setup.settled(table), table
+    record["knowledge"] = known_at_start(training, objective, before.get("knowledge"))
+    setup = setup.settled(record["knowledge"])
     program = setup.program(plan)
     _require_room(config, checkpoints, program.state)
     if resumed is None:
         state = first_state(program.state, base, program.optimizer)
     else:
         state = TrainState(**checkpoints.restore(program.state.tree(), step=resumed))
-    feed = setup.training_feed(pairs, plan, training)
+    feed = training_feed(setup.packing, setup.objective, pairs, plan, training, online=setup.online)
     stop.meet()
+    total_steps = setup.total_steps(plan)
     job = Job(
         setup=setup,
         record=record,
         feed=feed,
-        total_steps=setup.total_steps(plan),
+        total_steps=total_steps,
         train_step=program.compiled(state, reference_params, feed),
         reference_params=reference_params,
         held_out=held_out,
         samples=setup.samples(eval_sets, tokenizer, state.params),
-        evaluation_due=bool(held_out) and before.get("evaluation_due", False),
-        selection=_selection(config, checkpoints, before.get("selection"), eval_sets),
         checkpoints=checkpoints,
+        **_evaluations(setup, checkpoints, record, before, eval_sets, total_steps=total_steps),
     )
     return job, state
-
-
-def _warn_of_no_learning(setup: Setup, plan: Plan) -> None:
-    section, steps = setup.config.optimizer, setup.total_steps(plan)
-    warmup = warmup_of(section.warmup_steps, section.warmup_ratio, steps)
-    warn_of_no_learning(section.learning_rate, warmup, steps, setup.model.param_dtype)
 
 
 def _record(
@@ -401,49 +368,26 @@ def _record(
     return {"run_id": run_id, "identity": identity, "surroundings": surroundings(setup.model.mesh)}
 
 
-def _resumed(
-    config: Config, checkpoints: Checkpoints, record: Mapping[str, Any], allowed_changes: Sequence[str]
-) -> tuple[int | None, dict[str, Any]]:
-    """Finds the step that the run goes on from, and the `record` of then; refuses a checkpoint of another run."""
-    step = checkpoints.newest_good()
-    if step is None:
-        return None, {}
-    before, where = checkpoints.restore_position(step), f"{config.output_dir}: step {step}"
-    require_same({where: json_digest(before)})
-    require_same_run(before["identity"], record["identity"], where=where, allowed_changes=allowed_changes)
-    report_drift(before["surroundings"], record["surroundings"], where=where, strict=config.checkpoint.strict)
-    log.info("resuming at step %d", before["next_step"])
-    return step, before
-
-
-def _selection(
-    config: Config,
+def _evaluations(
+    setup: Setup,
     checkpoints: Checkpoints,
-    record: Mapping[str, Any] | None,
+    record: dict[str, Any],
+    before: Mapping[str, Any],
     eval_sets: Mapping[str, TokenizedPairs],
-) -> Selection:
-    """Takes up what the checkpoint that is resumed has counted, under the rule of the configuration."""
-    section, train = config.checkpoint, config.train
+    *,
+    total_steps: int,
+) -> dict[str, Any]:
+    """Takes up what the checkpoint that is resumed has measured, under the rule of the configuration: fields of Job."""
+    section, train, step = setup.config.checkpoint, setup.config.train, before.get("next_step", 0)
     measured = [name for name in eval_sets if (section.best_metric or "").startswith(f"{name}/")]
     data = eval_sets[max(measured, key=len)].fingerprint if measured else ""
     patience = {"min_delta": train.early_stopping_min_delta, "patience": train.early_stopping_patience}
     rule = Selection(section.best_metric, section.best_mode, **patience, data=data)
-    selection = rule if record is None else rule.resumed(record)
-    if selection is None:
-        log.warning(
-            "checkpoint.best_metric is another one than before, or its held-out pairs are others: the evaluations so "
-            "far do not count, and the best checkpoint so far stays no longer than others"
-        )
-        return rule
-    if selection.step is not None:
-        try:
-            checkpoints.existing(selection.step)
-        except UsageError as error:
-            message = f"the best checkpoint cannot be used any more: {error}"
-            if config.checkpoint.strict:
-                raise UsageError(f"{message}; checkpoint.strict=true: restore it, or set that to false") from error
-            log.warning("%s; only a better one takes its place", message)
-    return selection
+    selection = selection_so_far(rule, before.get("selection"), checkpoints, strict=section.strict)
+    ended = selection.over or step >= total_steps
+    record["measured"], anew = measured_sets(before, eval_sets, step=step, ended=ended)
+    due = anew or (bool(eval_sets) and before.get("evaluation_due", False))
+    return {"selection": selection, "evaluation_due": due}
 
 
 def _require_room(config: Config, checkpoints: Checkpoints, state: TrainState) -> None:

@@ -5,6 +5,7 @@ import signal
 import time
 from pathlib import Path
 
+import datasets
 import pytest
 import yaml
 from runs import metrics_of, model_directory, preference_file, raw_config, run_process
@@ -17,7 +18,10 @@ ACCURACY, LOSS = "eval/rewards/accuracies", "eval/loss"
 
 
 @pytest.fixture
-def config(tmp_path):
+def config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "b.jsonl", "c.jsonl"):
+        preference_file(tmp_path / name, 3)
     raw = raw_config(tmp_path, tmp_path / "model", tmp_path / "a.jsonl", data={"eval_path": "b.jsonl"})
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(raw), encoding="utf-8")
@@ -58,6 +62,26 @@ def test_a_finished_run_counts_for_the_content_of_its_files(config, tmp_path):
     (tmp_path / "model" / "model.safetensors").write_bytes(b"a" * 299_999 + b"b")
     found.append(digests())
     assert len({digest for of_grid in found for digest in of_grid}) == 2 * len(found)
+
+
+def test_a_finished_run_counts_for_the_content_of_a_hub_data_set(config, monkeypatch):
+    """The name stays, and the cache holds other rows: of the pairs, of the held-out ones, of one split alone."""
+    asked = {}
+
+    def load_dataset(name, *, split, revision):
+        asked[name, split] = revision
+        return datasets.Dataset.from_list(rows[name, split])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    pair = {"prompt": "p", "chosen": "x", "rejected": "y"}
+    rows = {("owner/pairs", "train"): [pair], ("owner/held-out", "test"): [pair]}
+    options = ("seed=1,2", "data.path={path: owner/pairs, revision: v1}", "data.eval_path=owner/held-out")
+    found = [grid_of(config, *options)[0].digest]
+    assert asked == {("owner/pairs", "train"): "v1", ("owner/held-out", "test"): None}
+    for place in rows:
+        rows[place] = [pair | {"chosen": "y", "rejected": "x"}]
+        found.append(grid_of(config, *options)[0].digest)
+    assert len(set(found)) == 3 and grid_of(config, *options)[0].digest == found[-1]
 
 
 def test_a_list_is_one_value(config):
@@ -113,6 +137,15 @@ def test_the_choice():
         choose({"d": metrics["d"]}, ACCURACY)
 
 
+def finish(candidate, lines, since=0):
+    """Leaves what a finished run leaves: its metrics, and a checkpoint that says since when its held-out pairs are."""
+    output = Path(candidate.config.output_dir)
+    position = output / "checkpoints" / "9" / "position"
+    position.mkdir(parents=True, exist_ok=True)
+    (position / "metadata").write_text(json.dumps({"next_step": 9, "measured": {"eval": {"since": since}}}))
+    (output / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"step": 9}]))
+
+
 @pytest.fixture
 def trained(monkeypatch):
     """Takes the place of training: λ = 0.5 is best. Holds the runs made, and the exit codes of those to come."""
@@ -123,13 +156,13 @@ def trained(monkeypatch):
         if codes.get(candidate.name):
             return codes.pop(candidate.name)
         lam = candidate.config.objective.lam
-        output = Path(candidate.config.output_dir)
-        output.mkdir(parents=True, exist_ok=True)
-        lines = [{"step": 5, ACCURACY: 1.0, LOSS: 0.0}, {"step": 9, ACCURACY: 0.9 - abs(lam - 0.5), LOSS: 0.6}]
-        (output / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"step": 9}]))
+        finish(
+            candidate,
+            [{"step": 5, ACCURACY: 1.0, LOSS: 0.0}, {"step": 9, ACCURACY: 0.9 - abs(lam - 0.5), LOSS: 0.6}],
+        )
         return 0
 
-    monkeypatch.setattr("sr_dpo_jax.commands.tune._Child.train", train)
+    monkeypatch.setattr("sr_dpo_jax.commands.tune.Child.train", train)
     return made, codes
 
 
@@ -158,18 +191,16 @@ def test_finished_values_are_not_run_again(config, tmp_path, trained, capsys):
 )
 def test_a_run_that_keeps_its_best_step_is_judged_by_it(config, tmp_path, monkeypatch, best, accuracies, expected):
     def train(_child, candidate):
-        output = Path(candidate.config.output_dir)
-        output.mkdir(parents=True)
         losses, steps = ("nan", 0.2, 0.5, 0.4), (1, 3, 5, 9)
         margins = (0.1, 0.2, 0.3, 0.3)
         lines = [
             {"step": step, ACCURACY: accuracy, LOSS: loss, "eval/margin": margin}
             for step, accuracy, loss, margin in zip(steps, accuracies, losses, margins, strict=True)
         ]
-        (output / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"step": 9}]))
+        finish(candidate, lines)
         return 0
 
-    monkeypatch.setattr("sr_dpo_jax.commands.tune._Child.train", train)
+    monkeypatch.setattr("sr_dpo_jax.commands.tune.Child.train", train)
     assert main(["tune", str(config), "objective.lam=1,2", *best, *(["train.eval_every_steps=1"] if best else [])]) == 0
     found = json.loads((tmp_path / "run" / "tune" / "tune.json").read_text())["finished"].values()
     assert {run["metrics"]["step"] for run in found} == {expected}
@@ -181,12 +212,77 @@ def test_the_exit_code_of_a_run_is_passed_on(config, trained, code):
     assert main(["tune", str(config), "objective.lam=1,2"]) == code and trained[0] == ["objective.lam=1"]
 
 
-def test_a_damaged_tune_json_is_refused(config, tmp_path, trained, capsys):
+@pytest.mark.parametrize("damage", ["cut short", "a number", "no UTF-8"])
+def test_a_damaged_tune_json_is_set_aside(config, tmp_path, trained, caplog, damage):
+    """A flipped bit may leave JSON that says another number; the runs that are there are asked again."""
     state = tmp_path / "run" / "tune" / "tune.json"
-    state.parent.mkdir(parents=True)
-    state.write_text('{"finished": [')
-    assert main(["tune", str(config), "objective.lam=1,2"]) == 2
-    assert "tune.json: damaged" in capsys.readouterr().err and not trained[0]
+    command = ["tune", str(config), "objective.lam=0.5,0.7"]
+    assert main(command) == 0
+    sound = state.read_bytes()
+    number = sound.replace(b"0.9", b"0.1", 1)
+    broken = {"cut short": sound[:-30], "a number": number, "no UTF-8": sound.replace(b"0.9", b"\xb0.9", 1)}[damage]
+    assert broken != sound
+    state.write_bytes(broken)
+    assert main(command) == 0 and len(trained[0]) == 4 and state.read_bytes() == sound
+    assert "tune.json: damaged" in caplog.text
+    (aside,) = state.parent.glob("tune.json.damaged-*")
+    assert aside.read_bytes() == broken
+
+
+@pytest.mark.parametrize(
+    ("since", "best", "step"),
+    [
+        (9, [], 9),
+        (5, ["checkpoint.best_metric=eval/rewards/accuracies", "train.eval_every_steps=1"], 5),
+        (10, [], None),
+    ],
+)
+def test_evaluations_of_other_held_out_pairs_do_not_decide(config, tmp_path, monkeypatch, capsys, since, best, step):
+    """Those from before they were exchanged stay in metrics.jsonl, and may be better; where no other is, say so."""
+
+    def train(_child, candidate):
+        finish(candidate, [{"step": at, ACCURACY: 1 - at / 10, LOSS: at} for at in (3, 5, 9)], since)
+        return 0
+
+    monkeypatch.setattr("sr_dpo_jax.commands.tune.Child.train", train)
+    assert main(["tune", str(config), "objective.lam=1,2", *best]) == (2 if step is None else 0)
+    if step is None:
+        said = capsys.readouterr().err
+        assert "no evaluation with eval/rewards/accuracies on the held-out pairs that are there now" in said
+        assert "delete" in said and "objective.lam=1 to run it again" in said
+    else:
+        found = json.loads((tmp_path / "run" / "tune" / "tune.json").read_text())["finished"].values()
+        assert {run["metrics"]["step"] for run in found} == {step}
+
+
+def test_finished_runs_are_measured_on_other_held_out_pairs(tmp_path, monkeypatch):
+    """The file's content changes, then the number of pairs: nothing is trained, and every number is a new one."""
+    held_out = preference_file(tmp_path / "held_out.jsonl", 9, seed=2)
+    sections = {"data": {"eval_path": str(held_out)}, "train": {"max_steps": 2}}
+    raw = raw_config(
+        tmp_path, model_directory(tmp_path / "model"), preference_file(tmp_path / "a.jsonl", 24), **sections
+    )
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
+    monkeypatch.setattr(
+        "sr_dpo_jax.commands.tune.Child.train", lambda _child, candidate: main(["train", *candidate.arguments])
+    )
+
+    def tuned(*more):
+        assert main(["tune", str(tmp_path / "config.yaml"), "objective.lam=0.5,1", *more]) == 0
+        found = json.loads((tmp_path / "run" / "tune" / "tune.json").read_text())["finished"].values()
+        return [run["metrics"] for run in found]
+
+    first = tuned()
+    preference_file(held_out, 7, seed=3)
+    second = tuned()
+    assert second[:2] == first and [metrics["eval/pairs"] for metrics in second] == [9, 9, 7, 7]
+    third = tuned("--eval-pairs", "5")
+    assert [metrics["eval/pairs"] for metrics in third[4:]] == [5, 5]
+    assert {metrics["step"] for metrics in third} == {2}
+    trained_steps = [
+        line["step"] for line in metrics_of(tmp_path / "run" / "tune" / "objective.lam=1") if "loss" in line
+    ]
+    assert trained_steps == [1, 2], "nothing was trained again"
 
 
 @pytest.mark.slow

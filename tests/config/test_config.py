@@ -510,6 +510,8 @@ def test_a_section_may_be_shared_by_an_anchor():
         (f"train.epochs={10**400}", "train.epochs="),
         ("objective.lam=1e300", r"objective.lam=1e\+300: .*float32 holds it as 0 or infinity"),
         ("objective.beta=1e-300", r"objective.beta=1e-300: .*give a number from 1e-37 to 3e38"),
+        ("objective.lam=.inf", "objective.lam=inf: .*finite"),
+        ("objective.beta=.nan", "objective.beta=nan: .*finite"),
         (f"seed={'9' * 400}", "seed="),
     ],
 )

@@ -327,6 +327,38 @@ class TestFiles:
         with pytest.raises(UsageError, match=r"a\.parquet: not a sound parquet file"):
             read(tmp_path / "a.parquet", "preference")
 
+    @pytest.mark.parametrize(
+        ("chosen", "reason"),
+        [
+            (pyarrow.array([1]), "chosen: expected text, got a number"),
+            (pyarrow.nulls(1), "chosen: expected text, got null"),
+            (pyarrow.array([[[[SECRET]]]]), "chosen is a list but rejected is text"),
+            (pyarrow.array([[{"role": None, "content": SECRET}]]), "chosen is a list but rejected is text"),
+            (pyarrow.array([b"\xff" + SECRET.encode()]), "chosen: expected text, got another type"),
+            (pyarrow.array([0], pyarrow.timestamp("ns")), "chosen: expected text, got another type"),
+            (pyarrow.array([2**31 - 1], pyarrow.date32()), "not a sound parquet file"),
+            (pyarrow.array([2**50], pyarrow.timestamp("s")), "not a sound parquet file"),
+            (pyarrow.array([0], pyarrow.timestamp("s", tz="Nowhere/No")), "not a sound parquet file"),
+        ],
+    )
+    def test_parquet_of_other_types(self, tmp_path, chosen, reason):
+        """A row that is named, or one error: never a traceback, never the text."""
+        table = pyarrow.table({"prompt": [SECRET], "chosen": chosen, "rejected": [SECRET]})
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+        try:
+            (row,) = read(tmp_path / "a.parquet", "preference")
+            said = row.reason
+        except UsageError as error:
+            said = str(error)
+        assert reason in said and SECRET not in said
+
+    def test_parquet_with_a_column_twice(self, tmp_path):
+        columns = [pyarrow.array([SECRET])] * 4
+        table = pyarrow.Table.from_arrays(columns, names=["prompt", "chosen", "rejected", "chosen"])
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+        with pytest.raises(UsageError, match="there are 2 columns 'chosen'"):
+            read(tmp_path / "a.parquet", "preference")
+
     def test_parquet_without_the_columns(self, tmp_path):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"text": SECRET}]), tmp_path / "a.parquet")
         with pytest.raises(UsageError, match="no column 'chosen'"):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -153,19 +154,59 @@ def test_p2_a_lease_that_another_run_took_meanwhile_is_put_back(tmp_path, monkey
     Held(tmp_path)
     seen = []
 
-    def is_stale(file, content):
+    def is_stale(_lease, content):
         seen.append(json.loads(content)["token"])
         if seen == ["theirs"]:
             Held(tmp_path, token="another run")
             return True
         raise UsageError("it lives")
 
-    monkeypatch.setattr(leases, "_is_stale", is_stale)
+    monkeypatch.setattr(Lease, "_is_stale", is_stale)
     with Lease(tmp_path) as lease, pytest.raises(UsageError, match="it lives"):
         lease.take()
     assert seen == ["theirs", "another run"]
     assert json.loads((tmp_path / "lease.json").read_text())["token"] == "another run"
     assert [path.name for path in tmp_path.iterdir()] == ["lease.json"]
+
+
+def test_p2_a_file_has_a_lease_beside_it(tmp_path, quick_lease):
+    """The second is told of file, process and remedy; a process that is gone holds nothing; a device needs none."""
+    output = tmp_path / "100% out.jsonl"
+    (tmp_path / "link.jsonl").symlink_to(output)
+    with Lease.of_file(output) as lease:
+        lease.take()
+        content = json.loads((tmp_path / ".100% out.jsonl.lease").read_text())
+        other = tmp_path / ".100% out.jsonl.lease"
+        other.write_text(json.dumps(content | {"pid": os.getppid(), "started": leases._started(os.getppid())}))
+        for name in (output, tmp_path / "link.jsonl"):
+            with pytest.raises(UsageError) as refused:
+                Lease.of_file(name).take()
+            said = str(refused.value)
+            assert said.startswith(f"{name}: process {os.getppid()} on ") and "is writing this file" in said
+            assert "wait for it, stop it, or name another --output" in said
+        other.write_text(json.dumps(content | {"pid": os.getppid(), "started": "before"}))
+        with Lease.of_file(output) as second:
+            second.take()
+            deadline = time.monotonic() + 5
+            with pytest.raises(RunError, match="taken this file over"):
+                while time.monotonic() < deadline:
+                    lease.check()
+                    time.sleep(0.02)
+    with Lease.of_file(Path("/dev/null")) as lease:
+        lease.take()
+        lease.check()
+    assert [path.name for path in tmp_path.iterdir()] == ["link.jsonl"], "given back"
+
+
+def test_p5_a_lease_that_was_removed_is_told_from_one_that_another_run_took(tmp_path, quick_lease):
+    with Lease(tmp_path) as lease:
+        lease.take()
+        (tmp_path / "lease.json").unlink()
+        deadline = time.monotonic() + 5
+        with pytest.raises(RunError, match="was removed while this run was writing to its directory"):
+            while time.monotonic() < deadline:
+                lease.check()
+                time.sleep(0.02)
 
 
 def test_a_directory_that_only_the_lease_made_is_removed_with_it(tmp_path):

@@ -28,6 +28,7 @@ from sr_dpo_jax.cli import main
 from sr_dpo_jax.config.checks import RESERVED, evaluation_metrics
 from sr_dpo_jax.config.load import config_from_dict
 from sr_dpo_jax.durable import checkpoint, integrity
+from sr_dpo_jax.durable.belonging import stored_position
 from sr_dpo_jax.errors import RunError, UsageError
 from sr_dpo_jax.train import loop
 from sr_dpo_jax.train.loop import EXIT_PREEMPTED, train
@@ -375,6 +376,33 @@ def test_the_best_of_other_held_out_pairs_does_not_count(world, golden, tmp_path
     assert last["step"] in verified_steps(tmp_path / "run")
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "best"), "--best"]) == 0
     assert f"| optimizer updates | {last['step']} |" in (tmp_path / "best" / "README.md").read_text()
+
+
+def test_a_finished_run_is_measured_anew_on_other_held_out_pairs(world, tmp_path, caplog):
+    """The content of a file changes, not its name; a second start finds nothing left to do."""
+    caplog.set_level(logging.INFO)
+    data = {"eval_path": str(tmp_path / "held_out.jsonl")}
+
+    def config_with(**more):
+        sections = {"data": data | more, "train": {"max_steps": 3}}
+        return make_config(tmp_path, world / "model", world / "train.jsonl", **sections)
+
+    config = config_with()
+    preference_file(tmp_path / "held_out.jsonl", 11, seed=2)
+    assert train(config) == 0
+    before = metrics_of(tmp_path / "run")
+    preference_file(tmp_path / "held_out.jsonl", 9, seed=3)
+    assert train(config) == 0
+    assert "held-out set eval: evaluated anew at step 3" in caplog.text
+    after = metrics_of(tmp_path / "run")
+    assert after[:-1] == before[:-1] and (before[-1]["eval/pairs"], after[-1]["eval/pairs"]) == (11, 9)
+    assert after[-1]["eval/loss"] != before[-1]["eval/loss"]
+    newest = stored_position(tmp_path / "run" / "checkpoints" / "3")
+    assert newest["measured"]["eval"]["since"] == 3
+    caplog.clear()
+    assert train(config) == 0
+    assert "anew" not in caplog.text and metrics_of(tmp_path / "run") == after
+    assert train(config_with(eval_pairs=4)) == 0 and metrics_of(tmp_path / "run")[-1]["eval/pairs"] == 4
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import pytest
 from sr_dpo_jax import losses
 from sr_dpo_jax.config import objectives as sections
 from sr_dpo_jax.config.schema import Refinement as RefinementSection
+from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.train.objective import OBJECTIVES, TWIN, Objective, Refinement
 from sr_dpo_jax.train.train_step import Scores, averages, pair_losses, pair_metrics
 
@@ -58,6 +59,15 @@ def objective(name: str, refinement: Refinement = PAPER, **numbers: Any) -> Obje
 
 def metrics_of(it: Objective, policy: Scores = POLICY, reference: Scores = REFERENCE) -> dict[str, jax.Array]:
     return pair_metrics(it, policy, reference if it.kind.needs_reference else None)
+
+
+@pytest.mark.parametrize("name", ["ipo", "sr_ipo", "ipo_mean"])
+def test_a_loss_that_begins_beyond_float32_is_refused(name):
+    """Every step would be skipped, and a short run would end with 0."""
+    numbers = {"beta": 1e-20} | ({"lam": 0.5} if OBJECTIVES[name].refined else {})
+    with pytest.raises(UsageError, match=f"objective.beta=1e-20: the loss of {name} begins at 2.5e.39"):
+        Objective.of(name, **numbers)
+    assert Objective.of(name, **(numbers | {"beta": 1e-15})).numbers["beta"] == 1e-15
 
 
 def test_the_table_and_the_configuration_know_the_same_objectives():

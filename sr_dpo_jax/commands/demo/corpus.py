@@ -36,8 +36,8 @@ class Knobs:
     rating_noise: float = 0.4
     """The share of the rated text whose rating is drawn by chance. At 0 the instruction alone decides how good a
     response is, and what is learned without it need not change responses with it."""
-    label_noise: float = 0.0
-    """The share of preference pairs that are labelled the wrong way round."""
+    label_noise: float | None = None
+    """The share of preference pairs that are labelled the wrong way round; None for that of the setting."""
     gaps: tuple[float, float, float] = (1.0, 1.0, 1.0)
     """The weights of close, clear and far pairs."""
     pairs: int = 2048
@@ -50,7 +50,7 @@ class Knobs:
         """Refuses values out of their range with a UsageError that names the option and its value."""
         for name in ("rated_share", "rating_noise", "label_noise"):
             share = getattr(self, name)
-            if not 0 <= share <= 1:
+            if share is not None and not 0 <= share <= 1:
                 raise UsageError(f"--{name.replace('_', '-')} {share}: is a share, 0 to 1")
         if min(self.gaps) < 0 or not 0 < sum(self.gaps) < float("inf"):
             raise UsageError(f"--gaps {','.join(map(str, self.gaps))}: weights are 0 or more, and one of them is not 0")

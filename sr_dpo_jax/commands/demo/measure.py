@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from sr_dpo_jax.commands.demo.protocol import Arm
 from sr_dpo_jax.commands.demo.statistics import partial_spearman, spearman
 from sr_dpo_jax.commands.demo.tasks import LIST_WORDS, NUMBERS, OTHER_WORDS, RATINGS, quality
 from sr_dpo_jax.durable.files import read_lines
@@ -101,10 +102,10 @@ def stage_measures(scores: Path, reference: Path | None) -> dict[str, Any]:
     return measures
 
 
-def arm_measures(run: Path, *, beta: float, lam: float | None, scale: float) -> dict[str, float]:
+def arm_measures(run: Path, *, scale: float, arm: Arm) -> dict[str, float]:
     """Measures one preference run, from eval.json, eval_pairs.jsonl and metrics.jsonl.
 
-    λΔ = λβ·m̂ is subtracted from `scale`·m; λ is None without refinement.
+    λΔ is subtracted from `scale`·m. Without refinement, and where `auto` gave no weight, there is no share of it.
     """
     evaluation = json.loads((run / "eval.json").read_text(encoding="utf-8"))
     pairs = read_lines(run / "eval_pairs.jsonl")
@@ -124,12 +125,21 @@ def arm_measures(run: Path, *, beta: float, lam: float | None, scale: float) -> 
     for name in STATISTICS:
         measures[name] = evaluation[f"eval/margin/{name}"]
         measures[f"augmented_{name}"] = evaluation[f"eval/augmented_margin/{name}"]
-    if lam is not None:
-        measures["shift_share"] = float(np.abs(lam * beta * augmented).mean() / np.abs(scale * margin).mean())
+    if arm.lam is not None:
+        lam = lam_of(run) if arm.lam == "auto" else float(arm.lam)
+        shift = lam * np.array([pair.get("refinement", 0.0) for pair in pairs])  # without a λ there is no Δ
+        if arm.lam == "auto":
+            measures["settled_lam"] = lam
+        measures["shift_share"] = float(np.abs(shift).mean() / np.abs(scale * margin).mean())
     # Slow steps may have shared the machine with other work, so a step's time is the tenth percentile.
     times = [line["step_time_s"] for line in read_lines(run / "metrics.jsonl") if "step_time_s" in line]
     measures["step_time_s"] = float(np.percentile(times, 10))
     return measures
+
+
+def lam_of(run: Path) -> float:
+    """Reads the λ that `auto` settled from a run's manifest."""
+    return float(json.loads((run / "manifest.json").read_text(encoding="utf-8"))["knowledge"]["lam"])
 
 
 def curves(run: Path) -> dict[str, list[float]]:

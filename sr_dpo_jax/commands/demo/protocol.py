@@ -32,10 +32,14 @@ class Arm:
 
     name: str
     objective: str
-    lam: float | None = None
+    lam: float | str | None = None
     data: str = PAIRS
     beta_share: float | None = None
     """β as a share of the β of all others; None for the same β."""
+    refinement: tuple[tuple[str, Any], ...] = ()
+    """Keys of the configuration's section `refinement`; empty for the paper's, the margin judged by the policy."""
+    keys: tuple[tuple[str, Any], ...] = ()
+    """More keys of the section `objective`."""
 
     def beta(self, common: float) -> float:
         """Gives the arm's β from the β of all others."""
@@ -57,6 +61,8 @@ class Setting:
     """The size of the preference set `more` as a multiple of that of `pairs`."""
     evaluations: int
     """The number of evaluations on held-out pairs while an arm trains, the last one at its end."""
+    label_noise: float = 0.0
+    """The share of pairs that are labelled the wrong way round, unless the user gives another one."""
 
     @property
     def base_texts(self) -> int:
@@ -72,6 +78,11 @@ def _with_beta(objective: str, beta_share: float) -> Arm:
     return Arm(f"{objective}-beta-{beta_share:g}", objective, beta_share=beta_share)
 
 
+def _contrast(lam: float | str, judge: str = "reference") -> Arm:
+    name = f"contrast-{lam}" + ("-policy" if judge == "policy" else "")
+    return Arm(name, "sr_dpo", lam, refinement=(("form", "contrast"), ("judge", judge)))
+
+
 def _refined(objective: str, lam: float, data: str = PAIRS) -> Arm:
     return Arm(f"{objective}-{lam:g}" + (f"-{data}" if data != PAIRS else ""), objective, lam, data)
 
@@ -81,10 +92,18 @@ SMALL = Setting(
     tasks=("copy", "reverse", "sort", "count", "sort+reverse"),  # without looking up, which takes longest to learn
     base_steps=700,
     seeds=1,
-    arms=(Arm("dpo", "dpo"), Arm("ipo", "ipo"), _refined("sr_dpo", 0.5), _refined("sr_ipo", 0.5)),
+    arms=(
+        Arm("dpo", "dpo"),
+        Arm("ipo", "ipo"),
+        _refined("sr_dpo", 0.5),
+        _refined("sr_ipo", 0.5),
+        _contrast(1.0),
+        _contrast("auto"),
+    ),
     held_out_pairs=256,
     more_factor=4,
     evaluations=1,
+    label_noise=0.3,
 )
 FULL = Setting(
     name="full",
@@ -110,6 +129,35 @@ FULL = Setting(
     more_factor=4,
     evaluations=4,
 )
+
+
+SHARES_OF_BETA = (0.3, 0.1, 0.03)
+"""β of the controls as shares of the common one: on noisy labels a weaker pull alone makes a better model."""
+OFFSET = (("judge", "ratings"), ("offset", "linear"), ("alpha", 0.05))
+"""Δ from the true qualities, five nats for the whole scale: what a judge that is never wrong would give."""
+NOISE = dataclasses.replace(
+    SMALL,
+    name="noise",
+    base_steps=1500,
+    seeds=5,
+    arms=(
+        Arm("dpo", "dpo"),
+        *(_with_beta("dpo", share) for share in SHARES_OF_BETA),
+        Arm("ipo", "ipo"),
+        _with_beta("ipo", 0.3),
+        Arm("cdpo", "dpo", keys=(("label_smoothing", 0.3),)),
+        Arm("cdpo-beta-0.1", "dpo", beta_share=0.1, keys=(("label_smoothing", 0.3),)),
+        _refined("sr_dpo", 1.0),
+        _refined("sr_ipo", 1.0),
+        _contrast(0.5),
+        _contrast(1.0),
+        _contrast("auto"),
+        _contrast(1.0, judge="policy"),
+        Arm("ratings", "sr_dpo", 1.0, refinement=OFFSET),
+    ),
+    held_out_pairs=512,
+)
+"""The contrast against objectives that are made for, or tuned to, labels of which some are wrong."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +224,8 @@ def arm_config(layout: Layout, setting: Setting, knobs: Knobs, seed: int, arm: A
         seed=seed,
         model={"path": str(layout.sft_model(seed))},
         data={"path": str(layout.data(arm.data, seed)), "eval_path": str(layout.data("held_out"))},
-        objective={"name": arm.objective, "beta": arm.beta(knobs.beta)} | ({} if arm.lam is None else {"lam": arm.lam}),
+        objective={"name": arm.objective, "beta": arm.beta(knobs.beta), "lam": arm.lam, **dict(arm.keys)},
+        refinement=dict(arm.refinement),
         train={"eval_every_steps": max(1, steps // setting.evaluations)},
     )
 

@@ -26,7 +26,7 @@ from sr_dpo_jax.commands.demo.protocol import (
     Layout,
     Setting,
 )
-from sr_dpo_jax.commands.demo.statistics import mean_of, outcomes, paired
+from sr_dpo_jax.commands.demo.statistics import holm, mean_of, outcomes, paired
 from sr_dpo_jax.commands.report.tables import Table, number, with_interval
 from sr_dpo_jax.train.objective import OBJECTIVES
 
@@ -61,28 +61,35 @@ def comparisons(setting: Setting) -> list[tuple[str, str]]:
     found = [(arm.name, against) for arm in setting.arms if (against := baseline_of(setting, arm)) is not None]
     for control in setting.arms:
         if control.beta_share is not None:
-            refined = (f"sr_{control.objective}", max(LAMBDAS), control.data)
-            found += [(arm.name, control.name) for arm in setting.arms if (arm.objective, arm.lam, arm.data) == refined]
+            refined = (f"sr_{control.objective}", max(LAMBDAS), control.data, ())
+            found += [
+                (arm.name, control.name)
+                for arm in setting.arms
+                if (arm.objective, arm.lam, arm.data, arm.refinement) == refined
+            ]
     return found
 
 
 def baseline_of(setting: Setting, arm: Arm) -> str | None:
     """Names the arm of the plain objective, with the common β, on the same pairs; None for that arm itself."""
-    if arm.lam is None and arm.beta_share is None:
+    if arm.lam is None and arm.beta_share is None and not arm.keys:
         return None
-    sought = (arm.objective.removeprefix("sr_"), arm.data, None)
-    found = [other.name for other in setting.arms if (other.objective, other.data, other.beta_share) == sought]
+    sought = (arm.objective.removeprefix("sr_"), arm.data, None, ())
+    found = [
+        other.name for other in setting.arms if (other.objective, other.data, other.beta_share, other.keys) == sought
+    ]
     return found[0] if found else None
 
 
 def _arm(layout: Layout, knobs: Knobs, seeds: Sequence[int], arm: Arm) -> dict[str, Any]:
     runs = [layout.run(seed, arm.name) for seed in seeds]
     scale = knobs.beta if OBJECTIVES[arm.objective].family == "logistic" else 1.0
-    numbers = _columns([measure.arm_measures(run, beta=knobs.beta, lam=arm.lam, scale=scale) for run in runs])
+    numbers = _columns([measure.arm_measures(run, scale=scale, arm=arm) for run in runs])
     histories = [measure.curves(run) for run in runs]
     means = {name: np.mean([history[name] for history in histories], axis=0).tolist() for name in histories[0]}
-    about = {"objective": arm.objective, "lam": arm.lam, "data": arm.data}
+    about: dict[str, Any] = {"objective": arm.objective, "lam": arm.lam, "data": arm.data}
     about["beta"] = None if arm.beta_share is None else arm.beta(knobs.beta)
+    about |= {"refinement": dict(arm.refinement), "keys": dict(arm.keys)}
     return {**about, **_responses(runs), **numbers, "curves": means}
 
 
@@ -119,10 +126,11 @@ def _rounded(value: Any) -> Any:
 
 
 def tables(results: Results) -> dict[str, Table]:
-    """Makes every table of the page, by its title."""
-    return {
+    """Makes every table of the page that has rows, by its title."""
+    found = {
         "What the base model knows": knowledge_table(results),
         "True quality of responses": quality_table(results),
+        "Against the best of each plain objective": rivals_table(results),
         "Win, tie and lose by true quality (table 2)": outcome_table(results),
         "Correlation of margins with the true gap (table 4)": correlation_table(results),
         "Accuracy, correlation and greedy responses, paired": paired_table(results),
@@ -130,6 +138,7 @@ def tables(results: Results) -> dict[str, Table]:
         "What the shift is": shift_table(results),
         "Cost (table 5)": cost_table(results),
     }
+    return {title: table for title, table in found.items() if table.rows}
 
 
 def markdown(results: Results) -> str:
@@ -161,6 +170,31 @@ def quality_table(results: Results) -> Table:
     columns = {"sampled": ("sampled", 1), "greedy": ("greedy", 1)}
     columns |= {"accuracy of m": ("accuracy", 3), "accuracy of m̂": ("augmented_accuracy", 3)}
     return _means([({"": name}, measures) for name, measures in models_of(results)], columns)
+
+
+def rivals_table(results: Results) -> Table:
+    """Compares each contrast, and what true ratings would give, with the best arm of each plain objective.
+
+    The best is chosen by the mean quality of sampled responses on the same tasks, which favours the rivals. p of the
+    paired t tests over seeds has Holm's correction for all rows. Without a contrast the table is empty.
+    """
+    arms = list(results["arms"].values())
+    refined = [arm for arm in arms if arm.get("refinement") and arm["data"] == PAIRS]
+    rivals: dict[str, dict[str, Any]] = {}
+    for arm in arms:
+        if arm["lam"] is None and arm["data"] == PAIRS:
+            kind = _name_of(arm)
+            if kind not in rivals or np.mean(arm["sampled"]) > np.mean(rivals[kind]["sampled"]):
+                rivals[kind] = arm
+    rows, tests = [], []
+    for arm in refined:
+        for rival in rivals.values():
+            tests.append(paired(arm["sampled"], rival["sampled"]))
+            rows.append({"": label(arm), "against": label(rival)})
+    for row, test, p in zip(rows, tests, holm([test.p for test in tests]), strict=True):
+        row["difference in quality, sampled"] = with_interval(*test.difference, 1)
+        row["p, Holm"] = _p(p)
+    return Table.of(rows)
 
 
 def outcome_table(results: Results) -> Table:
@@ -233,6 +267,7 @@ def shift_table(results: Results) -> Table:
         "augmented margin m̂": ("augmented_margin", 1),
         "Pearson of m and m̂": ("margins_agree", 2),
         "λΔ relative to what it is taken from": ("shift_share", 2),
+        "λ that was settled": ("settled_lam", 2),
     }
     return _means(_arms_of(results), columns)
 
@@ -241,7 +276,7 @@ def cost_table(results: Results) -> Table:
     """Has the step times of the fastest seed: another user of the machine makes a run slower, never faster."""
     rows = []
     for arm, baseline, _ in _compared(results):
-        if arm["lam"] is not None and arm["data"] == PAIRS and baseline["beta"] is None:
+        if arm["lam"] is not None and arm["data"] == PAIRS and baseline["beta"] is None and not baseline.get("keys"):
             refined, plain = min(arm["step_time_s"]), min(baseline["step_time_s"])
             cells = {"step, s": number(refined), "step of the plain objective, s": number(plain)}
             rows.append({"": label(arm), **cells, "ratio": number(refined / plain, 2)})
@@ -250,10 +285,23 @@ def cost_table(results: Results) -> Table:
 
 def label(arm: dict[str, Any]) -> str:
     """Names an arm in tables and figures."""
-    objective = {"dpo": "DPO", "ipo": "IPO", "sr_dpo": "Sr-DPO", "sr_ipo": "Sr-IPO"}[arm["objective"]]
-    text = objective if arm["lam"] is None else f"{objective}, λ = {arm['lam']:g}"
+    text, lam = _name_of(arm), arm["lam"]
+    if lam is not None:
+        text += f", λ = {lam if isinstance(lam, str) else format(lam, 'g')}"
     text += "" if arm["beta"] is None else f", β = {arm['beta']:g}"
     return text + {PAIRS: "", MORE: ", more pairs", SHUFFLED: ", shuffled labels"}[arm["data"]]
+
+
+def _name_of(arm: dict[str, Any]) -> str:
+    objective, made = arm["objective"], arm.get("refinement") or {}
+    name = {"dpo": "DPO", "ipo": "IPO"}[objective.removeprefix("sr_")]
+    if arm.get("keys", {}).get("label_smoothing"):
+        name = f"c{name}"
+    if made.get("judge") == "ratings":
+        return f"{name} with true ratings"
+    if made.get("form") == "contrast":
+        return f"{name} with contrast by the {made['judge']}"
+    return f"Sr-{name}" if objective.startswith("sr_") else name
 
 
 def models_of(results: Results) -> list[tuple[str, dict[str, Any]]]:
@@ -297,4 +345,8 @@ def _mean(values: Sequence[float | None], digits: int) -> str:
 def _difference(first: Sequence[float], second: Sequence[float], digits: int) -> tuple[str, str]:
     """Gives the cells of a paired test: the mean difference with its interval, and p."""
     test = paired(first, second)
-    return with_interval(*test.difference, digits), "< 0.001" if test.p < 0.0005 else number(test.p)
+    return with_interval(*test.difference, digits), _p(test.p)
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.0005 else number(value)

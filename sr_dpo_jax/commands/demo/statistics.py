@@ -46,6 +46,16 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
     return Paired(mean_of(differences), float(scipy.stats.ttest_rel(first, second).pvalue))
 
 
+def holm(values: Sequence[float]) -> list[float]:
+    """Corrects p-values for their number by Holm's step-down rule; NaN stays NaN and counts for none."""
+    corrected, largest = [float("nan")] * len(values), 0.0
+    order = sorted((index for index, p in enumerate(values) if not np.isnan(p)), key=lambda index: values[index])
+    for place, index in enumerate(order):
+        largest = max(largest, min(1.0, values[index] * (len(order) - place)))
+        corrected[index] = largest
+    return corrected
+
+
 def spearman(first: Sequence[float], second: Sequence[float]) -> float:
     """Gives the rank correlation; NaN where one of the two is constant."""
     if np.ptp(first) == 0 or np.ptp(second) == 0:

@@ -11,6 +11,7 @@ from sr_dpo_jax.commands.judge.files import Question, read_answers, read_questio
 from sr_dpo_jax.commands.judge.outcomes import OUTCOMES, Comparison, summary
 from sr_dpo_jax.commands.judge.settings import Settings, load, messages
 from sr_dpo_jax.durable.files import require_output, write_json
+from sr_dpo_jax.durable.lease import Lease
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.train.metrics import Progress
 
@@ -32,16 +33,33 @@ def judge_command(
     `judge_config`, a YAML file, replaces keys of judge.yaml; `model` and `base_url` of the judge replace those of both.
 
     Raises:
-      UsageError: files or settings cannot be used, the endpoint refuses, or no comparison has a verdict.
+      UsageError: files or settings cannot be used, another judge is writing `output`, the endpoint refuses, or no
+        comparison has a verdict.
       RuntimeError: the endpoint does not answer.
     """
     require_output(output)
     settings = load(judge_config, model=model, base_url=base_url)
     asked = read_questions(questions)
     answers = [read_answers(path, asked) for path in (first, second)]
-    replies = Replies(output.with_name(output.name + ".replies.jsonl"))
-    comparisons = compare(asked, *answers, settings=settings, replies=replies)
-    result = {
+    with Lease.of_file(output) as lease:
+        lease.take()
+        replies = Replies(output.with_name(output.name + ".replies.jsonl"))
+        comparisons = compare(asked, *answers, settings=settings, replies=replies)
+        result = _result(first, second, questions, settings, comparisons)
+        lease.check()
+        write_json(output, result)
+    print_result(result)
+    if result["total"]["unusable"] == len(comparisons):
+        raise UsageError(
+            f"not one of {len(comparisons)} comparisons has a verdict ({result['total']['unusable_reasons']}); does "
+            f"the judge {settings.model!r} follow the prompts, and does verdict_pattern find what it writes?"
+        )
+
+
+def _result(
+    first: Path, second: Path, questions: Path, settings: Settings, comparisons: Sequence[Comparison]
+) -> dict[str, Any]:
+    return {
         "a": first.name,
         "b": second.name,
         "questions": questions.name,
@@ -50,13 +68,6 @@ def judge_command(
         **summaries(comparisons, settings),
         "comparisons": [{**dataclasses.asdict(each), "outcome": each.outcome} for each in comparisons],
     }
-    write_json(output, result)
-    print_result(result)
-    if result["total"]["unusable"] == len(comparisons):
-        raise UsageError(
-            f"not one of {len(comparisons)} comparisons has a verdict ({result['total']['unusable_reasons']}); does "
-            f"the judge {settings.model!r} follow the prompts, and does verdict_pattern find what it writes?"
-        )
 
 
 def compare(

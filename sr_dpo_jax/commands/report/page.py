@@ -76,11 +76,11 @@ SECTIONS = {
     "What the refinement does": (
         Picture(
             "refinement",
-            "Refinement Δ = β·m̂",
+            "Refinement Δ",
             curve("refinement", "mean refinement Δ"),
             "an objective with Δ (sr_*)",
-            "The policy's own verdict on how far apart the two responses are. 0 at the start; it grows as the policy "
-            "learns to judge.",
+            "The judge's verdict on how far apart the two responses are. The paper's, β·m̂ of the policy, is 0 at the "
+            "start and grows as the policy learns; a contrast by the reference, or ratings, stay as they are.",
         ),
         Picture(
             "share",
@@ -183,6 +183,7 @@ def render(runs: Sequence[Run], *, with_texts: bool) -> str:
         swatches=[data_uri(figures.svg(figures.swatch, run)) for run in runs],
         headline=tables.headline(runs),
         final=tables.final_metrics(runs),
+        known=tables.knowledge(runs),
         difference=tables.config_difference(runs),
         sections={title: [(item, image(item.draw, runs)) for item in items] for title, items in SECTIONS.items()},
         guide=GUIDE,

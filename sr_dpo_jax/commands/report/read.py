@@ -57,6 +57,8 @@ class Run:
     """The step of the best evaluation by checkpoint.best_metric; None where that is not set or was never finite."""
     samples: Sequence[Line]
     """The undamaged lines of samples.jsonl. They hold texts of the data: show them only to those who ask for texts."""
+    knowledge: Line
+    """What the model at the start knew of the labels, from manifest.json; empty where it was not measured."""
     problems: Sequence[str]
     """Sentences for the user; none holds text of the data."""
 
@@ -76,8 +78,9 @@ class Run:
 
     @property
     def lam(self) -> float:
-        """λ; NaN where the objective has none."""
-        return _number(self.config.get("objective.lam"))
+        """λ, or the one that `auto` settled; NaN where the objective has none."""
+        lam = self.config.get("objective.lam")
+        return _number(self.knowledge.get("lam") if lam == "auto" else lam)
 
     @property
     def scale(self) -> float:
@@ -106,6 +109,13 @@ class Run:
     def column(self, name: str) -> np.ndarray:
         """Gives one number of each held-out pair, `[N]`, NaN where a pair has none."""
         return np.array([_number(pair.get(name)) for pair in self.pairs], np.float64)
+
+    def refinement(self) -> np.ndarray:
+        """Gives Δ of each held-out pair, `[N]`; NaN where it is not known."""
+        written = self.column("refinement")
+        if np.isnan(written).all() and self.config.get("refinement.form", "margin") == "margin":
+            return self.beta * self.column("augmented_margin")  # earlier versions did not write it
+        return written
 
 
 def series(lines: Sequence[Line], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -179,6 +189,7 @@ def _read_run(number: int, label: str, path: Path) -> Run:
         shown_set=shown_set,
         best_step=_best_step(evaluations, config),
         samples=_read_lines(samples_file, problems, texts=SAMPLE_TEXTS) if samples_file.is_file() else [],
+        knowledge=_read_knowledge(path / "manifest.json", problems),
         problems=problems,
     )
     if evaluation and evaluation["step"] not in (run.last_step, run.best_step):
@@ -187,6 +198,16 @@ def _read_run(number: int, label: str, path: Path) -> Run:
             f"`sr-dpo eval {path}/config.yaml` brings it up to date"
         )
     return run
+
+
+def _read_knowledge(path: Path, problems: list[str]) -> Line:
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("knowledge") or {}
+    except (ValueError, AttributeError) as error:
+        problems.append(f"manifest.json is damaged ({type(error).__name__})")
+        return {}
 
 
 def _with_shown_set(line: Line, shown_set: str) -> Line:

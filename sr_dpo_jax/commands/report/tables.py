@@ -127,6 +127,23 @@ def _set_metrics(line: Mapping[str, Any], name: str) -> dict[str, str]:
     }
 
 
+def knowledge(runs: Sequence[Run]) -> Table:
+    """Has a row for d, d̂ and c of each run whose model was asked at the start whether it knows the labels."""
+    names = {"d": "d, the prompt alone", "d_with_p": "d̂, with p", "contrast": "c, the contrast"}
+    rows = []
+    for run in runs:
+        for key, title in names.items() if run.knowledge else ():
+            known = run.knowledge[key]
+            row = {"run": run.label, "": title, "accuracy": with_interval(known["accuracy"], *known["interval"])}
+            row |= {"mean": number(known["mean"]), "spread": number(known["std"])}
+            row |= {name: number(group["accuracy"]) for name, group in known["by_length"].items()}
+            slope = run.knowledge["slope"]
+            row["slope"] = with_interval(slope["value"], *slope["interval"], 2) if key == "contrast" else NONE
+            row["λ"] = _plain(run.lam) if key == "contrast" and run.kind.refined else NONE
+            rows.append(row)
+    return Table.of(rows)
+
+
 def samples(runs: Sequence[Run]) -> dict[tuple[str, str, str], list[list[tuple[int, str]]]]:
     """Gives the responses, (step, text), newest first, of each run with samples to each (set, id, prompt).
 
@@ -148,7 +165,7 @@ def shift_share(run: Run) -> float:
     if not run.kind.refined or not run.pairs:
         return math.nan
     reward = np.abs(run.scale * run.column("margin")).mean()
-    return float(run.lam * np.abs(run.beta * run.column("augmented_margin")).mean() / reward) if reward else math.nan
+    return float(run.lam * np.abs(run.refinement()).mean() / reward) if reward else math.nan
 
 
 def _plain(value: Any) -> str:
@@ -227,13 +244,17 @@ def sample_pairs(runs: Sequence[Run]) -> tuple[list[str], Table]:
     for run in scored:
         head += [f"{run.label}: m", "m̂", *(["Δ", "λΔ"] if run.kind.refined else [])]
     by_id = [{str(pair.get("id")): pair for pair in run.pairs} for run in scored]
+    deltas = {
+        run.number: dict(zip((str(pair.get("id")) for pair in run.pairs), run.refinement(), strict=True))
+        for run in scored
+    }
     rows = []
     for identity, pair in shown.items():
         tokens = f"{pair['chosen_tokens']:.0f} / {pair['rejected_tokens']:.0f}"
         row = [identity, tokens, number(pair.get("rating_difference"), 1)]
         for run, pairs in zip(scored, by_id, strict=True):
             margin, augmented = (pairs.get(identity, {}).get(key) for key in ("margin", "augmented_margin"))
-            delta = None if augmented is None else run.beta * augmented
+            delta = deltas[run.number].get(identity)
             row += [number(margin, 2), number(augmented, 2)]
             if run.kind.refined:
                 row += [number(delta), number(None if delta is None else run.lam * delta)]

@@ -1,0 +1,154 @@
+"""Comparing objectives: what is run, what chooses β, what is compared, and that a stopped comparison goes on."""
+
+import json
+
+import numpy as np
+import pytest
+import scipy.stats
+import yaml
+from runs import model_directory, preference_file, raw_config
+
+from sr_dpo_jax.cli import main
+from sr_dpo_jax.commands import compare as compared
+from sr_dpo_jax.commands.compare import parse_entry
+from sr_dpo_jax.config.load import load_config
+from sr_dpo_jax.errors import UsageError
+
+CONTRAST = "sr_dpo,lam=1,refinement.form=contrast,refinement.judge=reference"
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A configuration whose own refinement is a contrast, which plain objectives do not take."""
+    sections = {
+        "data": {"eval_path": str(preference_file(tmp_path / "held_out.jsonl", 8, seed=2))},
+        "refinement": {"form": "contrast"},
+        "train": {"max_steps": 1},
+    }
+    raw = raw_config(
+        tmp_path, model_directory(tmp_path / "model"), preference_file(tmp_path / "train.jsonl", 16), **sections
+    )
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
+    return str(tmp_path / "run.yaml")
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """Takes the place of the processes: writes held-out margins that β decides, and lists what was run."""
+    ran, codes = [], {}
+
+    def run(_child, arguments):
+        command, file = arguments[:2]
+        config = load_config(file)
+        root = compared.Path(config.output_dir)
+        ran.append((command, root.parent.name, root.name))
+        if codes.get(root.name):
+            return codes.pop(root.name)
+        if command == "eval":
+            root.mkdir(parents=True, exist_ok=True)
+            # The deciding pairs (0, 2, ...) are all right at β = 0.3 alone; the others depend on the objective.
+            right = {0.3: 4}.get(round(config.objective.beta, 6), 2)
+            others = 3 if config.objective.name == "sr_dpo" else 1
+            margins = [1.0 if (index // 2 < (others if index % 2 else right)) else -1.0 for index in range(8)]
+            lines = [{"id": str(index), "margin": margin} for index, margin in enumerate(margins)]
+            (root / "eval_pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            (root / "eval.json").write_text(json.dumps({"step": 1, "eval/margin": 0.5 + config.seed}))
+            (root / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 0.7}) + "\n")
+        return 0
+
+    monkeypatch.setattr("sr_dpo_jax.commands.tune.Child.run", run)
+    return ran, codes
+
+
+def test_every_beta_on_the_first_seed_and_the_best_on_the_others(config, commands, tmp_path, capsys):
+    ran, _ = commands
+    assert main(["compare", config, "dpo", CONTRAST, "--betas", "1,3,10", "--seeds", "2"]) == 0
+    trained = [(label, name) for command, label, name in ran if command == "train"]
+    first = [(label, f"beta-{beta}-seed-0") for label in ("dpo", CONTRAST) for beta in ("0.1", "0.3", "1")]
+    assert trained == [*first, ("dpo", "beta-0.3-seed-1"), (CONTRAST, "beta-0.3-seed-1")]
+    table = (tmp_path / "run" / "compare" / "compare.md").read_text()
+    main_table, _, _ = table.partition("The sweep")
+    (row,) = (line for line in main_table.splitlines() if line.startswith(f"| {CONTRAST} | 0.3 |"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    difference = np.array([0, 1, 1, 0])  # pairs 1, 3, 5, 7: three right against one
+    assert cells[3].startswith("0.750") and cells[6].startswith(f"{difference.mean():.3f}")
+    assert float(cells[7]) == pytest.approx(scipy.stats.ttest_1samp(difference, 0).pvalue, abs=1e-3)
+    assert cells[4].startswith("1.00"), "the mean margin of seeds 0 and 1"
+    assert "report.html" in capsys.readouterr().out
+    config_of = yaml.safe_load((tmp_path / "run" / "compare" / "dpo" / "beta-0.1-seed-0.yaml").read_text())
+    assert config_of["refinement"]["form"] == "margin", "a plain objective has no refinement of another one"
+
+
+def test_a_comparison_that_was_stopped_goes_on(config, commands):
+    ran, codes = commands
+    codes["beta-0.3-seed-0"] = 75
+    assert main(["compare", config, "dpo", "ipo", "--betas", "1,3"]) == 75
+    assert main(["compare", config, "dpo", "ipo", "--betas", "1,3"]) == 0
+    trained = [(label, name) for command, label, name in ran if command == "train"]
+    assert trained.count(("dpo", "beta-0.1-seed-0")) == 1 and trained.count(("dpo", "beta-0.3-seed-0")) == 2
+    before = len(ran)
+    assert main(["compare", config, "dpo", "ipo", "--betas", "1,3"]) == 0
+    assert len(ran) == before, "all finished"
+
+
+def test_other_data_is_another_comparison(config, commands, tmp_path):
+    ran, _ = commands
+    assert main(["compare", config, "dpo", "ipo", "--betas", "1"]) == 0
+    preference_file(tmp_path / "held_out.jsonl", 8, seed=3)
+    before = len(ran)
+    assert main(["compare", config, "dpo", "ipo", "--betas", "1"]) == 0
+    assert len(ran) == 2 * before
+
+
+def test_overrides_hold_for_all_runs(config, commands, tmp_path):
+    assert main(["compare", config, "dpo", "ipo", "train.max_steps=2", "--betas", "1"]) == 0
+    for label in ("dpo", "ipo"):
+        raw = yaml.safe_load((tmp_path / "run" / "compare" / label / "beta-0.1-seed-0.yaml").read_text())
+        assert raw["train"]["max_steps"] == 2 and raw["cache_dir"] == str(tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["dpo"], "name two objectives or more"),
+        (["dpo", "dpo"], "dpo: named twice"),
+        (["dpo", "sr_dpo,lam"], "'lam' is not of the form key=value"),
+        (["dpo", "ipo", "--seeds", "0"], "--seeds 0"),
+        (["dpo", "ipo", "--betas", "0,1"], "--betas 0.0,1.0"),
+        (["dpo", "sr_dpo"], "objective.lam: missing"),
+        (["dpo", "dopo"], "objective.name='dopo': not known"),
+        (["dpo", "ipo,nothing.key=1"], "no section nothing"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(config, commands, capsys, arguments, said):
+    assert main(["compare", config, *arguments]) == 2
+    assert said in capsys.readouterr().err
+    assert commands[0] == []
+
+
+def test_held_out_pairs_are_asked_for(config, capsys):
+    assert main(["compare", config, "dpo", "ipo", "data.eval_path=null"]) == 2
+    assert "data.eval_path is not set" in capsys.readouterr().err
+
+
+def test_an_entry_is_read_as_yaml():
+    entry = parse_entry("sr_dpo,lam=auto,beta=0.5,refinement.form=contrast")
+    assert entry.sections == {
+        "objective": {"name": "sr_dpo", "lam": "auto", "beta": 0.5},
+        "refinement": {"form": "contrast"},
+    }
+    with pytest.raises(UsageError, match="begin with the objective's name"):
+        parse_entry("lam=1,sr_dpo")
+
+
+@pytest.mark.slow
+def test_a_comparison_for_real(config, tmp_path):
+    """Real processes: plain DPO, the paper's Sr-DPO and a contrast with a λ by calibration, on one reference cache."""
+    auto = "sr_dpo,lam=auto,refinement.form=contrast,refinement.judge=reference"
+    assert main(["compare", config, "dpo", "sr_dpo,lam=0.5", auto, "--betas", "1", "--seeds", "2"]) == 0
+    root = tmp_path / "run" / "compare"
+    text = (root / "compare.md").read_text()
+    assert "auto: 0.00" in text, "a random model knows nothing"
+    assert (root / "report.html").stat().st_size > 10_000
+    plain = [path.name for path in (tmp_path / "cache").glob("reference-plain-*")]
+    assert len(plain) == 2, "training and held-out pairs were scored once for all"
