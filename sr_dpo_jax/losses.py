@@ -1,4 +1,4 @@
-"""DPO, IPO and their self-refined forms: pure functions of margins, one loss a pair.
+"""The losses: pure functions of margins, one loss a pair. Here DPO, IPO and their self-refined forms.
 
     log-ratio         log π(y|x) − log π_ref(y|x), summed over the response's tokens, nats
     preference        d  = log π(y⁺|x) − log π(y⁻|x), of the policy or of the reference
@@ -6,9 +6,12 @@
     augmented margin  m̂  = the same with p ⊕ x in place of x, p the instruction of arXiv:2405.21040, section 3.2
     refinement        Δ, a number and not a path for gradients: β·m̂ in the paper, or the contrast c = d(p ⊕ x) − d(x)
 
-Every argument is float32 `[pairs]`; numbers are keyword-only. A loss of a margin takes Δ as its second argument: it
+Every argument is float32 `[pairs]`; numbers are keyword-only. A loss of a margin takes Δ as its last argument: it
 shifts the margin by λΔ, and without it, or with λ = 0, the loss is the plain one bit for bit. Nothing is averaged here:
 the caller divides once, by the number of pairs, last.
+
+The other losses stand by kind in `formulas/`, and their names here too: those of one margin, those of both log-ratios
+or of all pairs of a step, and what a log-ratio may become before the margin is taken.
 
 The road from YAML to gradient ends here: `train/train_step.py` differentiates these.
 """
@@ -16,7 +19,36 @@ The road from YAML to gradient ends here: `train/train_step.py` differentiates t
 import jax
 import jax.numpy as jnp
 
+from sr_dpo_jax.formulas.margins import discopop, exo_pair, hinge, orpo, robust, shifted, simpo
+from sr_dpo_jax.formulas.responses import aot, aot_unpaired, apo_down, apo_zero, bco_pair, nca_pair, sppo_hard
+from sr_dpo_jax.formulas.scores import divergence_score, log_odds
+
 Array = jax.Array
+
+__all__ = [
+    "aot",
+    "aot_unpaired",
+    "apo_down",
+    "apo_zero",
+    "bco_pair",
+    "contrast",
+    "discopop",
+    "divergence_score",
+    "dpo",
+    "exo_pair",
+    "hinge",
+    "ipo",
+    "log_odds",
+    "nca_pair",
+    "orpo",
+    "refinement",
+    "robust",
+    "sft",
+    "simpo",
+    "sppo_hard",
+    "sr_dpo",
+    "sr_ipo",
+]
 
 
 def dpo(
@@ -27,7 +59,7 @@ def dpo(
     Args:
       margin: m, `[pairs]` float32, nats.
       refinement: Δ, `[pairs]` float32; no gradient flows into it. None for plain DPO.
-      beta: β > 0, strength of the pull towards the reference.
+      beta: β > 0, strength of the pull towards the reference; OLMo 3 takes 5 on a margin per token.
       lam: λ ≥ 0, the weight of Δ.
       label_smoothing: ε in [0, 0.5), assumed share of flipped labels.
 
@@ -37,7 +69,7 @@ def dpo(
     Reference: arXiv:2305.18290 eq. 7 (arXiv:2405.21040 eq. 5, and with Δ eq. 13); for ε > 0 conservative DPO,
     ericmitchell.ai/cdpo.pdf eq. 3.
     """
-    logit = _logit(margin, refinement, beta=beta, lam=lam)
+    logit = shifted(beta * margin, refinement, lam=lam)
     if label_smoothing == 0.0:
         return -jax.nn.log_sigmoid(logit)
     return -(1.0 - label_smoothing) * jax.nn.log_sigmoid(logit) - label_smoothing * jax.nn.log_sigmoid(-logit)
@@ -57,9 +89,7 @@ def ipo(margin: Array, refinement: Array | None = None, *, beta: float, lam: flo
 
     Reference: arXiv:2310.12036 eq. 17 (arXiv:2405.21040 eq. 8, and with Δ eq. 15).
     """
-    if refinement is not None:
-        margin = margin - lam * jax.lax.stop_gradient(refinement)
-    return jnp.square(margin - 1.0 / (2.0 * beta))
+    return jnp.square(shifted(margin, refinement, lam=lam) - 1.0 / (2.0 * beta))
 
 
 def refinement(augmented_margin: Array, *, beta: float) -> Array:
@@ -141,10 +171,3 @@ def sft(chosen_logprob: Array) -> Array:
     The caller's mean is over pairs, so long responses weigh more, as in the code base that arXiv:2405.21040 builds on.
     """
     return -chosen_logprob
-
-
-def _logit(margin: Array, refinement: Array | None, *, beta: float, lam: float) -> Array:
-    """`β·m − λΔ`, the input of a logistic loss."""
-    if refinement is None:
-        return beta * margin
-    return beta * margin - lam * jax.lax.stop_gradient(refinement)

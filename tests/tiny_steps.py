@@ -43,12 +43,12 @@ def reference_scores() -> np.ndarray:
     return np.random.default_rng(8).normal(-12, 4, (PAIRS, 2, 2)).astype(np.float32)
 
 
-def compile_step(model: tiny.Model, optimizer: Any = OPTIMIZER) -> Any:
+def compile_step(model: tiny.Model, optimizer: Any = OPTIMIZER, objective: Objective = OBJECTIVE) -> Any:
     return make_train_step(
         model.graph,
         optimizer,
         lambda step: jnp.asarray(step, jnp.float32),
-        OBJECTIVE,
+        objective,
         pairs=PAIRS,
         mesh=model.mesh,
         abstract=model.abstract_state(optimizer),

@@ -25,7 +25,8 @@ from sr_dpo_jax.commands.demo.statistics import holm, mean_of, paired
 from sr_dpo_jax.commands.report.tables import Table, number, with_interval
 from sr_dpo_jax.commands.tune import EXIT_DONE, Child, content_reader
 from sr_dpo_jax.config.load import config_from_dict, load_config
-from sr_dpo_jax.config.schema import Config, PairObjective, Refinement
+from sr_dpo_jax.config.objectives import PairObjective
+from sr_dpo_jax.config.schema import Config, Refinement
 from sr_dpo_jax.durable.files import json_digest, read_lines, write_json, write_text
 from sr_dpo_jax.errors import UsageError
 

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
 import numpy as np
@@ -62,10 +64,12 @@ def _measure(
         require_finite(held.pairs, policy, config)
         metrics |= held.metrics(setup.objective, policy)
         lease.check()
-        if jax.process_index() == 0 and held.reference is not None:
+        if jax.process_index() == 0 and setup.objective.kind.needs_rejected:
             difference = held.pairs.chosen_score - held.pairs.rejected_score
-            metrics |= rating_metrics(held.margins(policy), difference, seed=config.seed, name=held.name)
-            write_scores(root / pairs_file(held.name), held.pairs, policy, held, setup.objective)
+            margins = held.margins(setup.objective, policy)
+            metrics |= rating_metrics(margins, difference, seed=config.seed, name=held.name)
+            columns = margins | {"rating_difference": difference} | _more_columns(held, setup.objective, policy)
+            write_scores(root / pairs_file(held.name), held.pairs, policy, columns)
     lease.check()
     if jax.process_index() == 0:
         write_json(root / "eval.json", metrics)
@@ -117,27 +121,27 @@ def require_finite(pairs: TokenizedPairs, scores: Scores, config: Config) -> Non
 
 
 def write_scores(
-    path: Path,
-    pairs: TokenizedPairs,
-    scores: Scores,
-    held: ScoredSet | None = None,
-    objective: Objective | None = None,
+    path: Path, pairs: TokenizedPairs, scores: Scores, more: Mapping[str, np.ndarray] = MappingProxyType({})
 ) -> None:
     """Writes one JSON line a pair, in the order of the data: id, token counts, log-probs in nats, scores if rated.
 
-    With a held-out set also the reference's log-probs and the margins; with an objective that has one, Δ.
+    `more` are further columns, `[N]` each, by name; a NaN is left out.
     """
     names = ("prompt_tokens", "chosen_tokens", "rejected_tokens", "chosen_score", "rejected_score")
-    columns = {name: getattr(pairs, name) for name in names} | _logp_columns("", scores)
-    if held is not None:
-        columns |= _logp_columns("reference_", held.reference_scores(scores)) | held.margins(scores)
-        columns["rating_difference"] = pairs.chosen_score - pairs.rejected_score
-    if held is not None and objective is not None and objective.kind.refined:
-        columns["refinement"] = np.asarray(held.pair_metrics(objective, scores)["refinement"])
+    columns = {name: getattr(pairs, name) for name in names} | _logp_columns("", scores) | {**more}
     with whole(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for index, identity in enumerate(pairs.ids):
             numbers = {name: values[index].item() for name, values in columns.items() if not np.isnan(values[index])}
             file.write(json.dumps({"id": identity} | numbers, ensure_ascii=False) + "\n")
+
+
+def _more_columns(held: ScoredSet, objective: Objective, policy: Scores) -> dict[str, np.ndarray]:
+    """Gives the reference's log-probs and Δ, where the objective has them."""
+    reference = held.reference_scores(policy)
+    columns = {} if reference is None else _logp_columns("reference_", reference)
+    if objective.kind.refined:
+        columns["refinement"] = np.asarray(held.pair_metrics(objective, policy)["refinement"])
+    return columns
 
 
 def _logp_columns(prefix: str, scores: Scores) -> dict[str, np.ndarray]:

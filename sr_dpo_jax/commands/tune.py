@@ -161,7 +161,7 @@ def _require_metric(config: Config, metric: str) -> None:
     if held_out not in known:
         raise UsageError(f"--metric {metric}: no held-out set has it; those of the configuration: {', '.join(known)}")
     kind = OBJECTIVES[config.objective.name]
-    if not metric.endswith("/loss") and not (kind.needs_rejected and kind.needs_reference):
+    if not metric.endswith("/loss") and not kind.needs_rejected:
         raise UsageError(f"--metric {metric}: objective.name={config.objective.name} has only {held_out}/loss")
     if "augmented" in metric and not config.refinement.prompt:
         raise UsageError(f"--metric {metric}: refinement.prompt is empty, so no run has it; remove that key")

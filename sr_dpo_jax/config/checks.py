@@ -3,7 +3,8 @@
 What needs the data or the devices is checked where they are. Imports no jax.
 """
 
-from sr_dpo_jax.config.schema import Config, PairObjective, RefinedObjective, Refinement
+from sr_dpo_jax.config.objectives import AotObjective, DivergenceObjective, PairObjective, RefinedObjective
+from sr_dpo_jax.config.schema import Config, Refinement
 
 MEASURES = ("loss", "logps/chosen")
 PAIR_MEASURES = (
@@ -42,7 +43,7 @@ def evaluation_metrics(config: Config) -> list[str]:
 def cross_checks(config: Config) -> list[str]:
     """Finds the problems between keys, each with its remedy."""
     found = [*_addresses(config), *_evaluation_problems(config)]
-    found += _refinement_problems(config)
+    found += [*_objective_problems(config), *_refinement_problems(config)]
     if config.generation.temperature == 0 and (config.generation.top_k, config.generation.top_p) != (None, None):
         found.append(
             "  generation.top_k, generation.top_p: without effect at generation.temperature=0, the likeliest token; "
@@ -65,6 +66,26 @@ def cross_checks(config: Config) -> list[str]:
     sizes = config.mesh.model_dump()
     if list(sizes.values()).count(-1) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         found.append(f"  mesh={sizes}: sizes are positive, and at most one of them is -1 (all devices left)")
+    return found
+
+
+def _objective_problems(config: Config) -> list[str]:
+    objective, parts, found = config.objective, config.batch.accumulation_steps, []
+    if isinstance(objective, AotObjective) and parts > 1:
+        found.append(
+            f"  batch.accumulation_steps={parts}: objective.name={objective.name} sorts over all pairs of a step, and "
+            "a micro-batch has some of them; set it to 1, with model.remat=full or fewer batch.pairs_per_step to save "
+            "memory, or choose another objective"
+        )
+    if isinstance(objective, DivergenceObjective):
+        needs, alpha = objective.divergence == "alpha_divergence", objective.divergence_alpha
+        if needs and alpha is None:
+            found.append("  objective.divergence=alpha_divergence: set objective.divergence_alpha, from 0 to 1")
+        if alpha is not None and not needs:
+            found.append(
+                f"  objective.divergence_alpha={alpha}: is for objective.divergence=alpha_divergence; set that, or "
+                "remove it"
+            )
     return found
 
 

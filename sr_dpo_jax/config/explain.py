@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
+from sr_dpo_jax.config.section import TWIN
 from sr_dpo_jax.redaction import holds_secret, is_secret_name, redact
 
 
@@ -29,7 +30,7 @@ def explain(item: Any, root: type[BaseModel]) -> str:
     match item["type"]:
         case "missing":
             field = parent[0].model_fields.get(location[-1])
-            about = (field and field.description) or ""
+            about = " ".join(((field and field.description) or "").split())
             return f"  {key_path}: missing; set it in the file or with {key_path}=... {about}".rstrip()
         case "union_tag_not_found":
             if not isinstance(item["input"], dict):
@@ -37,19 +38,36 @@ def explain(item: Any, root: type[BaseModel]) -> str:
                 return f"  {key_path}={item['input']!r}: is no section; write {key_path}: {{name: ...}}, one of {names}"
             return f"  {key_path}.name: missing; set it to one of {_names(parent)}"
         case "union_tag_invalid":
-            return f"  {key_path}.name={item['ctx']['tag']!r}: not known; choose one of {_names(parent)}"
+            return _unknown_name(f"{key_path}.name", item["ctx"]["tag"], parent)
         case "extra_forbidden":
-            return _unknown(key_path, location[-1], item["input"], sections)
+            name = str(item["loc"][-2]) if len(item["loc"]) > 1 else ""
+            return _unknown(key_path, location[-1], item["input"], sections, name)
     return f"  {key_path}={item['input']!r}: {item['msg']}"
 
 
-def _unknown(key_path: str, key: str, value: Any, sections: Sequence[list[type[BaseModel]]]) -> str:
-    """Says what to do about a key that its section does not have."""
+def _unknown_name(key_path: str, name: str, kinds: Sequence[type[BaseModel]]) -> str:
+    """Says what to do about a name that no kind of its section has."""
+    names, plain = [known for kind in kinds for known in _names_of(kind)], name.removeprefix(TWIN)
+    if plain != name and plain in names:
+        return (
+            f"  {key_path}={name!r}: {plain} has no refined form, as its loss has no margin that Δ could shift; choose "
+            f"{plain}, or another of {_names(kinds)}"
+        )
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"  {key_path}={name!r}: not known; {hint}choose one of {_names(kinds)}"
+
+
+def _unknown(key_path: str, key: str, value: Any, sections: Sequence[list[type[BaseModel]]], name: str) -> str:
+    """Says what to do about a key that its section, of this name if there are several kinds of it, does not have."""
     (section,), alternatives = sections[-1], sections[-2] if len(sections) > 1 else []
     others = [kind for kind in alternatives if key in kind.model_fields]
     if others:  # the section's name decides which keys it has
-        only = f"only {_names(others)} {'take' if ',' in _names(others) else 'takes'} it"
-        return f"  {key_path}={value!r}: {only}; remove it, or choose {_names(others, ' or ')}"
+        names = [other for kind in others for other in _names_of(kind)]
+        if TWIN + name in names:  # the same loss, refined
+            return f"  {key_path}={value!r}: {name} does not take it; remove it, or choose {TWIN + name}"
+        only = f"only {_names(others)} {'takes' if len(names) == 1 else 'take'} it"
+        return f"  {key_path}={value!r}: {only}; remove it, or choose {names[0] if len(names) == 1 else 'one of them'}"
     known = list(section.model_fields)
     elsewhere = [name for kind in alternatives for name in kind.model_fields]
     close = difflib.get_close_matches(key, [*known, *elsewhere], n=1)
@@ -87,8 +105,11 @@ def _names_of(kind: type[BaseModel]) -> tuple[str, ...]:
     return get_args(kind.model_fields["name"].annotation) if "name" in kind.model_fields else ()
 
 
-def _names(kinds: Sequence[type[BaseModel]], separator: str = ", ") -> str:
-    return separator.join(name for kind in kinds for name in _names_of(kind))
+def _names(kinds: Sequence[type[BaseModel]]) -> str:
+    """Lists the names of these kinds; [sr_]NAME stands for a loss and its refined twin."""
+    names = [name for kind in kinds for name in _names_of(kind)]
+    twins = {TWIN + name for name in names} & {*names}
+    return ", ".join(f"[{TWIN}]{name}" if TWIN + name in twins else name for name in names if name not in twins)
 
 
 def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -1,27 +1,19 @@
 """Typed, frozen run configuration: defaults < YAML file < `section.key=value` overrides.
 
-One file holds every key there is, its type, its default and its meaning. Nothing else in the package fills in a
-default, and the core functions take arrays and numbers, never this object. Imports no jax, so that a bad
-configuration is refused before any device is touched.
+This file holds every key there is, its type, its default and its meaning; `config/objectives.py` those of the section
+`objective`. Nothing else in the package fills in a default, and the core functions take arrays and numbers, never this
+object. Imports no jax, so that a bad configuration is refused before any device is touched.
 
 Next: `train/setup.py`, which makes a run out of a configuration.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    PlainSerializer,
-    Tag,
-    ValidationInfo,
-)
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, PlainSerializer, Tag
 
+from sr_dpo_jax.config.objectives import Objective
+from sr_dpo_jax.config.section import NonNegative, NonNegativeRate, Positive, Rate, Section, only_what_says_something
 from sr_dpo_jax.config.yaml_text import dump
 
 PAPER_INSTRUCTION = (
@@ -30,31 +22,6 @@ PAPER_INSTRUCTION = (
     "the minimum. Query:"
 )
 """The instruction p of arXiv:2405.21040, section 3.2.2."""
-
-LARGEST = 2**53  # what every reader of JSON holds exactly
-Positive = Annotated[int, Field(gt=0, le=LARGEST)]
-NonNegative = Annotated[int, Field(ge=0, le=LARGEST)]
-
-
-def _of_float32(value: float) -> float:
-    if value != 0 and not 1e-37 < value < 3e38:
-        raise ValueError("float32 holds it as 0 or infinity; give a number from 1e-37 to 3e38")
-    return value
-
-
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False), AfterValidator(_of_float32)]
-NonNegativeRate = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_of_float32)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        protected_namespaces=(),
-        use_attribute_docstrings=True,
-    )
 
 
 class Model(Section):
@@ -156,76 +123,6 @@ class Data(Section):
         return (*unnamed, *((f"eval/{name}", one) for name, one in self.eval_sets))
 
 
-def _only_what_says_something(*kinds: type[Section]) -> BeforeValidator:
-    """Drops from a section the keys of its other kinds that hold null or that kind's default: they ask for nothing.
-
-    So `objective.lam=null` on the command line takes a key away. Runs wrote keys of all kinds once, with any value: in
-    their own files all of them are dropped.
-    """
-
-    def drop(section: Any, info: ValidationInfo) -> Any:
-        if not isinstance(section, dict):
-            return section
-        name = section.get("name", kinds[0].model_fields["name"].default)
-        mine = [kind.model_fields for kind in kinds if name in get_args(kind.model_fields["name"].annotation)]
-        if not mine:
-            return section
-        others = {
-            key: field.default for kind in kinds for key, field in kind.model_fields.items() if key not in mine[0]
-        }
-
-        def asks(key: str, value: Any) -> bool:
-            default = others.get(key)
-            return value is not None and not info.context and (type(value), value) != (type(default), default)
-
-        return {key: value for key, value in section.items() if key not in others or asks(key, value)}
-
-    return BeforeValidator(drop)
-
-
-class SftObjective(Section):
-    """−log π(y⁺|x) of the chosen responses: supervised fine-tuning."""
-
-    name: Literal["sft"]
-
-
-class PairObjective(Section):
-    """An objective that compares two responses by their margins over the reference."""
-
-    name: str
-    beta: Rate = 0.1
-    """β, the strength of the pull towards the reference."""
-
-
-class DpoObjective(PairObjective):
-    name: Literal["dpo"]
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """The assumed share of flipped labels (conservative DPO)."""
-
-
-class IpoObjective(PairObjective):
-    name: Literal["ipo", "ipo_mean"]
-    """`ipo` is the paper's form on sums of log-probs; `ipo_mean` divides each by its length, as TRL does."""
-
-
-class RefinedObjective(PairObjective):
-    name: Literal["sr_dpo", "sr_ipo"]
-    lam: Annotated[
-        Annotated[NonNegativeRate, Tag("number")] | Annotated[Literal["auto"], Tag("word")],
-        Discriminator(lambda value: "word" if isinstance(value, str) else "number"),
-    ]
-    """λ, the weight of the refinement. The paper chooses from 0.1, 0.3, 0.5 and 1; 1 is Bayes' weight of a contrast.
-    `auto`, for a contrast, is the slope of a logistic regression of the labels on it, from the scores of the model at
-    the start; where that cannot be told from 0 the plain objective is trained."""
-
-
-Objective = Annotated[
-    Annotated[SftObjective | DpoObjective | IpoObjective | RefinedObjective, Field(discriminator="name")],
-    _only_what_says_something(SftObjective, DpoObjective, IpoObjective, RefinedObjective),
-]
-"""The name decides which other keys there are; `train/objective.py` holds what each objective is."""
-
-
 class Refinement(Section):
     prompt: str | None = PAPER_INSTRUCTION
     """The instruction p. Trains sr_*, and measures augmented accuracy in every evaluation; null measures none."""
@@ -285,7 +182,7 @@ def _optimizer_name(section: Any) -> Any:
 
 Optimizer = Annotated[
     Annotated[Annotated[Rmsprop, Tag("rmsprop")] | Annotated[Adamw, Tag("adamw")], Discriminator(_optimizer_name)],
-    _only_what_says_something(Rmsprop, Adamw),
+    only_what_says_something(Rmsprop, Adamw),
 ]
 
 

@@ -22,40 +22,83 @@ class Kind:
     arguments: tuple[str, ...]
     """The arrays that the function takes, named as `train_step.pair_metrics` names them."""
     family: str
-    """Objectives of one family share a figure, and their losses are of one scale: `likelihood`, `logistic`, `squared`
-    or `squared, per token`."""
+    """Objectives of one family share a figure, and their losses are of one scale: `likelihood`, `logistic`, `squared`,
+    `squared, per token`, `hinge` or `other`."""
     needs_rejected: bool = True
     needs_reference: bool = True
     per_token: bool = False
     """Every log-prob is divided by the tokens of its response, in the margin and in the refinement alike."""
+    odds: bool = False
+    """The margin is one of log odds, of which each is made of a log-prob per token."""
+    scaled: bool = True
+    """λΔ is subtracted from β·m; where it is not scaled, from m."""
     refined: bool = False
     """The refinement Δ, the function's last array, shifts the margin."""
-    loss_at_zero: Callable[[float], float] | None = None
-    """The loss where policy and reference are the same and Δ = 0, as a function of β; None where the weights decide."""
+    at_zero: Callable[[Mapping[str, Any]], float] | None = None
+    """The preference term where policy and reference are the same and Δ = 0, as a function of the objective's numbers;
+    None where the weights decide."""
+
+    def loss_at_zero(self, numbers: Mapping[str, Any]) -> float | None:
+        """Gives the loss where policy and reference are the same and Δ = 0; None where the weights decide.
+
+        `numbers` are the keys of the section `objective`.
+        """
+        return None if self.at_zero is None or numbers.get("sft_weight") else self.at_zero(numbers)
 
 
-def _ln_2(beta: float) -> float:
-    return math.log(2)
+def _always(loss: float) -> Callable[[Mapping[str, Any]], float]:
+    return lambda numbers: loss
 
 
-def _quarter(beta: float) -> float:
-    return 1 / (4 * beta**2)
+def _quarter(numbers: Mapping[str, Any]) -> float:
+    return float(1 / (4 * numbers["beta"] ** 2))
+
+
+def _divergence_from_labels(numbers: Mapping[str, Any]) -> float:
+    share = numbers["label_smoothing"]
+    return -math.log(2) - math.log(share * (1 - share)) / 2
 
 
 LARGEST_LOSS = 1e32
 """The largest loss of a pair whose sums stay within float32."""
 MARGIN = ("margin",)
+RATIOS = ("chosen_log_ratio", "rejected_log_ratio")
+PREFERENCES = ("preference", "reference_preference")
+LN_2, ONE, TWO_LN_2 = _always(math.log(2)), _always(1.0), _always(2 * math.log(2))
 PLAIN = {
     "sft": Kind("sft", ("chosen_logprob",), "likelihood", needs_rejected=False, needs_reference=False),
-    "dpo": Kind("dpo", MARGIN, "logistic", loss_at_zero=_ln_2),
-    "ipo": Kind("ipo", MARGIN, "squared", loss_at_zero=_quarter),
-    "ipo_mean": Kind("ipo", MARGIN, "squared, per token", per_token=True, loss_at_zero=_quarter),
+    "dpo": Kind("dpo", MARGIN, "logistic", at_zero=LN_2),
+    "sigmoid_norm": Kind("dpo", MARGIN, "logistic", per_token=True, at_zero=LN_2),
+    "robust": Kind("robust", MARGIN, "logistic", at_zero=LN_2),
+    "ipo": Kind("ipo", MARGIN, "squared", scaled=False, at_zero=_quarter),
+    "ipo_mean": Kind("ipo", MARGIN, "squared, per token", scaled=False, per_token=True, at_zero=_quarter),
+    "hinge": Kind("hinge", MARGIN, "hinge", at_zero=ONE),
+    "exo_pair": Kind("exo_pair", MARGIN, "other", at_zero=_divergence_from_labels),
+    "discopop": Kind("discopop", MARGIN, "other", at_zero=_always((1 + math.log(2)) / 2)),
+    "aot": Kind("aot", PREFERENCES, "logistic", at_zero=LN_2),
+    "aot_unpaired": Kind("aot_unpaired", RATIOS, "logistic", at_zero=LN_2),
+    "apo_down": Kind("apo_down", RATIOS, "other", at_zero=ONE),
+    "simpo": Kind("simpo", MARGIN, "logistic", per_token=True, needs_reference=False),
+    "cpo": Kind("dpo", MARGIN, "logistic", needs_reference=False),
+    "orpo": Kind("orpo", MARGIN, "other", per_token=True, odds=True, scaled=False, needs_reference=False),
 }
+SIDES = {
+    "apo_zero": Kind("apo_zero", RATIOS, "other", at_zero=ONE),
+    "nca_pair": Kind("nca_pair", RATIOS, "other", at_zero=TWO_LN_2),
+    "bco_pair": Kind("bco_pair", RATIOS, "other", at_zero=TWO_LN_2),
+    "sppo_hard": Kind("sppo_hard", RATIOS, "squared", at_zero=lambda numbers: 2 * _quarter(numbers)),
+}
+"""Objectives without a margin that Δ could shift."""
 REFINEMENT = "refinement"
 TWIN = "sr_"
-OBJECTIVES = PLAIN | {
-    TWIN + name: dataclasses.replace(PLAIN[name], arguments=(*PLAIN[name].arguments, REFINEMENT), refined=True)
-    for name in ("dpo", "ipo", "ipo_mean")
+OBJECTIVES = {
+    **PLAIN,
+    **SIDES,
+    **{
+        TWIN + name: dataclasses.replace(kind, arguments=(*kind.arguments, REFINEMENT), refined=True)
+        for name, kind in PLAIN.items()
+        if kind.needs_rejected
+    },
 }
 """Every objective by its name: the plain ones, and `sr_NAME` for those whose loss Δ can shift."""
 
@@ -82,25 +125,39 @@ class Objective:
 
     name: str
     numbers: Mapping[str, Any]
-    """The keyword numbers of its function in `losses.py`: all keys of the section `objective` but the name. `lam` may
-    be "auto" until the reference has scored the training pairs."""
+    """The keyword numbers of its function in `losses.py`: all keys of the section `objective` but the name and those
+    below. `lam` may be "auto" until the reference has scored the training pairs."""
     refinement: Refinement = Refinement()
     """How Δ is made where the objective has one."""
+    divergence: str = "reverse_kl"
+    """The divergence from the reference that the margin is one of, as `losses.divergence_score` names it."""
+    divergence_alpha: float | None = None
+    sft_weight: float = 0.0
+    """The weight of −log π per token of the chosen response, which is added to the loss."""
 
     @classmethod
-    def of(cls, name: str, refinement: Refinement = Refinement(), **numbers: Any) -> "Objective":
+    def of(
+        cls,
+        name: str,
+        refinement: Refinement = Refinement(),
+        *,
+        divergence: str = "reverse_kl",
+        divergence_alpha: float | None = None,
+        sft_weight: float = 0.0,
+        **numbers: Any,
+    ) -> "Objective":
         """Takes the keys of the configuration's section `objective`.
 
         Raises:
           UsageError: the loss begins at a number whose sums float32 holds as infinity, so that no step would count.
         """
-        begins_at = OBJECTIVES[name].loss_at_zero
-        if begins_at is not None and begins_at(numbers["beta"]) > LARGEST_LOSS:
+        begins_at = OBJECTIVES[name].at_zero
+        if begins_at is not None and begins_at(numbers) > LARGEST_LOSS:
             raise UsageError(
-                f"objective.beta={numbers['beta']:g}: the loss of {name} begins at {begins_at(numbers['beta']):.2g}, "
+                f"objective.beta={numbers['beta']:g}: the loss of {name} begins at {begins_at(numbers):.2g}, "
                 "too large for float32; raise objective.beta"
             )
-        return cls(name, numbers, refinement)
+        return cls(name, numbers, refinement, divergence, divergence_alpha, sft_weight)
 
     @property
     def kind(self) -> Kind:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sr_dpo_jax.batch import CHOSEN, REJECTED, Batch
+from sr_dpo_jax.batch import Batch
 from sr_dpo_jax.data.dataset import TokenizedPairs
 from sr_dpo_jax.data.pipeline import Feed, Packing, pair_sizes
 from sr_dpo_jax.data.plan import Plan, Shape, scoring_plan, scoring_shape
@@ -25,7 +25,15 @@ from sr_dpo_jax.train.knowledge import knowledge_of, lines_of, settled_lam
 from sr_dpo_jax.train.metrics import Progress
 from sr_dpo_jax.train.objective import Objective, Refinement
 from sr_dpo_jax.train.reference import ReferenceScores, cache_files
-from sr_dpo_jax.train.train_step import Scores, averages, difference, make_score_step, pair_metrics, refinement_by
+from sr_dpo_jax.train.train_step import (
+    Scores,
+    averages,
+    difference,
+    log_ratios,
+    make_score_step,
+    pair_metrics,
+    refinement_by,
+)
 from sr_dpo_jax.weights.placement import PlacedModel
 
 log = logging.getLogger(__name__)
@@ -100,13 +108,15 @@ class ScoredSet:
         augmented = known[..., 1] if source.augmented else None
         return Scores(known[..., 0], augmented, tokens, against=known[..., 2] if source.against else None)
 
-    def margins(self, policy: Scores) -> dict[str, np.ndarray]:
-        """Computes m and, where p is used, m̂ of each pair, `[N]`, nats."""
-        reference = self.reference_scores(policy)
-        ratios = {"margin": policy.plain - reference.plain}
+    def margins(self, objective: Objective, policy: Scores) -> dict[str, np.ndarray]:
+        """Computes m and, where p is used, m̂ of each pair, `[N]`, nats, as they are in the metrics."""
+        reference = self.reference_scores(policy) if objective.kind.needs_reference else None
+        tokens = policy.tokens if objective.kind.per_token and reference is None else None
+        found = {"margin": difference(log_ratios(policy.plain, reference and reference.plain), tokens)}
         if policy.augmented is not None:
-            ratios["augmented_margin"] = policy.augmented - reference.augmented
-        return {name: ratio[:, CHOSEN] - ratio[:, REJECTED] for name, ratio in ratios.items()}
+            augmented = log_ratios(policy.augmented, reference and reference.augmented)
+            found["augmented_margin"] = difference(augmented, tokens)
+        return found
 
     def fill_reference(self, params: Params, between: Callable[[], None] = lambda: None) -> None:
         """Runs the scoring steps from the first with a missing pair on; calls `between` after each.

@@ -62,33 +62,41 @@ def pair_metrics(
     Returns:
       One float32 value a pair, `[B]`, under the names of metrics.jsonl.
     """
-    kind = objective.kind
+    kind, beta = objective.kind, objective.numbers.get("beta", 1.0)
     sides = {"chosen": CHOSEN, "rejected": REJECTED} if kind.needs_rejected else {"chosen": CHOSEN}
-    tokens = jnp.maximum(policy.tokens, 1)  # absent pairs have none, and their losses are dropped
     logps = {f"logps/{name}": policy.plain[:, side] for name, side in sides.items()}
     arrays = {f"{name}_logprob": policy.plain[:, side] for name, side in sides.items()}
-    if reference is None:
+    if not kind.needs_rejected:
         return {"loss": pair_losses(objective, arrays), **logps}
-    log_ratio = policy.plain - reference.plain
-    margin = difference(log_ratio)
-    beta = objective.numbers["beta"]
+    tokens = jnp.maximum(policy.tokens, 1)  # absent pairs have none, and their losses are dropped
+    ratios = log_ratios(policy.plain, None if reference is None else reference.plain)
+    rewards = ratios / tokens if kind.per_token and reference is None else ratios
+    margin = difference(rewards)
     metrics = {
-        "rewards/chosen": beta * log_ratio[:, CHOSEN],
-        "rewards/rejected": beta * log_ratio[:, REJECTED],
+        "rewards/chosen": beta * rewards[:, CHOSEN],
+        "rewards/rejected": beta * rewards[:, REJECTED],
         "rewards/margins": beta * margin,
         "rewards/accuracies": (margin > 0).astype(jnp.float32),
         **logps,
         "margin": margin,
     }
-    if policy.augmented is not None and reference.augmented is not None:
-        metrics["augmented/margin"] = difference(policy.augmented - reference.augmented)
-        metrics["augmented/accuracies"] = (metrics["augmented/margin"] > 0).astype(jnp.float32)
-    arrays["margin"] = difference(log_ratio, tokens if kind.per_token else None)
+    if policy.augmented is not None and (reference is None or reference.augmented is not None):
+        augmented = log_ratios(policy.augmented, None if reference is None else reference.augmented)
+        augmented = difference(augmented, tokens if kind.per_token and reference is None else None)
+        metrics["augmented/margin"] = augmented
+        metrics["augmented/accuracies"] = (augmented > 0).astype(jnp.float32)
+    arrays |= {f"{name}_log_ratio": ratios[:, side] for name, side in sides.items()}
+    arrays |= {"margin": margin_of(objective, ratios, tokens), "preference": difference(policy.plain)}
+    if reference is not None:
+        arrays["reference_preference"] = difference(reference.plain)
     if kind.refined:
         if refinement is None:
             refinement = refinement_by(objective, policy, reference)
         arrays["refinement"] = metrics["refinement"] = refinement
-    return {"loss": pair_losses(objective, arrays), **metrics}
+    loss = pair_losses(objective, arrays)
+    if objective.sft_weight:
+        loss += objective.sft_weight * losses.sft(policy.plain[:, CHOSEN]) / tokens[:, CHOSEN]
+    return {"loss": loss, **metrics}
 
 
 def refinement_by(objective: Objective, judge: Scores, reference: Scores | None) -> Array:
@@ -97,14 +105,35 @@ def refinement_by(objective: Objective, judge: Scores, reference: Scores | None)
     Args:
       objective: says how Δ is made.
       judge: scores with p, and with the second instruction where there is one: the policy's or the reference's.
-      reference: scores of the frozen reference, for Δ of the form `margin`.
+      reference: scores of the frozen reference, for Δ of the form `margin`; None where the objective needs none.
     """
-    tokens = jnp.maximum(judge.tokens, 1) if objective.kind.per_token else None
+    tokens = jnp.maximum(judge.tokens, 1)
     if objective.refinement.form == "contrast":
         without = judge.plain if judge.against is None else judge.against
-        return losses.contrast(difference(judge.augmented, tokens), difference(without, tokens))
-    augmented = difference(judge.augmented - reference.augmented, tokens)
-    return losses.refinement(augmented, beta=objective.numbers["beta"])
+        of_response = tokens if objective.kind.per_token else None
+        return losses.contrast(difference(judge.augmented, of_response), difference(without, of_response))
+    ratios = log_ratios(judge.augmented, None if reference is None else reference.augmented)
+    return losses.refinement(margin_of(objective, ratios, tokens), beta=objective.numbers["beta"])
+
+
+def log_ratios(policy: Array, reference: Array | None) -> Array:
+    """Subtracts the reference's log-probs, `[B, 2]`; gives the log-probs themselves where there is no reference."""
+    return policy if reference is None else policy - reference
+
+
+def margin_of(objective: Objective, ratios: Array, tokens: Array) -> Array:
+    """Computes the margin that the objective's loss takes, `[B]`.
+
+    Args:
+      objective: says whether it is per token, one of log odds, or of another divergence.
+      ratios: log-ratios, or log-probs where the objective has no reference, `[B, 2]`.
+      tokens: scored tokens, at least 1, `[B, 2]`.
+    """
+    kind = objective.kind
+    values = losses.divergence_score(ratios, divergence=objective.divergence, alpha=objective.divergence_alpha)
+    if kind.odds:
+        return difference(losses.log_odds(values / tokens))
+    return difference(values, tokens if kind.per_token else None)
 
 
 def difference(values: Array, tokens: Array | None = None) -> Array:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from sr_dpo_jax.config import schema
 from sr_dpo_jax.config.load import config_from_dict, load_config
-from sr_dpo_jax.config.schema import Config, Section
+from sr_dpo_jax.config.schema import Config
+from sr_dpo_jax.config.section import Section
 from sr_dpo_jax.config.yaml_text import dump, parse
 from sr_dpo_jax.errors import UsageError
 
@@ -231,7 +232,14 @@ def test_frozen():
         ({"model": {"dtype": "float16"}}, ["model.dtype='float16'", "'bfloat16' or 'float32'"]),
         (
             {"objective": {"name": "srdpo"}},
-            ["objective.name='srdpo'", "choose one of sft, dpo, ipo, ipo_mean, sr_dpo, sr_ipo"],
+            ["objective.name='srdpo'", "did you mean sr_dpo? choose one of sft, [sr_]dpo, [sr_]sigmoid_norm, "],
+        ),
+        (
+            {"objective": {"name": "sr_apo_zero"}},
+            [
+                "objective.name='sr_apo_zero': apo_zero has no refined form, as its loss has no margin",
+                "choose apo_zero",
+            ],
         ),
         ({"objective": {"beta": 0}}, ["objective.beta=0", "greater than 0"]),
         ({"objective": {"beta": math.nan}}, ["objective.beta=nan", "finite"]),
@@ -240,24 +248,51 @@ def test_frozen():
         ({"objective": {"lam": -1}}, ["objective.lam=-1", "greater than or equal to 0"]),
         # between keys
         ({"output_dir": "gs://bucket/run"}, ["output_dir=gs://bucket/run", "mount the bucket"]),
-        ({"objective": {"name": ...}}, ["objective.name: missing", "set it to one of sft, dpo"]),
+        ({"objective": {"name": ...}}, ["objective.name: missing", "set it to one of sft, [sr_]dpo"]),
         ({"objective": {"lam": ...}}, ["objective.lam: missing", "objective.lam=..."]),
         (
             {"objective": {"name": "dpo"}},
-            ["objective.lam=0.3: only sr_dpo, sr_ipo take it; remove it, or choose sr_dpo or sr_ipo"],
+            ["objective.lam=0.3: dpo does not take it; remove it, or choose sr_dpo"],
+        ),
+        (
+            {"objective": {"name": "nca_pair"}},
+            ["objective.lam=0.3: only sr_dpo, sr_sigmoid_norm, ", "take it; remove it, or choose one of them"],
         ),
         ({"refinement": {"prompt": None}}, ["refinement.prompt is empty", "sr_dpo needs"]),
         ({"refinement": {"prompt": ""}}, ["refinement.prompt is empty"]),
         (
             {"objective": {"name": "sft", "lam": ..., "beta": 0.2}},
-            ["objective.beta=0.2: only dpo, ipo, ipo_mean, sr_dpo"],
+            ["objective.beta=0.2: only [sr_]dpo, [sr_]sigmoid_norm"],
         ),
-        ({"objective": {"label_smoothing": 0.1}}, ["objective.label_smoothing=0.1: only dpo takes it"]),
+        ({"objective": {"gamma": 0.1}}, ["objective.gamma=0.1: only [sr_]simpo take it"]),
+        (
+            {"objective": {"name": "sr_cpo", "divergence": "forward_kl"}},
+            ["objective.divergence='forward_kl': only [sr_]dpo"],
+        ),
+        (
+            {"objective": {"name": "sr_exo_pair", "label_smoothing": 0}},
+            ["objective.label_smoothing=0", "greater than 0"],
+        ),
+        (
+            {"objective": {"name": "sr_aot"}, "batch": {"accumulation_steps": 2}},
+            ["batch.accumulation_steps=2: objective.name=sr_aot sorts over all pairs", "set it to 1"],
+        ),
+        (
+            {"objective": {"divergence": "alpha_divergence"}},
+            ["objective.divergence=alpha_divergence: set objective.divergence_alpha"],
+        ),
+        (
+            {"objective": {"divergence": "forward_kl", "divergence_alpha": 0.5}},
+            ["objective.divergence_alpha=0.5: is for objective.divergence=alpha_divergence", "remove it"],
+        ),
         (
             {"optimizer": {"weight_decay": 0.1}},
             ["optimizer.weight_decay=0.1: only adamw takes it; remove"],
         ),
-        ({"optimizer": {"name": "adam"}}, ["optimizer.name='adam': not known; choose one of rmsprop, adamw"]),
+        (
+            {"optimizer": {"name": "adam"}},
+            ["optimizer.name='adam': not known; did you mean adamw? choose one of rmsprop"],
+        ),
         ({"optimizer": {"learning_rte": 1.0}}, ["optimizer.learning_rte: no such key; did you mean learning_rate?"]),
         (
             {"data": {"max_prompt_length": 512}},
@@ -489,7 +524,7 @@ def test_keys_of_other_kinds_in_the_file_of_a_run_are_passed_over(tmp_path):
     """Runs wrote every key once; in a user's own file one with a value of its own is a slip."""
     text = yaml.safe_dump(SMALLEST | {"objective": {"name": "sft", "beta": 0.5, "lam": 1.0}})
     path = write(tmp_path, text)
-    with pytest.raises(UsageError, match=r"objective\.beta=0\.5: only dpo"):
+    with pytest.raises(UsageError, match=r"objective\.beta=0\.5: only \[sr_\]dpo"):
         load_config(path)
     (tmp_path / "manifest.json").write_text("{}", encoding="utf-8")
     assert load_config(path).objective.model_dump() == {"name": "sft"}
@@ -500,10 +535,10 @@ def test_keys_of_other_kinds_in_the_file_of_a_run_are_passed_over(tmp_path):
 @pytest.mark.parametrize(
     ("section", "words"),
     [
-        ({"objective": {"name": "sr_dpo"}}, ["objective.lam: missing", "it chooses from 0.1, 0.3, 0.5 and 1"]),
+        ({"objective": {"name": "sr_dpo"}}, ["objective.lam: missing", "chooses from 0.1, 0.3, 0.5 and 1"]),
         ({"objective": {"name": "dpo", "lamda": 0.1}}, ["objective.lamda: no such key; did you mean lam?"]),
-        ({"objective": {"name": "sft", "label_smoothing": False}}, ["objective.label_smoothing=False: only dpo takes"]),
-        ({"objective": {"name": "sft", "beta": 0.5}}, ["only dpo, ipo, ipo_mean, sr_dpo, sr_ipo take it"]),
+        ({"objective": {"name": "sft", "label_smoothing": False}}, ["objective.label_smoothing=False: only [sr_]dpo"]),
+        ({"objective": {"name": "sft", "beta": 0.5}}, ["only [sr_]dpo, ", "[sr_]orpo take it"]),
         ({"optimizer": "adamw"}, ["optimizer='adamw': is no section; write optimizer: {name: ...}"]),
     ],
 )

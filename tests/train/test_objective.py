@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,22 +10,55 @@ import numpy as np
 import pytest
 
 from sr_dpo_jax import losses
-from sr_dpo_jax.config import schema
+from sr_dpo_jax.config import objectives as sections
+from sr_dpo_jax.config.schema import Refinement as RefinementSection
 from sr_dpo_jax.errors import UsageError
-from sr_dpo_jax.train.objective import OBJECTIVES, Kind, Objective
+from sr_dpo_jax.train.objective import OBJECTIVES, TWIN, Objective, Refinement
 from sr_dpo_jax.train.train_step import Scores, averages, pair_losses, pair_metrics
 
-SECTIONS = get_args(get_args(schema.Objective)[0])
-SECTION_OF = {name: kind for kind in SECTIONS for name in get_args(kind.model_fields["name"].annotation)}
-AT_ZERO = {"dpo": math.log(2), "sr_dpo": math.log(2), "ipo": 25.0, "sr_ipo": 25.0, "ipo_mean": 25.0}
-"""With β = 0.1: ln 2, and 1/(4β²)."""
+SECTION_OF = {
+    name: kind for kind in sections.KINDS + sections.TWINS for name in get_args(kind.model_fields["name"].annotation)
+}
+LN_2 = math.log(2)
+AT_ZERO = {
+    **dict.fromkeys(("dpo", "sigmoid_norm", "robust", "aot", "aot_unpaired"), LN_2),
+    **dict.fromkeys(("ipo", "ipo_mean"), 25.0),
+    **dict.fromkeys(("hinge", "apo_down", "apo_zero"), 1.0),
+    **dict.fromkeys(("nca_pair", "bco_pair"), 2 * LN_2),
+    "exo_pair": -LN_2 - math.log(1e-3 * 0.999) / 2,
+    "discopop": (1 + LN_2) / 2,
+    "sppo_hard": 50.0,
+}
+"""With β = 0.1."""
+BOTH_SIDES = [name for name in OBJECTIVES if OBJECTIVES[name].needs_rejected]
+REFINED = [name for name in OBJECTIVES if OBJECTIVES[name].refined]
+POLICY = Scores(
+    jnp.array([[-3.0, -5.0], [-9.0, -4.0], [-2.0, -8.0]]),
+    jnp.array([[-2.0, -9.0], [-8.0, -6.0], [-3.0, -7.5]]),
+    jnp.array([[4, 2], [3, 5], [1, 6]]),
+)
+REFERENCE = Scores(
+    jnp.array([[-3.5, -4.0], [-8.0, -4.5], [-2.5, -9.5]]),
+    jnp.array([[-2.5, -8.0], [-8.5, -5.0], [-2.0, -7.0]]),
+    POLICY.tokens,
+)
 
 
-def objective(name: str) -> Objective:
-    given = {"beta": 0.1, "lam": 0.5}
-    section = SECTION_OF[name]
-    chosen = section(name=name, **{key: given[key] for key in given if key in section.model_fields})
-    return Objective.of(**chosen.model_dump())
+PAPER = Refinement()
+
+
+def numbers_of(name: str, **numbers: Any) -> dict[str, Any]:
+    """The keys of an objective with β = 0.1, λ = 0.5 and defaults."""
+    given, section = {"beta": 0.1, "lam": 0.5} | numbers, SECTION_OF[name]
+    return section(name=name, **{key: given[key] for key in given if key in section.model_fields}).model_dump()
+
+
+def objective(name: str, refinement: Refinement = PAPER, **numbers: Any) -> Objective:
+    return Objective.of(refinement=refinement, **numbers_of(name, **numbers))
+
+
+def metrics_of(it: Objective, policy: Scores = POLICY, reference: Scores = REFERENCE) -> dict[str, jax.Array]:
+    return pair_metrics(it, policy, reference if it.kind.needs_reference else None)
 
 
 @pytest.mark.parametrize("name", ["ipo", "sr_ipo", "ipo_mean"])
@@ -39,59 +72,172 @@ def test_a_loss_that_begins_beyond_float32_is_refused(name):
 
 def test_the_table_and_the_configuration_know_the_same_objectives():
     assert OBJECTIVES.keys() == SECTION_OF.keys()
+    assert TWIN == sections.TWIN
     for name, kind in OBJECTIVES.items():
-        assert kind.refined == issubclass(SECTION_OF[name], schema.RefinedObjective), name
-        assert kind.needs_reference <= issubclass(SECTION_OF[name], schema.PairObjective), "a margin has a β"
+        assert kind.refined == issubclass(SECTION_OF[name], sections.RefinedObjective), name
+        assert kind.needs_rejected == issubclass(SECTION_OF[name], sections.PairObjective), name
+        assert not kind.refined or OBJECTIVES[name.removeprefix(TWIN)].function == kind.function
+
+
+def test_other_divergences_are_for_the_losses_that_trl_takes_them_for():
+    takers = {name for name, section in SECTION_OF.items() if issubclass(section, sections.DivergenceObjective)}
+    assert {name for name in takers if not OBJECTIVES[name].refined} == {
+        *("dpo", "sigmoid_norm", "hinge", "ipo", "ipo_mean", "exo_pair", "robust", "discopop")
+    }
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_row_calls_its_function_with_all_that_it_takes(name):
-    parameters = inspect.signature(getattr(losses, name)).parameters.values()
-    arrays = [parameter for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    """λ and Δ are left out where the objective is not refined."""
+    kind = OBJECTIVES[name]
+    parameters = inspect.signature(getattr(losses, kind.function)).parameters.values()
+    arrays = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
     numbers = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
-    assert len(OBJECTIVES[name].arguments) == len(arrays)
-    assert numbers == objective(name).numbers.keys() == SECTION_OF[name].model_fields.keys() - {"name"}
+    optional = {parameter.name for parameter in parameters if parameter.default is not parameter.empty}
+    assert len(kind.arguments) == len(arrays) - (not kind.refined and "refinement" in arrays)
+    assert ("refinement" in arrays[-1:]) == (TWIN + name.removeprefix(TWIN) in OBJECTIVES)
+    given = objective(name).numbers.keys()
+    assert given <= numbers and numbers - given <= optional
+    assert ("lam" in given) == kind.refined
 
 
-@pytest.mark.parametrize("name", AT_ZERO)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_loss_where_policy_and_reference_are_the_same(name):
-    scores = Scores(jnp.array([[-3.0, -5.0]]), jnp.array([[-2.0, -9.0]]), jnp.array([[4, 2]]))
-    metrics = pair_metrics(objective(name), scores, scores)
-    assert OBJECTIVES[name].loss_at_zero(0.1) == pytest.approx(AT_ZERO[name])
-    np.testing.assert_allclose(metrics["loss"], AT_ZERO[name], rtol=1e-6)
-    assert ("refinement" in metrics) == OBJECTIVES[name].refined
+    plain, kind = name.removeprefix(TWIN), OBJECTIVES[name]
+    expected = kind.loss_at_zero(numbers_of(name))
+    assert (expected is None) == (not kind.needs_reference)
+    if expected is not None:
+        assert expected == pytest.approx(AT_ZERO.get(plain, expected))
+        np.testing.assert_allclose(metrics_of(objective(name), POLICY, POLICY)["loss"], expected, rtol=1e-5)
+        assert kind.loss_at_zero(numbers_of(name, sft_weight=0.5)) is None
 
 
-def test_pairs_and_a_reference_are_two_questions(monkeypatch):
-    """A loss on both responses without a reference, as SimPO's, by length; float64 NumPy is its oracle."""
+@pytest.mark.parametrize("form", ["margin", "contrast"])
+@pytest.mark.parametrize("name", REFINED)
+def test_lam_zero_is_the_plain_objective_bit_for_bit(name, form):
+    """Loss and gradient, of every twin; with λ > 0 the loss is another one, and Δ is no path for gradients."""
 
-    def simpo(chosen, rejected, chosen_tokens, rejected_tokens, *, beta, gamma):
-        return -jax.nn.log_sigmoid(beta * (chosen / chosen_tokens - rejected / rejected_tokens) - gamma)
+    def total(policy: jax.Array, augmented: jax.Array, it: Objective) -> jax.Array:
+        return metrics_of(it, Scores(policy, augmented, POLICY.tokens))["loss"].sum()
 
-    arguments = ("chosen_logprob", "rejected_logprob", "chosen_tokens", "rejected_tokens")
-    monkeypatch.setattr(losses, "simpo", simpo, raising=False)
-    monkeypatch.setitem(OBJECTIVES, "simpo", Kind(arguments, "logistic", needs_reference=False))
-    plain, tokens = np.array([[-3.0, -8.0], [-6.0, -2.0]]), np.array([[3, 4], [2, 1]])
-    scores = Scores(jnp.array(plain), None, jnp.array(tokens))
-    per_pair = pair_metrics(Objective.of("simpo", beta=2.0, gamma=2.0), scores, None)
-    mean = plain / tokens
-    expected = np.log1p(np.exp(-(2.0 * (mean[:, 0] - mean[:, 1]) - 2.0)))
-    np.testing.assert_allclose(per_pair["loss"], expected, rtol=1e-6)
-    assert per_pair.keys() == {"loss", "logps/chosen", "logps/rejected"}
-    assert "loss_per_token" not in averages(per_pair, jnp.array(tokens))
-    sft = pair_metrics(objective("sft"), scores, None)
-    assert averages(sft, jnp.array(tokens))["loss_per_token"] == pytest.approx(9 / 5)
+    def bits(it: Objective) -> tuple[bytes, ...]:
+        gradient = jax.grad(total)(POLICY.plain, POLICY.augmented, it)
+        return np.asarray(metrics_of(it)["loss"]).tobytes(), np.asarray(gradient).tobytes()
+
+    twin = objective(name, Refinement(form=form))
+    plain = objective(name.removeprefix(TWIN))
+    assert bits(objective(name, Refinement(form=form), lam=0.0)) == bits(plain) == bits(twin.settled(0.0))
+    assert bits(twin) != bits(plain)
+    assert not np.any(jax.grad(total, argnums=1)(POLICY.plain, POLICY.augmented, twin))
+    shifted = metrics_of(twin, Scores(POLICY.plain, POLICY.augmented + jnp.array([0.1, 0.0]), POLICY.tokens))
+    assert not np.array_equal(shifted["loss"], metrics_of(twin)["loss"]), "Δ depends on the log-probs with p"
+
+
+@pytest.mark.parametrize("name", REFINED)
+def test_the_margin_with_p_is_that_of_the_loss(name):
+    """Δ = β·(the margin that the loss takes, with p): the same reference, lengths, odds and divergence."""
+    divergences = ["reverse_kl"]
+    if issubclass(SECTION_OF[name], sections.DivergenceObjective):
+        divergences += ["forward_kl", "js_divergence"]
+    for divergence in divergences:
+        ratios = np.asarray(POLICY.augmented, np.float64)
+        if OBJECTIVES[name].needs_reference:
+            ratios -= REFERENCE.augmented
+        if divergence == "forward_kl":
+            ratios = 1 - np.exp(-ratios)
+        if divergence == "js_divergence":
+            ratios = np.log(2) - np.log1p(np.exp(-ratios))
+        if OBJECTIVES[name].per_token:
+            ratios /= POLICY.tokens
+        if OBJECTIVES[name].odds:
+            ratios = np.log(np.exp(ratios) / (1 - np.exp(ratios)))
+        found = metrics_of(objective(name, beta=0.3, divergence=divergence))["refinement"]
+        np.testing.assert_allclose(found, 0.3 * (ratios[:, 0] - ratios[:, 1]), rtol=2e-5)
+
+
+def test_a_refinement_is_of_the_reference_too():
+    """Its contrast, known before step 0, for an objective that has no other use of the reference."""
+    known = jnp.array([0.3, -0.2, 1.5])
+    it = objective("sr_simpo", Refinement(form="contrast", judge="reference"), beta=2.0, gamma=0.3)
+    assert it.wants_scores and it.judged_before
+    mean = np.asarray(POLICY.plain) / np.asarray(POLICY.tokens)
+    expected = np.logaddexp(0, -(2.0 * (mean[:, 0] - mean[:, 1]) - 0.3 - 0.5 * known))
+    np.testing.assert_allclose(pair_metrics(it, POLICY, None, known)["loss"], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "per_token"), [("simpo", True), ("orpo", True), ("cpo", False)])
+def test_pairs_and_a_reference_are_two_questions(name, per_token):
+    """Without a reference rewards are log-probs, per token where the loss is."""
+    it = objective(name, beta=2.0)
+    per_pair = metrics_of(it)
+    plain, augmented = np.asarray(POLICY.plain, np.float64), np.asarray(POLICY.augmented, np.float64)
+    if per_token:
+        plain, augmented = plain / POLICY.tokens, augmented / POLICY.tokens
+    expected = {
+        "rewards/chosen": 2.0 * plain[:, 0],
+        "rewards/rejected": 2.0 * plain[:, 1],
+        "rewards/margins": 2.0 * (plain[:, 0] - plain[:, 1]),
+        "rewards/accuracies": plain[:, 0] > plain[:, 1],
+        "margin": plain[:, 0] - plain[:, 1],
+        "augmented/margin": augmented[:, 0] - augmented[:, 1],
+        "augmented/accuracies": augmented[:, 0] > augmented[:, 1],
+        "logps/chosen": POLICY.plain[:, 0],
+        "logps/rejected": POLICY.plain[:, 1],
+    }
+    assert per_pair.keys() == expected.keys() | {"loss"}
+    for key, value in expected.items():
+        np.testing.assert_allclose(per_pair[key], value, rtol=1e-6, err_msg=key)
+    assert "loss_per_token" not in averages(per_pair, POLICY.tokens)
+    sft = pair_metrics(objective("sft"), POLICY, None)
+    assert averages(sft, POLICY.tokens)["loss_per_token"] == pytest.approx(14 / 8)
+
+
+@pytest.mark.parametrize("name", BOTH_SIDES)
+def test_the_term_of_fine_tuning_beside_every_loss(name):
+    with_term, without = (metrics_of(objective(name, sft_weight=weight))["loss"] for weight in (0.7, 0.0))
+    np.testing.assert_allclose(with_term - without, 0.7 * np.array([3 / 4, 9 / 3, 2 / 1]), rtol=2e-4)
+
+
+def test_cpo_and_orpo_have_it_by_default():
+    """And only they: RPO is `dpo` with a weight of one's own. A twin has the defaults of its plain loss."""
+    assert {name for name in BOTH_SIDES if objective(name).sft_weight} == {"cpo", "sr_cpo", "orpo", "sr_orpo"}
+    for name in REFINED:
+        fields, plain = SECTION_OF[name].model_fields, SECTION_OF[name.removeprefix(TWIN)].model_fields
+        assert {key: field.default for key, field in fields.items() if key not in ("name", "lam")} == {
+            key: field.default for key, field in plain.items() if key != "name"
+        }
 
 
 def test_arrays_reach_their_arguments_in_order():
     """Chosen and rejected differ in log-ratio and length, so that an exchange of two arguments shows."""
-    arrays = {
-        "chosen_log_ratio": jnp.array([6.0]),
-        "rejected_log_ratio": jnp.array([-4.0]),
-        "chosen_tokens": jnp.array([3]),
-        "rejected_tokens": jnp.array([8]),
-    }
-    assert float(pair_losses(objective("ipo_mean"), arrays)[0]) == pytest.approx((6 / 3 + 4 / 8 - 5) ** 2)
-    shifted = {"margin": jnp.array([2.0]), "augmented_margin": jnp.array([1.0])}
-    expected = -math.log(1 / (1 + math.exp(-(0.1 * 2.0 - 0.5 * 0.1 * 1.0))))
+    per_pair = metrics_of(objective("ipo_mean"))
+    assert float(per_pair["loss"][0]) == pytest.approx((0.5 / 4 + 1.0 / 2 - 5) ** 2)
+    per_pair = metrics_of(objective("apo_down"))
+    of_chosen, of_margin = (1 / (1 + math.exp(-0.1 * value)) for value in (0.5, 1.5))
+    assert float(per_pair["loss"][0]) == pytest.approx(of_chosen + 1 - of_margin)
+    per_pair = metrics_of(objective("aot"))
+    policy, reference = np.sort([2.0, -5.0, 6.0]), np.sort([0.5, -3.5, 7.0])
+    np.testing.assert_allclose(per_pair["loss"], np.logaddexp(0, -0.1 * (policy - reference)), rtol=1e-6)
+    shifted = {"margin": jnp.array([2.0]), "refinement": jnp.array([0.1])}
+    expected = -math.log(1 / (1 + math.exp(-(0.1 * 2.0 - 0.5 * 0.1))))
     assert float(pair_losses(objective("sr_dpo"), shifted)[0]) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_pair_that_is_absent_spoils_nothing(name):
+    """Pairs of other micro-batches have log-probs of 0 and no tokens; losses and gradients of theirs are dropped."""
+
+    def total(plain: jax.Array) -> jax.Array:
+        tokens = POLICY.tokens.at[1].set(0)
+        scores = Scores(plain, POLICY.augmented.at[1].set(0.0), tokens)
+        return jnp.where(tokens[:, 0] > 0, metrics_of(objective(name), scores)["loss"], 0.0).sum()
+
+    value, gradient = jax.value_and_grad(total)(POLICY.plain.at[1].set(0.0))
+    assert np.isfinite(value) and np.isfinite(gradient).all()
+
+
+def test_the_sections_of_the_refinement_and_the_table_agree():
+    """The step's `Refinement` has the defaults that the configuration gives it."""
+    fields = RefinementSection.model_fields
+    made = Refinement()
+    assert all(getattr(made, key) == fields[key].default for key in ("form", "judge", "offset", "alpha"))

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from runs import model_directory, preference_file, tiny_setup
 
+from sr_dpo_jax.train.objective import Objective
 from sr_dpo_jax.train.scored_set import compiled_sets
 
 
@@ -44,8 +45,13 @@ def test_metrics_are_those_of_numpy(made):
     }
     for name, value in expected.items():
         assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
-    np.testing.assert_allclose(held.margins(policy)["margin"], margin, atol=1e-4)
-    np.testing.assert_allclose(held.margins(policy)["augmented_margin"], augmented, atol=1e-4)
+    margins = held.margins(setup.objective, policy)
+    np.testing.assert_allclose(margins["margin"], margin, atol=1e-4)
+    np.testing.assert_allclose(margins["augmented_margin"], augmented, atol=1e-4)
+    alone = held.margins(Objective.of("simpo", beta=2.0, gamma=0.5), policy)["margin"]
+    np.testing.assert_allclose(
+        alone, policy.plain[:, 0] / policy.tokens[:, 0] - policy.plain[:, 1] / policy.tokens[:, 1]
+    )
     np.testing.assert_array_equal(policy.tokens, np.stack([pairs.chosen_tokens, pairs.rejected_tokens], axis=1))
 
 

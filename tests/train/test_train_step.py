@@ -15,6 +15,8 @@ from tiny_steps import (
     two_steps,
 )
 
+from sr_dpo_jax.config.load import config_from_dict
+from sr_dpo_jax.train.objective import OBJECTIVES, Objective
 from sr_dpo_jax.train.train_step import make_score_step
 
 
@@ -49,6 +51,24 @@ def test_metrics_by_hand():
     assert metrics.keys() == expected.keys() | {"grad_norm", "learning_rate", "skipped"}
     for name, value in expected.items():
         np.testing.assert_allclose(metrics[name], value.mean(), rtol=2e-5, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_of_a_configuration_takes_steps(name):
+    """From the names of the table, over the configuration, to two updates: each moves the weights and the loss."""
+    raw = {"output_dir": "x", "model": {"path": "x"}, "data": {"path": "x"}}
+    section = {"name": name, "lam": 0.5 if OBJECTIVES[name].refined else None}
+    objective = Objective.of(**config_from_dict(raw | {"objective": section}, where="x").objective.model_dump())
+    model = tiny.build(tiny.LLAMA, tiny.make_mesh())
+    state, batch = model.state(OPTIMIZER), tiny.place(make_batch(1, reference_scores()), model.mesh)
+    step, metrics = compile_step(model, objective=objective), []
+    for _ in range(3):
+        state, of_step = step(state, None, batch)
+        metrics.append(jax.device_get(of_step))
+    assert all(line["skipped"] == 0 and line["grad_norm"] > 0 for line in metrics), metrics
+    assert len({float(line["loss"]) for line in metrics}) == 3
+    assert ("refinement" in metrics[0]) == OBJECTIVES[name].refined
 
 
 def test_online_and_cached_reference_and_one_compilation():

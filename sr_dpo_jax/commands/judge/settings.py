@@ -10,7 +10,7 @@ import pydantic
 from pydantic import Field
 
 from sr_dpo_jax.commands.judge.files import Question
-from sr_dpo_jax.config.schema import NonNegative, Positive, Rate, Section
+from sr_dpo_jax.config.section import NonNegative, Positive, Rate, Section
 from sr_dpo_jax.config.yaml_text import parse
 from sr_dpo_jax.durable.files import json_digest
 from sr_dpo_jax.errors import UsageError

@@ -48,6 +48,8 @@ FAMILIES = {
     "logistic": "loss of DPO, Sr-DPO",
     "squared": "loss of IPO, Sr-IPO",
     "squared, per token": "loss of IPO per token",
+    "hinge": "hinge loss",
+    "other": "loss of other objectives",
     "likelihood": "loss of SFT (nats a response)",
     "unknown": "loss of unknown objective",
 }
@@ -85,8 +87,7 @@ def loss(runs: Sequence[Run]) -> Figure | None:
     for axes, family in zip(panels, families, strict=True):
         members = [run for run in shown if run.kind.family == family]
         _curves(axes, members, "loss", FAMILIES[family])
-        starts = {run.kind.loss_at_zero(run.beta) for run in members if run.kind.loss_at_zero and run.beta > 0}
-        for start in sorted(starts):
+        for start in sorted({run.loss_at_zero for run in members} - {None}):
             axes.axhline(start, **UNTRAINED)
             where = axes.get_yaxis_transform()  # x as a share of the axes, y as data
             axes.text(1, start, "untrained", transform=where, ha="right", va="bottom", color="#666666", fontsize=8)

@@ -26,7 +26,7 @@ Line = Mapping[str, Any]
 LISTED_LINES = 5
 PAIR_NUMBERS = ("margin", "chosen_tokens", "rejected_tokens")
 SAMPLE_TEXTS = ("set", "id", "prompt", "response")
-UNKNOWN = Kind("", (), "unknown")
+UNKNOWN = Kind("", (), "unknown", scaled=False)
 """Stands for the objective of a run whose config.yaml is missing or damaged."""
 SET_LOSS = re.compile(r"eval(/[a-z][a-z0-9_-]*)?/loss")
 """Matches the key that every evaluation of a held-out set has; no set may be named `loss`."""
@@ -84,8 +84,18 @@ class Run:
 
     @property
     def scale(self) -> float:
-        """The factor of m where λΔ is subtracted from it: β in the DPO family, 1 in the IPO family."""
-        return self.beta if self.kind.family == "logistic" else 1.0
+        """The factor of m where λΔ is subtracted from it: β, or 1 in the IPO family."""
+        return self.beta if self.kind.scaled else 1.0
+
+    @property
+    def loss_at_zero(self) -> float | None:
+        """The loss where policy and reference are the same and Δ = 0; None where the weights decide."""
+        names = [key for key in self.config if key.startswith("objective.")]
+        numbers = {key.removeprefix("objective."): _number(self.config[key]) for key in names}
+        try:
+            return self.kind.loss_at_zero(numbers) if self.beta > 0 else None
+        except (KeyError, ValueError):  # config.yaml is damaged
+            return None
 
     @property
     def last_step(self) -> int:

@@ -85,7 +85,7 @@ def final_metrics(runs: Sequence[Run]) -> Table:
         row = {
             "run": run.label,
             "objective": run.objective,
-            "β": _plain(run.beta) if run.kind.needs_reference else NONE,
+            "β": _plain(run.beta) if run.kind.needs_rejected else NONE,
             "λ": _plain(run.lam),
             "step": _plain(final.get("step", run.last_step)),
             "held-out set": NONE if run.shown_set == "eval" else set_title(run.shown_set),
@@ -161,7 +161,7 @@ def samples(runs: Sequence[Run]) -> dict[tuple[str, str, str], list[list[tuple[i
 
 
 def shift_share(run: Run) -> float:
-    """Gives mean |λΔ| over mean |βm| (|m| in the IPO family) of held-out pairs; NaN where there is no Δ."""
+    """Gives mean |λΔ| over mean |βm| (|m| where λΔ shifts m itself) of held-out pairs; NaN where there is no Δ."""
     if not run.kind.refined or not run.pairs:
         return math.nan
     reward = np.abs(run.scale * run.column("margin")).mean()

@@ -1,0 +1,1 @@
+"""The losses by kind; `losses.py` is the door to all of them."""
