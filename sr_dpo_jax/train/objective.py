@@ -181,7 +181,7 @@ class Objective:
     @property
     def wants_scores(self) -> bool:
         """The model at the start scores the training pairs before step 0, if the reference is cached."""
-        return self.kind.needs_reference or (self.scored_with_p and self.judged_before)
+        return self.kind.needs_reference or (self.scored_with_p and (self.judged_before or self.unsettled))
 
     @property
     def unsettled(self) -> bool:
