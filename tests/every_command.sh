@@ -74,7 +74,12 @@ done
 
 say "eval and score: held-out metrics, log-probabilities of every pair"
 "${sr_dpo[@]}" eval sr_dpo.yaml
-"${sr_dpo[@]}" score sr_dpo.yaml --output scores.jsonl
+"${sr_dpo[@]}" score sr_dpo.yaml --output scores.jsonl --knowledge
+
+say "compare: DPO, Sr-DPO and a contrast whose weight the model's own knowledge gives"
+"${sr_dpo[@]}" compare sr_dpo.yaml dpo sr_dpo,lam=0.5 \
+    sr_dpo,lam=auto,refinement.form=contrast,refinement.judge=reference \
+    output_dir=runs/compare train.max_steps=2 --betas 1
 
 say "tune: the weight of the refinement, on one reference cache"
 "${sr_dpo[@]}" tune sr_dpo.yaml objective.lam=0.1,1 output_dir=runs/tune train.max_steps=2 --eval-pairs 16

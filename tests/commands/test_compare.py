@@ -139,16 +139,3 @@ def test_an_entry_is_read_as_yaml():
     }
     with pytest.raises(UsageError, match="begin with the objective's name"):
         parse_entry("lam=1,sr_dpo")
-
-
-@pytest.mark.slow
-def test_a_comparison_for_real(config, tmp_path):
-    """Real processes: plain DPO, the paper's Sr-DPO and a contrast with a λ by calibration, on one reference cache."""
-    auto = "sr_dpo,lam=auto,refinement.form=contrast,refinement.judge=reference"
-    assert main(["compare", config, "dpo", "sr_dpo,lam=0.5", auto, "--betas", "1", "--seeds", "2"]) == 0
-    root = tmp_path / "run" / "compare"
-    text = (root / "compare.md").read_text()
-    assert "auto: 0.00" in text, "a random model knows nothing"
-    assert (root / "report.html").stat().st_size > 10_000
-    plain = [path.name for path in (tmp_path / "cache").glob("reference-plain-*")]
-    assert len(plain) == 2, "training and held-out pairs were scored once for all"

@@ -52,6 +52,9 @@ def test_every_command_end_to_end(tmp_path):
         assert 0 <= json.loads((tmp_path / "harness.json").read_text())["results"]["held_out"]["acc,none"] <= 1
     else:
         assert "LEFT OUT: the extra eval is not installed" in result.stdout
+    assert "the slope of the labels on the contrast is" in result.stdout
+    compared = (tmp_path / "runs" / "compare" / "compare" / "compare.md").read_text()
+    assert "refinement.judge=reference | 0.1 | auto: " in compared
     page = (tmp_path / "report.html").read_text()
     assert all(f"runs/{name}" in page or f">{name}<" in page for name in ("sft", "dpo", "sr_dpo"))
     assert (tmp_path / "sr_dpo-model" / "model.safetensors").is_file()
