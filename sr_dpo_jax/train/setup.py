@@ -78,9 +78,10 @@ def read_model(config: Config) -> tuple[weights.ModelDirectory, PreTrainedTokeni
 
 
 def read_training(config: Config, tokenizer: PreTrainedTokenizerBase, architecture: Architecture) -> TokenizedPairs:
-    """Reads the training pairs, with p where the objective compares two responses."""
-    data = config.data
-    return read_pairs_of(config, data.path, data.split, tokenizer, architecture, **_instructions(config))
+    """Reads the training pairs, with p where the objective compares two responses; one without Δ does not insist."""
+    data, needed = config.data, OBJECTIVES[config.objective.name].refined and config.refinement.judge != "ratings"
+    instructions = {**_instructions(config), "p_needed": needed}
+    return read_pairs_of(config, data.path, data.split, tokenizer, architecture, **instructions)
 
 
 def read_held_out(
@@ -102,24 +103,22 @@ def read_pairs_of(
     architecture: Architecture,
     *,
     instruction: str | None,
-    against: str | None = None,
     format: str | None = None,
-    first_pairs: int | None = None,
+    **options: Any,
 ) -> TokenizedPairs:
-    """Reads pairs as `data.read.read_pairs` does, by the keys of `data`; `format` is data.format unless given.
+    """Reads pairs with p, the `instruction`, by the keys of `data`; `format` is data.format unless given.
 
-    `instruction` is p, and `against` the second one.
+    `options` are further arguments of `data.read.read_pairs`.
     """
     section = config.data
     return read_pairs(
         [dataset.Source(source.path, source.weight, source.revision) for source in sources],
         tokenizer,
         architecture,
-        first_pairs=first_pairs,
+        augmentation_prompt=instruction,
         format=format or section.format,
         split=split,
-        augmentation_prompt=instruction,
-        against=against,
+        **options,
         max_length=section.max_length,
         max_prompt_length=section.max_prompt_length,
         prompt_truncation=section.prompt_truncation,
@@ -128,7 +127,7 @@ def read_pairs_of(
     )
 
 
-def _instructions(config: Config) -> dict[str, str | None]:
+def _instructions(config: Config) -> dict[str, Any]:
     section = config.refinement
     if not OBJECTIVES[config.objective.name].needs_rejected:
         return {"instruction": None}

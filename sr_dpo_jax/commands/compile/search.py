@@ -219,7 +219,8 @@ def _read(config: Config, directory: weights.ModelDirectory) -> tuple[TokenizedP
     require_fit(tokenizer, directory.path, vocabulary_tokens=directory.architecture.vocabulary_tokens)
     pairs = read_training(config, tokenizer, directory.architecture)
     eval_sets = list(read_held_out(config, tokenizer, directory.architecture).values())
-    return pairs, eval_sets, f"data.path, {len(pairs):,} pairs; p has {len(pairs.augmentation)} tokens"
+    place = ", in each prompt, as their heads differ" if len(pairs.head_tokens) else ""
+    return pairs, eval_sets, f"data.path, {len(pairs):,} pairs; p has {len(pairs.augmentation)} tokens{place}"
 
 
 def _typical(config: Config, directory: weights.ModelDirectory) -> tuple[TokenizedPairs, Sequence[TokenizedPairs], str]:
