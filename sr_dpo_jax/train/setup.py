@@ -79,8 +79,7 @@ def read_model(config: Config) -> tuple[weights.ModelDirectory, PreTrainedTokeni
 
 def read_training(config: Config, tokenizer: PreTrainedTokenizerBase, architecture: Architecture) -> TokenizedPairs:
     """Reads the training pairs, with p where the objective compares two responses; one without Δ does not insist."""
-    data, needed = config.data, OBJECTIVES[config.objective.name].refined and config.refinement.judge != "ratings"
-    instructions = {**_instructions(config), "p_needed": needed}
+    data, instructions = config.data, {**_instructions(config), "p_needed": objective_of(config).scored_with_p}
     return read_pairs_of(config, data.path, data.split, tokenizer, architecture, **instructions)
 
 
@@ -260,12 +259,15 @@ def set_up_on(mesh: Mesh, config: Config, directory: weights.ModelDirectory) -> 
     )
     batch, micro_batches = config.batch, config.batch.accumulation_steps
     limits = Limits(batch.pairs_per_step, batch.row_length, batch.row_multiple, row_shards(mesh) * micro_batches)
-    refinement = Refinement(
-        **config.refinement.model_dump(include={"form", "judge", "offset", "alpha"}),
-        against=config.refinement.against is not None,
-    )
-    objective = Objective.of(refinement=refinement, **config.objective.model_dump())
-    return Setup(config, model, Packing(mesh, limits, micro_batches), objective)
+    return Setup(config, model, Packing(mesh, limits, micro_batches), objective_of(config))
+
+
+def objective_of(config: Config) -> Objective:
+    """Makes the objective with its numbers, and says how its Δ is made."""
+    section = config.refinement
+    numbers = section.model_dump(include={"form", "judge", "offset", "alpha"})
+    refinement = Refinement(**numbers, against=section.against is not None)
+    return Objective.of(refinement=refinement, **config.objective.model_dump())
 
 
 @dataclasses.dataclass(frozen=True)

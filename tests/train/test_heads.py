@@ -10,6 +10,7 @@ import toy_tokenizers as toy
 from runs import make_config, make_pairs, metrics_of, model_directory, raw_config, tiny_setup, without_times, written
 
 from sr_dpo_jax.cli import main
+from sr_dpo_jax.commands.compile.programs import _longest_scored, first_step
 from sr_dpo_jax.data.pipeline import instruction_room
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.train.identity import identity_of
@@ -170,6 +171,23 @@ def test_splash_attention_s_limit_knows_the_longer_rows(made, monkeypatch):
     dpo = dataclasses.replace(setup.objective, name="dpo")
     plan_training(setup.packing.limits, dpo, pairs, [], **options)
     require_short_rows(setup.packing.limits, longest - 8, 0)
+
+
+def test_compile_takes_the_longest_rows_with_p_of_all_that_are_scored(made):
+    setup, pairs = made
+    once = dataclasses.replace(pairs, head_tokens=pairs.head_tokens[:0])
+    without = dataclasses.replace(once, augmentation=once.augmentation[:0])
+    each, row, none = (
+        first_step(setup, of, setup.plan(of, ()), augmented=True).augmented["tokens"].shape[-1]
+        for of in (pairs, once, without)
+    )
+    assert each > row > none
+    for training, held_out, expected in ((once, [], row), (once, [pairs], each), (without, [once], row)):
+        plan = setup.plan(training, held_out)
+        step = first_step(setup, training, plan, augmented=True)
+        found = _longest_scored(setup, step, plan, held_out)
+        assert found.augmented["tokens"].shape[-1] >= expected
+        assert (found is step) == (not held_out)
 
 
 def test_keys_tell_the_two_layouts_apart(made, tmp_path):
