@@ -8,7 +8,8 @@ so that the prompt passes through the model once. Rotary positions restart after
 count back from it on the reversed side. A chosen token then sees keys from the start of its prompt up to itself, and
 a rejected token from itself to the end of its prompt: one contiguous range, two integers a query. In augmented rows
 the tokens of the template head and of p stand once at the start of the row, every later token sees them too, and the
-prompts go without their copy of the head.
+prompts go without their copy of the head. Where heads differ (system messages), p stands in each prompt instead, after
+its own head, and augmented rows are laid out as plain ones.
 
     R  rows of a micro-batch      A  micro-batches of a step (gradient accumulation)
     T  tokens of a row            B  pairs of a step
@@ -49,7 +50,8 @@ class Rows:
     slot: Array
     """`[A, R, M]`, 2·pair + side, with the pair's number within the step."""
     prefix_tokens: int = dataclasses.field(default=0, metadata={"static": True})
-    """Tokens at the start of every row that all later tokens of it see: head and p, or none."""
+    """Tokens at the start of every row that all later tokens of it see: head and p, or none. None too where p stands
+    in each prompt."""
 
 
 @jax.tree_util.register_dataclass

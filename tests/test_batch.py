@@ -1,6 +1,7 @@
 """Packed rows: a worked example by hand, and the proof that packing changes no log-prob and no gradient."""
 
 import dataclasses
+import types
 from typing import Any
 
 import jax
@@ -14,6 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sr_dpo_jax.batch import Batch, Placed, Rows, build_row
+from sr_dpo_jax.data.pipeline import HostStep, StepSource
+from sr_dpo_jax.data.plan import Plan, Shape
 from sr_dpo_jax.model import logprobs
 from sr_dpo_jax.model.attention import DENSE
 from sr_dpo_jax.model.kernels import tiled
@@ -278,6 +281,61 @@ def check(model: Model, example: Example, tolerance: float = 1e-12, **changed: A
 def test_packing_changes_nothing(model, example):
     with jax.enable_x64(True):
         check(model, example)
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnHeads(Example):
+    """Prompts that start with heads of their own, in rows that the pipeline itself lays out; `head` is empty."""
+
+    head_tokens: np.ndarray
+
+    def plain(self) -> Rows:
+        return Rows(**self._step.plain)
+
+    def augmented(self) -> Rows:
+        return Rows(**self._step.augmented, prefix_tokens=self._step.prefix_tokens)
+
+    @property
+    def _step(self) -> HostStep:
+        ends = np.cumsum([sum(map(len, pair)) for pair in self.pairs])
+        pairs = types.SimpleNamespace(
+            head=NONE,
+            augmentation=self.p,
+            against=NONE,
+            head_tokens=self.head_tokens,
+            offsets=np.stack([np.concatenate([[0], ends[:-1]]), ends, ends, ends], axis=1),
+            pair=self.pairs.__getitem__,
+        )
+        shape = Shape(PAIRS, MICRO_BATCHES * ROWS, ROW_LENGTH, SCORED)
+        plan = Plan(shape, 1, np.arange(PAIRS)[None], np.array([self.row_of]))
+        # One length for all examples: 54 tokens, and at most 12 of p in one row, or fewer where it is not full.
+        source = StepSource(pairs, plan, np.arange(ROWS), MICRO_BATCHES, 66, with_rejected=True, augmented=True)
+        return source[0]
+
+    def prompts(self, *, augmented: bool) -> list[np.ndarray]:
+        p = self.p if augmented else NONE
+        places = zip(self.pairs, self.head_tokens, strict=True)
+        return [np.concatenate([prompt[:tokens], p, prompt[tokens:]]) for (prompt, _, _), tokens in places]
+
+
+@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(example=examples(), seed=st.integers(0, 2**32 - 1))
+def test_heads_that_differ_change_nothing(model, example, seed):
+    """p follows the head of each prompt, be it empty or the whole prompt."""
+    rng = np.random.default_rng(seed)
+    heads = np.array([rng.integers(0, len(prompt) + 1) for prompt, _, _ in example.pairs])
+    with jax.enable_x64(True):
+        check(model, OwnHeads(example.pairs, example.row_of, NONE, example.p[:3], example.reference, heads))
+
+
+def test_a_p_after_another_head_is_found(model):
+    with jax.enable_x64(True):
+        example = worked()
+        right = OwnHeads(example.pairs, [0] * 4, NONE, example.p, example.reference, np.array([2, 1, 0, 3]))
+        check(model, right)
+        wrong = dataclasses.replace(right, head_tokens=np.array([2, 1, 1, 3]))
+        with pytest.raises(AssertionError):
+            check(model, right, 1e-6, augmented=wrong.augmented())
 
 
 def worked() -> Example:

@@ -26,7 +26,15 @@ import safetensors.numpy
 from transformers import PreTrainedTokenizerBase
 
 from sr_dpo_jax.data.rows import BadRow, Pair, content_digest, read_rows
-from sr_dpo_jax.data.tokens import PairEncoder, PairTokens, tokenizer_digest, truncate
+from sr_dpo_jax.data.tokens import (
+    FORMERLY_UNPLACED,
+    UNPLACED,
+    PairEncoder,
+    PairTokens,
+    UnplacedError,
+    tokenizer_digest,
+    truncate,
+)
 from sr_dpo_jax.durable import files
 from sr_dpo_jax.errors import UsageError
 
@@ -78,7 +86,7 @@ class TokenizedPairs:
     offsets: np.ndarray
     """int64 `[N, 4]`: the start of prompt, chosen and rejected of each pair, and the pair's end, in `tokens`."""
     head: np.ndarray
-    """int32 `[H]`: the ids that every prompt starts with, before p. Empty where prompts differ there (without p)."""
+    """int32 `[H]`: the ids that every prompt starts with, before p. Empty where prompts differ there."""
     augmentation: np.ndarray
     """int32 `[I]`: the ids of p, which stand between head and rest; empty without p."""
     ids: tuple[str, ...]
@@ -99,14 +107,17 @@ class TokenizedPairs:
     report: Report
     against: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     """int32 `[J]`: the ids of a second instruction, which takes the place of p; empty without one."""
+    head_tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    """int32 `[N]`: the tokens of each prompt's own head, where heads differ and p follows each; else empty."""
 
     def __len__(self) -> int:
         return len(self.offsets)
 
     @cached_property
     def digest(self) -> str:
-        """The sha256 (hex) of tokens, offsets, head and augmentation alone: equal ids have equal digests."""
-        return _digest_of_arrays({name: getattr(self, name) for name in ("tokens", "offsets", "head", "augmentation")})
+        """The sha256 (hex) of all ids and of the places of p alone: equal ids have equal digests."""
+        names = ["tokens", "offsets", "head", "augmentation", *["head_tokens"] * (len(self.head_tokens) > 0)]
+        return _digest_of_arrays({name: getattr(self, name) for name in names})
 
     @cached_property
     def fingerprint(self) -> str:
@@ -160,7 +171,7 @@ def prepare(
 
     Raises:
       UsageError: a source cannot be read or has no rows, more than `max_bad_rows` rows are unusable (every one is
-        named), no pair is usable, prompts differ before p, or `cache_dir` cannot be written.
+        named), no pair is usable, or `cache_dir` cannot be written. It is an UnplacedError where p is at fault.
     """
     contents = [content_digest(source.path, split=split, revision=source.revision) for source in sources]
     limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "prompt_truncation": prompt_truncation}
@@ -183,7 +194,7 @@ def first(pairs: TokenizedPairs, count: int) -> TokenizedPairs:
     """Gives the first `count` pairs, or all where there are fewer; `report` and `content_digest` are kept."""
     if count >= len(pairs):
         return pairs
-    names = ("offsets", "ids", "chosen_score", "rejected_score", "source", "line")
+    names = ("offsets", "ids", "chosen_score", "rejected_score", "source", "line", "head_tokens")
     kept = {name: getattr(pairs, name)[:count] for name in names}
     return dataclasses.replace(pairs, **kept, tokens=pairs.tokens[: kept["offsets"][-1, 3]])
 
@@ -201,10 +212,11 @@ class _Collector:
     def __init__(self) -> None:
         self.tokens, self.source = array.array("i"), array.array("i")
         self.lengths, self.lines, self.scores = array.array("q"), array.array("q"), array.array("f")
+        self.head_tokens = array.array("i")
         self.ids: list[str] = []
         self.bad_rows: list[tuple[int, int, str]] = []
         self.counts: Counter[str] = Counter()
-        self.heads: dict[tuple[tuple[int, ...], tuple[int, ...]], list] = {}
+        self.heads: dict[tuple[tuple[int, ...], tuple[int, ...]], str] = {}
         self._seen: set[bytes] = set()
 
     def add(self, pair: Pair, source: int, tokens: PairTokens, **limits) -> None:
@@ -224,7 +236,8 @@ class _Collector:
         self.counts["identical_pairs"] += identical
         self.counts["truncated_prompts"] += len(prompt) < len(tokens.prompt)
         self.counts["truncated_responses"] += lengths[1:] != [len(tokens.chosen), len(tokens.rejected)]
-        self.heads.setdefault((tokens.head, tokens.augmentation), [0, f"{pair.file}:{pair.line}"])[0] += 1
+        self.heads.setdefault((tokens.head, tokens.augmentation), f"{pair.file}:{pair.line}")
+        self.head_tokens.append(len(tokens.head))
         self.tokens.extend(content[3:])
         self.lengths.extend(lengths)
         self.source.append(source)
@@ -236,7 +249,8 @@ class _Collector:
         ends = np.cumsum(np.frombuffer(self.lengths, np.int64), dtype=np.int64).reshape(-1, 3)
         starts = np.concatenate([[0], ends[:-1, 2]])[: len(ends), None]
         scores = np.frombuffer(self.scores, np.float32).reshape(-1, 2)
-        head, augmentation = next(iter(self.heads)) if len(self.heads) == 1 else ((), ())
+        heads = list(self.heads)
+        head, augmentation = (heads[0][0] if len(heads) == 1 else (), heads[0][1]) if heads else ((), ())
         arrays = {
             "tokens": np.frombuffer(self.tokens, np.int32),
             "offsets": np.concatenate([starts, ends], axis=1, dtype=np.int64),
@@ -248,6 +262,8 @@ class _Collector:
             "source": np.frombuffer(self.source, np.int32),
             "line": np.frombuffer(self.lines, np.int64),
         }
+        if len(heads) > 1 and augmentation:
+            arrays["head_tokens"] = np.frombuffer(self.head_tokens, np.int32)
         counts = {"rows": rows, "pairs": len(ends), **{name: int(self.counts[name]) for name in COUNTED}}
         return arrays, json.dumps({**counts, "bad_rows": self.bad_rows})
 
@@ -277,21 +293,20 @@ def _tokenize(
         if rows == before:
             raise UsageError(f"{source.path}: holds no rows; correct data.path")
         LOG.info("%s: %d rows read and tokenised", source.path, rows - before)
-    if augmentation_prompt is not None and len(collector.heads) > 1:
-        _refuse_heads(list(collector.heads.values()))
+    _require_one_p(collector.heads)
     return collector.content(rows)
 
 
-def _refuse_heads(heads: list) -> None:
-    """Refuses prompts with different heads: a packed row has head and p once, at its start, for all its pairs."""
-    usual = max(heads, key=lambda head: head[0])
-    others = [head for head in heads if head is not usual]
-    raise UsageError(
-        f"{sum(count for count, _ in others)} of {sum(count for count, _ in heads)} pairs, first {others[0][1]}, start "
-        "with another system message or template head than the rest, and refinement.prompt can follow only one; give "
-        "all rows the same system message, train on them apart, or set refinement.prompt=null where the objective "
-        "needs none"
-    )
+def _require_one_p(heads: dict[tuple[tuple[int, ...], tuple[int, ...]], str]) -> None:
+    """Refuses an instruction that has other ids after one head than after another: p would not be one instruction."""
+    places = {augmentation: place for (_, augmentation), place in reversed(heads.items())}
+    if len(places) > 1:
+        first, other, *_ = reversed(places.values())
+        raise UnplacedError(
+            f"{other}: this tokenizer gives refinement.prompt other ids at the start of this prompt than at that of "
+            f"{first}, as where text and conversations are mixed; train on them apart, or set refinement.prompt=null "
+            "where the objective needs none"
+        )
 
 
 def _assemble(content: _Content, sources: Sequence[Source], raw_digest: str) -> TokenizedPairs:
@@ -320,10 +335,11 @@ def _refuse(report: Report, max_bad_rows: int, everything: Path) -> None:
     if len(bad) > LISTED_BAD_ROWS:
         listed.append(f"  and {len(bad) - LISTED_BAD_ROWS} more")
     named = "\n".join(["", *listed, f"All of them are written to {everything}."]) if bad else ""
+    kind = UnplacedError if any(row.reason == UNPLACED for row in bad) else UsageError
     if report.pairs == 0:
-        raise UsageError(f"none of {report.rows} rows can be used; correct data.path or data.format{named}")
+        raise kind(f"none of {report.rows} rows can be used; correct data.path or data.format{named}")
     if len(bad) > max_bad_rows:
-        raise UsageError(
+        raise kind(
             f"{len(bad)} of {report.rows} rows cannot be used, and data.max_bad_rows={max_bad_rows} allows fewer:"
             f"{named} Fix or remove them, or set data.max_bad_rows={len(bad)} to skip them."
         )
@@ -345,6 +361,8 @@ def _load(path: Path) -> _Content | None:
     report = metadata.get("report", "")
     if _digest_of_arrays(arrays, report) != metadata.get("sha256"):
         LOG.warning("%s is damaged (its content does not match its digest): tokenising again", path)
+        return None
+    if FORMERLY_UNPLACED in report:  # rows that an earlier version refused and this one takes
         return None
     return arrays, report
 

@@ -6,6 +6,7 @@ number of the next step: nothing is skipped or replayed on resume, and any numbe
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any, Protocol
 
 import grain
@@ -32,6 +33,7 @@ class HostStep:
     """Fields of `Rows`, `[A, local rows, T or M]`."""
     augmented: dict[str, np.ndarray] | None
     prefix_tokens: int
+    """Tokens of head and p at the start of augmented rows; 0 where p stands in each prompt."""
     against: dict[str, np.ndarray] | None = None
     against_prefix_tokens: int = 0
 
@@ -42,6 +44,9 @@ class Pairs(Protocol):
     head: np.ndarray
     augmentation: np.ndarray
     against: np.ndarray
+    head_tokens: np.ndarray
+    """`[N]`, tokens of each prompt before p where p stands in each prompt; empty where it stands once a row."""
+    offsets: np.ndarray
 
     def pair(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
 
@@ -74,29 +79,39 @@ class StepSource:
 
     def __getitem__(self, step: int) -> HostStep:
         pair, row = self.plan.pair[step], self.plan.row[step]
-        shape, head, p = self.plan.shape, self.pairs.head, self.pairs.augmentation
         wanted = np.arange(self.micro_batches)[:, None] * self.rows + self.local_rows
         numbers = [np.flatnonzero((row == r) & (pair >= 0)) for r in wanted.flat]
         members = [[self._placed(number, pair[number]) for number in of_row] for of_row in numbers]
-        plain, augmented, against = self._stack(members, shape.row_length, 0, head[:0]), None, None
-        second = self.pairs.against
-        if self.augmented:
-            augmented = self._behind(members, p)
-        if self.against:
-            against = self._behind(members, second)
-        return HostStep(pair, plain, augmented, len(head) + len(p), against, len(head) + len(second))
+        plain = self._stack(members, self.plan.shape.row_length, 0, self.pairs.head[:0])
+        augmented, prefix_tokens = self._with(self.pairs.augmentation, numbers, pair) if self.augmented else (None, 0)
+        against, against_prefix = self._with(self.pairs.against, numbers, pair) if self.against else (None, 0)
+        return HostStep(pair, plain, augmented, prefix_tokens, against, against_prefix)
 
-    def _behind(self, members: list[list[Placed]], instruction: np.ndarray) -> dict[str, np.ndarray]:
-        """Stacks rows that begin with head and instruction.
+    @cached_property
+    def _lengths(self) -> dict[int, int]:
+        """Finds T of the rows with an instruction, by the tokens of the instruction."""
+        row_length, instructions = self.plan.shape.row_length, (self.pairs.augmentation, self.pairs.against)
+        room = {len(ids): instruction_room(self.pairs, self.plan, len(ids)) for ids in instructions}
+        return {tokens: round_up(row_length + more, self.row_multiple) for tokens, more in room.items()}
 
-        The head moves there from each prompt, so a row grows by at most the length of the instruction.
+    def _with(
+        self, instruction: np.ndarray, numbers: list[np.ndarray], pair: np.ndarray
+    ) -> tuple[dict[str, np.ndarray], int]:
+        """Stacks rows that begin with head and instruction, and counts their tokens.
+
+        The head moves there from each prompt. Where heads differ, the instruction stands in each prompt instead.
         """
-        head = self.pairs.head
-        length = round_up(self.plan.shape.row_length + len(instruction), self.row_multiple)
-        return self._stack(members, length, len(head), np.concatenate([head, instruction]))
+        head, each = self.pairs.head, len(self.pairs.head_tokens) > 0
+        inserted = instruction if each else None
+        members = [[self._placed(number, pair[number], inserted) for number in of_row] for of_row in numbers]
+        prefix = head if each else np.concatenate([head, instruction])
+        return self._stack(members, self._lengths[len(instruction)], len(head), prefix), len(prefix)
 
-    def _placed(self, number: int, index: int) -> Placed:
+    def _placed(self, number: int, index: int, instruction: np.ndarray | None = None) -> Placed:
+        """Takes a pair, with an instruction after its own head if one is given."""
         prompt, chosen, rejected = self.pairs.pair(index)
+        if instruction is not None:
+            prompt = np.insert(prompt, self.pairs.head_tokens[index], instruction)
         return Placed(SIDES * int(number), prompt, chosen, rejected if self.with_rejected else None)
 
     def _stack(
@@ -236,6 +251,18 @@ def pair_sizes(pairs: TokenizedPairs, *, with_rejected: bool) -> tuple[np.ndarra
     """Counts the tokens that each pair takes in a row, and how many of them are scored, each `[N]`."""
     scored = pairs.chosen_tokens + (pairs.rejected_tokens if with_rejected else 0)
     return pairs.prompt_tokens + scored, scored
+
+
+def instruction_room(pairs: Pairs, plan: Plan, tokens: int) -> int:
+    """Counts the tokens by which an instruction of this many makes the rows of a plan longer, both sides laid out.
+
+    Once a row, or, where heads differ, once a pair; the row that is fullest then decides, and may leave room over.
+    """
+    if not len(pairs.head_tokens):
+        return tokens
+    sizes, present = pairs.offsets[:, 3] - pairs.offsets[:, 0] + tokens, plan.pair >= 0
+    rows = np.arange(len(plan))[:, None] * plan.shape.rows + plan.row
+    return int(np.bincount(rows[present], weights=sizes[plan.pair[present]]).max()) - plan.shape.row_length
 
 
 def local_rows(row_sharding: NamedSharding, micro_batches: int, rows: int) -> np.ndarray:

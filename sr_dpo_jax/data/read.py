@@ -2,7 +2,8 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from sr_dpo_jax.data import dataset
 from sr_dpo_jax.data.dataset import Source, TokenizedPairs
 from sr_dpo_jax.data.tokenizer_fit import require_embedded
+from sr_dpo_jax.data.tokens import UNPLACED, UnplacedError
+from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.model.architecture import Architecture, require_exact_positions
 
 log = logging.getLogger(__name__)
@@ -24,21 +27,26 @@ def read_pairs(
     first_pairs: int | None = None,
     augmentation_prompt: str | None,
     against: str | None = None,
+    p_needed: bool = True,
     **settings: Any,
 ) -> TokenizedPairs:
     """Reads, checks and tokenises `sources`; touches no device.
 
     `first_pairs` keeps only this many, the first. `augmentation_prompt` is p, `against` a second instruction that is
-    to take its place; `settings` are the other arguments of `dataset.prepare`.
+    to take its place; `settings` are the other arguments of `dataset.prepare`. Where p is not needed, pairs in which it
+    cannot stand are read without it.
 
     Raises:
       UsageError: unusable rows, sequences longer than those for which the model's rotary embedding is known, or ids
         that the model does not have.
     """
-    pairs = dataset.prepare(sources, tokenizer, augmentation_prompt=augmentation_prompt, **settings)
+    prepare = partial(dataset.prepare, sources, tokenizer, **settings)
+    if p_needed:
+        pairs = prepare(augmentation_prompt=augmentation_prompt)
+    else:
+        pairs = _with_p_if_it_stands(prepare, augmentation_prompt)
     if against is not None:
-        second = dataset.prepare(sources, tokenizer, augmentation_prompt=against, **settings)
-        pairs = dataclasses.replace(pairs, against=second.augmentation)
+        pairs = _with_second(pairs, prepare(augmentation_prompt=against))
     report = pairs.report
     log.info(
         f"{', '.join(source.path for source in sources)}: {report.pairs} pairs of {report.rows} rows; skipped "
@@ -47,9 +55,58 @@ def read_pairs(
     )
     if first_pairs is not None:
         pairs = dataset.first(pairs, first_pairs)
+    try:
+        _require_fit(pairs, architecture)
+    except UsageError:
+        if p_needed or not len(pairs.augmentation):
+            raise
+        pairs = dataclasses.replace(pairs, augmentation=pairs.augmentation[:0], head_tokens=pairs.head_tokens[:0])
+        _require_fit(pairs, architecture)
+    if len(pairs.head_tokens):
+        log.info(
+            "prompts start with %d different heads (system messages): p stands in each prompt, not once a row, which "
+            "makes rows with p longer by up to %d tokens a pair",
+            heads_of(pairs),
+            max(len(pairs.augmentation), len(pairs.against)),
+        )
+    return pairs
+
+
+def heads_of(pairs: TokenizedPairs) -> int:
+    """Counts the different heads before p."""
+    if not len(pairs.head_tokens):
+        return 1
+    starts = zip(pairs.offsets[:, 0], pairs.head_tokens, strict=True)
+    return len({pairs.tokens[start : start + tokens].tobytes() for start, tokens in starts})
+
+
+def _with_p_if_it_stands(prepare: Callable[..., TokenizedPairs], p: str | None) -> TokenizedPairs:
+    """Reads the pairs with p, or without it where a prompt has no place for it."""
+    try:
+        pairs = prepare(augmentation_prompt=p)
+        if not any(row.reason == UNPLACED for row in pairs.report.bad_rows):
+            return pairs
+    except UnplacedError:
+        pass
+    log.info("refinement.prompt cannot stand in every prompt, and the objective needs none: read without it")
+    return prepare(augmentation_prompt=None)
+
+
+def _with_second(pairs: TokenizedPairs, second: TokenizedPairs) -> TokenizedPairs:
+    """Takes the second instruction from the same pairs read with it; it must have a place wherever p has one."""
+    differing = set(pairs.report.bad_rows) ^ set(second.report.bad_rows)
+    if differing:
+        row = min(differing, key=lambda row: (row.file, row.line))
+        raise UsageError(
+            f"{row.file}:{row.line}: refinement.prompt and refinement.against cannot both stand in this row: "
+            f"{row.reason}; change the instruction, or remove the row"
+        )
+    return dataclasses.replace(pairs, against=second.augmentation)
+
+
+def _require_fit(pairs: TokenizedPairs, architecture: Architecture) -> None:
     _require_lengths(pairs, architecture)
     require_embedded(pairs, vocabulary_tokens=architecture.vocabulary_tokens)
-    return pairs
 
 
 def _require_lengths(pairs: TokenizedPairs, architecture: Architecture) -> None:

@@ -37,6 +37,17 @@ TEMPLATE_S = 5
 """The seconds that a chat template has for one conversation; it is a program, and may loop without end."""
 MOST_ENDLESS = 8
 """The most conversations for which it may take longer."""
+UNPLACED = (
+    "the chat template cannot place refinement.prompt verbatim before the first user message (as where it trims "
+    "messages, and refinement.prompt starts with whitespace)"
+)
+"""The reason of a row that only p makes unusable."""
+FORMERLY_UNPLACED = "and that message or refinement.prompt starts with whitespace)"
+"""The end of that reason in caches of earlier versions, which refused a trimmed message too."""
+
+
+class UnplacedError(UsageError):
+    """Says that p cannot stand in these prompts, all of which can be used without it."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +168,7 @@ class PairEncoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, augmentation_prompt: str | None):
         if augmentation_prompt is not None and not augmentation_prompt.strip():
-            raise UsageError("refinement.prompt is blank; give the instruction p, or null for none")
+            raise UnplacedError("refinement.prompt is blank; give the instruction p, or null for none")
         self._tokenizer, self._augmentation_prompt = tokenizer, augmentation_prompt
         self._mid_text = MidText(tokenizer)
         self._bos = [tokenizer.bos_token_id] if uses_bos(tokenizer) else []
@@ -287,7 +298,8 @@ class _ChatTemplate:
             self._split([user], rendered)
             whole = self._render([user, reply])
         except UnusableError as error:
-            raise UsageError(
+            kind = UnplacedError if str(error) == UNPLACED else UsageError
+            raise kind(
                 f"the chat template of model.path cannot be used: {error}; change chat_template.jinja, or set "
                 "refinement.prompt=null where the objective needs none"
             ) from error
@@ -312,14 +324,24 @@ class _ChatTemplate:
         if not rendered.startswith(head):
             raise UnusableError("the chat template writes another start for this conversation than for others like it")
         rest, p = rendered[len(head) :], self._augmentation_prompt
-        if p is not None:
-            augmented = self._render(_put_before(p, prompt, first), add_generation_prompt=True)
-            if augmented != head + p + rest:
-                raise UnusableError(
-                    "the chat template cannot place refinement.prompt verbatim before the first user message (as where "
-                    "it trims messages, and that message or refinement.prompt starts with whitespace)"
-                )
+        if p is not None and not self._stands(p, prompt, first, head + p + rest):
+            raise UnusableError(UNPLACED)
         return head, rest
+
+    def _stands(self, p: str, prompt: list[dict[str, str]], first: int, expected: str) -> bool:
+        """Tells whether the template writes p verbatim before the first user message as it stands in the prompt.
+
+        A trap: a template that trims messages leaves whitespace between p and the message, where the prompt has none.
+        """
+        content = prompt[first]["content"]
+        for shown in dict.fromkeys((content, content.lstrip(), content.strip())):
+            trimmed = [*prompt[:first], {**prompt[first], "content": shown}, *prompt[first + 1 :]]
+            try:
+                if self._render(_put_before(p, trimmed, first), add_generation_prompt=True) == expected:
+                    return True
+            except UnusableError:  # refuses or does not end: only p is new in this conversation
+                continue
+        return False
 
     def _render(self, conversation: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
         """Renders a conversation; whatever a template raises, or that it does not end, is a fault of this row."""

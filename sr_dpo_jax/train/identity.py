@@ -108,7 +108,7 @@ def identity_of(
     return {
         "data.path": _digest(pairs.tokens, pairs.offsets),
         "data.path weights": [float(weight) for weight in pairs.source_weights],
-        "refinement.prompt": f"{len(pairs.augmentation)} tokens, {_digest(p)}",
+        "refinement.prompt": f"{len(pairs.augmentation)} tokens, {_digest(p, pairs.head_tokens)}",
         **made,
         "refinement.against": f"{len(pairs.against)} tokens, {_digest(pairs.against)}" if len(pairs.against) else None,
         "tokenizer": _short(tokenizer),

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sr_dpo_jax.data.dataset import TokenizedPairs
-from sr_dpo_jax.data.pipeline import Feed, Packing, pair_sizes
-from sr_dpo_jax.data.plan import Limits, Plan, round_up, training_plan
+from sr_dpo_jax.data.pipeline import Feed, Packing, instruction_room, pair_sizes
+from sr_dpo_jax.data.plan import Limits, Plan, round_up, scoring_plan, training_plan
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.model.architecture import Architecture
 from sr_dpo_jax.model.decoder import Params
@@ -127,9 +127,12 @@ def plan_training(
         room_for=tuple(map(max, zip((0, 0), *longest, strict=True))),
     )
     shape = plan.shape
-    p_tokens = max(len(pairs.augmentation), len(pairs.against)) if objective.scored_with_p or held_out else 0
+    if objective.scored_with_p and len(pairs.head_tokens):
+        _log_own_places(limits, pairs, plan)
     if attention == "splash":
-        require_short_rows(limits, shape.row_length, p_tokens)
+        rooms = [_room(pairs, plan)] if objective.scored_with_p else []
+        rooms += [_room(held, scoring_plan(*sizes_of(held), shape)) for held in held_out]
+        require_short_rows(limits, shape.row_length, max(rooms, default=0))
     log.info(
         "%d steps an epoch, each %d pairs in %d rows of %d tokens, %d of them scored; %.1f %% padding",
         plan.steps_per_epoch,
@@ -140,6 +143,21 @@ def plan_training(
         100 * (1 - tokens[plan.pair].sum() / (len(plan) * shape.rows * shape.row_length)),
     )
     return plan
+
+
+def _room(pairs: TokenizedPairs, plan: Plan) -> int:
+    return max(instruction_room(pairs, plan, len(ids)) for ids in (pairs.augmentation, pairs.against))
+
+
+def _log_own_places(limits: Limits, pairs: TokenizedPairs, plan: Plan) -> None:
+    """Says what it costs that p stands in each prompt: the length of rows with p, and that of such behind one head."""
+    tokens, length = len(pairs.augmentation), plan.shape.row_length
+    longer, once = (round_up(length + more, limits.row_multiple) for more in (_room(pairs, plan), tokens))
+    log.info(
+        "p stands in each prompt, as their heads differ: rows with p have %d tokens; with one head they would have %d",
+        longer,
+        once,
+    )
 
 
 def require_short_rows(limits: Limits, row_length: int, p_tokens: int) -> None:
@@ -184,9 +202,10 @@ def work_of(
     )
     flops = (4 if online else 3) * forward(prefix_tokens=0)
     if objective.judged_in_step:
-        flops += (2 if online else 1) * forward(prefix_tokens=len(pairs.augmentation))
-        if len(pairs.against):
-            flops += (2 if online else 1) * forward(prefix_tokens=len(pairs.against))
+        for instruction in (pairs.augmentation, *[pairs.against] * (len(pairs.against) > 0)):
+            within = len(instruction) if len(pairs.head_tokens) else 0  # each pair runs p, as a part of its prompt
+            with_p = forward(prompt_tokens=pairs.prompt_tokens + within, prefix_tokens=len(instruction) - within)
+            flops += (2 if online else 1) * with_p
     devices = packing.mesh.devices.flatten().tolist()
     tokens, _ = pair_sizes(pairs, with_rejected=kind.needs_rejected)
     return Work(tokens, flops, len(devices), peak_flops(devices))

@@ -52,6 +52,8 @@ def cache_files(
         refined = plain.copy()
         for array in (pairs.head, instruction):
             refined.update(f"{len(array)} ".encode() + np.ascontiguousarray(array).tobytes())
+        if len(pairs.head_tokens):  # p stands in each prompt, after these
+            refined.update(b"heads " + np.ascontiguousarray(pairs.head_tokens).tobytes())
         digests.append(refined.hexdigest())
     return tuple(
         cache_dir / f"reference-{kind}-{digest[:32]}.safetensors" for kind, digest in zip(KINDS, digests, strict=False)

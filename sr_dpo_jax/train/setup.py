@@ -78,9 +78,9 @@ def read_model(config: Config) -> tuple[weights.ModelDirectory, PreTrainedTokeni
 
 
 def read_training(config: Config, tokenizer: PreTrainedTokenizerBase, architecture: Architecture) -> TokenizedPairs:
-    """Reads the training pairs, with p where the objective compares two responses."""
-    data = config.data
-    return read_pairs_of(config, data.path, data.split, tokenizer, architecture, **_instructions(config))
+    """Reads the training pairs, with p where the objective compares two responses; one without Δ does not insist."""
+    data, instructions = config.data, {**_instructions(config), "p_needed": objective_of(config).scored_with_p}
+    return read_pairs_of(config, data.path, data.split, tokenizer, architecture, **instructions)
 
 
 def read_held_out(
@@ -102,24 +102,22 @@ def read_pairs_of(
     architecture: Architecture,
     *,
     instruction: str | None,
-    against: str | None = None,
     format: str | None = None,
-    first_pairs: int | None = None,
+    **options: Any,
 ) -> TokenizedPairs:
-    """Reads pairs as `data.read.read_pairs` does, by the keys of `data`; `format` is data.format unless given.
+    """Reads pairs with p, the `instruction`, by the keys of `data`; `format` is data.format unless given.
 
-    `instruction` is p, and `against` the second one.
+    `options` are further arguments of `data.read.read_pairs`.
     """
     section = config.data
     return read_pairs(
         [dataset.Source(source.path, source.weight, source.revision) for source in sources],
         tokenizer,
         architecture,
-        first_pairs=first_pairs,
+        augmentation_prompt=instruction,
         format=format or section.format,
         split=split,
-        augmentation_prompt=instruction,
-        against=against,
+        **options,
         max_length=section.max_length,
         max_prompt_length=section.max_prompt_length,
         prompt_truncation=section.prompt_truncation,
@@ -128,7 +126,7 @@ def read_pairs_of(
     )
 
 
-def _instructions(config: Config) -> dict[str, str | None]:
+def _instructions(config: Config) -> dict[str, Any]:
     section = config.refinement
     if not OBJECTIVES[config.objective.name].needs_rejected:
         return {"instruction": None}
@@ -261,12 +259,15 @@ def set_up_on(mesh: Mesh, config: Config, directory: weights.ModelDirectory) -> 
     )
     batch, micro_batches = config.batch, config.batch.accumulation_steps
     limits = Limits(batch.pairs_per_step, batch.row_length, batch.row_multiple, row_shards(mesh) * micro_batches)
-    refinement = Refinement(
-        **config.refinement.model_dump(include={"form", "judge", "offset", "alpha"}),
-        against=config.refinement.against is not None,
-    )
-    objective = Objective.of(refinement=refinement, **config.objective.model_dump())
-    return Setup(config, model, Packing(mesh, limits, micro_batches), objective)
+    return Setup(config, model, Packing(mesh, limits, micro_batches), objective_of(config))
+
+
+def objective_of(config: Config) -> Objective:
+    """Makes the objective with its numbers, and says how its Δ is made."""
+    section = config.refinement
+    numbers = section.model_dump(include={"form", "judge", "offset", "alpha"})
+    refinement = Refinement(**numbers, against=section.against is not None)
+    return Objective.of(refinement=refinement, **config.objective.model_dump())
 
 
 @dataclasses.dataclass(frozen=True)

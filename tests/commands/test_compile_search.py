@@ -174,6 +174,15 @@ def test_p_is_counted_where_there_is_a_tokenizer(tmp_path):
     assert len(pairs.augmentation) == 0
 
 
+def test_p_that_cannot_stand_is_refused_only_where_it_is_used(tmp_path):
+    directory = open_directory(str(runs.model_directory(tmp_path / "model")))
+    blank = {"refinement": {"prompt": " "}}
+    with pytest.raises(UsageError, match=r"refinement\.prompt is blank"):
+        aot_search._typical(config_of(**blank), directory)
+    pairs, _, _ = aot_search._typical(config_of(**blank, objective={"name": "dpo", "lam": None}), directory)
+    assert len(pairs.augmentation) == 0
+
+
 def test_real_data_gives_its_own_lengths(tmp_path):
     model, data = runs.model_directory(tmp_path / "model"), runs.preference_file(tmp_path / "pairs.jsonl", 20)
     held_out = runs.preference_file(tmp_path / "held_out.jsonl", 5, seed=1)

@@ -1,6 +1,7 @@
 """Sources -> TokenizedPairs: the whole-file check, what it refuses, the counts, and the cache on disk."""
 
 import concurrent.futures
+import dataclasses
 import gzip
 import json
 import logging
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 import toy_tokenizers as toy
 
+from sr_dpo_jax.data import dataset
 from sr_dpo_jax.data.dataset import Source, TokenizedPairs, first, prepare
-from sr_dpo_jax.data.tokens import load_tokenizer
+from sr_dpo_jax.data.tokens import FORMERLY_UNPLACED, UnplacedError, load_tokenizer
 from sr_dpo_jax.errors import UsageError
 
 REAL_FILE = Path(__file__).resolve().parents[3] / "shared" / "data" / "hh_rlhf_harmless_base_test.jsonl.gz"
@@ -213,24 +215,66 @@ class TestRefusal:
         with pytest.raises(UsageError, match="cannot be written"):
             run(tmp_path, words, write(tmp_path / "a.jsonl", [ROW]))
 
-    def test_prompts_that_differ_before_p(self, tmp_path, chat):
-        def row(*prompt):
-            messages = [{"role": role, "content": "x"} for role in prompt]
-            return {"prompt": messages, "chosen": [reply("yes")], "rejected": [reply("no")]}
 
-        def reply(content):
-            return {"role": "assistant", "content": content}
+def turns(*roles: str) -> dict:
+    """A conversation of these roles with two replies."""
+    reply = {"role": "assistant"}
+    messages = [{"role": role, "content": "x"} for role in roles]
+    return {"prompt": messages, "chosen": [{**reply, "content": "yes"}], "rejected": [{**reply, "content": "no"}]}
 
-        source = write(tmp_path / "a.jsonl", [row("user"), row("system", "user"), row("user", "assistant", "user")])
-        options = {"max_length": 512, "max_prompt_length": 256}
-        with pytest.raises(
-            UsageError, match=rf"1 of 3 pairs, first {source.path}:2, start with another system message"
-        ):
-            run(tmp_path, chat, source, **options)
-        pairs = run(tmp_path, chat, source, augmentation_prompt=None, **options)
-        assert pairs.report.pairs == 3 and pairs.head.tolist() == []
-        alike = write(tmp_path / "b.jsonl", [row("user"), row("user", "assistant", "user")])
-        assert chat.decode(run(tmp_path, chat, alike, **options).head) == "<|user|>\n"
+
+class TestHeads:
+    OPTIONS = {"max_length": 512, "max_prompt_length": 256}  # noqa: RUF012
+    ROWS = [turns("user"), turns("system", "user"), turns("user", "assistant", "user")]  # noqa: RUF012
+    ROLES = ["<|user|>\n", "<|system|>\nx</s>\n<|user|>\n", "<|user|>\n"]  # noqa: RUF012
+
+    def test_each_prompt_has_its_own_head_where_they_differ(self, tmp_path, chat):
+        source = write(tmp_path / "a.jsonl", self.ROWS)
+        pairs = run(tmp_path, chat, source, **self.OPTIONS)
+        assert pairs.head.tolist() == [] and pairs.head_tokens.dtype == np.int32
+        heads = [pairs.pair(index)[0][:tokens] for index, tokens in enumerate(pairs.head_tokens)]
+        assert [chat.decode(head) for head in heads] == self.ROLES
+        assert chat.decode(pairs.augmentation) == "be good"
+        again = run(tmp_path, CountingTokenizer(chat), source, **self.OPTIONS)
+        assert_same(again, pairs)
+        np.testing.assert_array_equal(again.head_tokens, pairs.head_tokens)
+        assert first(pairs, 2).head_tokens.tolist() == pairs.head_tokens[:2].tolist()
+
+    def test_one_head_stands_once_and_so_does_none_without_p(self, tmp_path, chat):
+        alike = run(tmp_path, chat, write(tmp_path / "b.jsonl", self.ROWS[::2]), **self.OPTIONS)
+        assert chat.decode(alike.head) == "<|user|>\n" and alike.head_tokens.tolist() == []
+        without = run(tmp_path, chat, write(tmp_path / "a.jsonl", self.ROWS), augmentation_prompt=None, **self.OPTIONS)
+        assert without.report.pairs == 3 and len(without.head) == len(without.head_tokens) == 0
+
+    def test_the_places_of_p_are_in_the_digest(self, tmp_path, chat):
+        pairs = run(tmp_path, chat, write(tmp_path / "a.jsonl", self.ROWS), **self.OPTIONS)
+        digests = {pairs.digest}
+        for tokens in (pairs.head_tokens[:0], pairs.head_tokens + 1):
+            digests.add(dataclasses.replace(pairs, head_tokens=tokens).digest)
+        assert len(digests) == 3
+
+    def test_a_p_of_two_spellings_is_refused_by_line(self, tmp_path):
+        """After the start of a text this tokenizer puts a space before p, within a conversation it does not."""
+        directory = toy.dummy_prefix_tokenizer(tmp_path / "two", chat_template=toy.ZEPHYR)
+        source = write(tmp_path / "a.jsonl", [self.ROWS[0], {"prompt": "Hm", "chosen": "yes", "rejected": "no"}])
+        with pytest.raises(UnplacedError, match=rf"{source.path}:2: .*other ids .* of {source.path}:1, .*set"):
+            run(tmp_path, load_tokenizer(str(directory)), source, **self.OPTIONS)
+
+    def test_rows_that_an_earlier_version_refused_are_tokenised_again(self, tmp_path, monkeypatch):
+        directory = toy.byte_level_tokenizer(tmp_path / "trims", chat_template=toy.LLAMA3)
+        trims = load_tokenizer(str(directory))
+        row = turns("user")
+        row["prompt"][0]["content"] = " x"
+        source = write(tmp_path / "a.jsonl", [row])
+        old = f"as where it trims messages, {FORMERLY_UNPLACED}"
+        with monkeypatch.context() as before:
+            before.setattr(dataset, "FORMERLY_UNPLACED", "never")
+            before.setattr("sr_dpo_jax.data.tokens.UNPLACED", old)
+            stands = lambda self, p, prompt, first, expected: not prompt[first]["content"].startswith(" ")  # noqa: E731
+            before.setattr("sr_dpo_jax.data.tokens._ChatTemplate._stands", stands)
+            with pytest.raises(UsageError, match="none of 1 rows can be used"):
+                run(tmp_path, trims, source, **self.OPTIONS)
+        assert len(run(tmp_path, trims, source, **self.OPTIONS)) == 1
 
 
 class TestCache:

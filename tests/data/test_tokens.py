@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from sr_dpo_jax.data import tokens
 from sr_dpo_jax.data.rows import BadRow, Message, Pair, read_rows
-from sr_dpo_jax.data.tokens import PairEncoder, PairTokens, load_tokenizer, tokenizer_digest, truncate, uses_bos
+from sr_dpo_jax.data.tokens import (
+    UNPLACED,
+    PairEncoder,
+    PairTokens,
+    load_tokenizer,
+    tokenizer_digest,
+    truncate,
+    uses_bos,
+)
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.weights.directory import open_directory
 
@@ -231,12 +239,19 @@ class TestTemplates:
         with pytest.raises(UsageError, match="response cannot be told apart"):
             encode(make(chat_template=template), pair(conversation("one")))
 
-    def test_a_row_that_the_template_trims(self, make):
+    def test_p_stands_before_a_message_as_the_template_trims_it(self, make):
         tokenizer = make(chat_template=toy.LLAMA3)
-        plain = encode(tokenizer, pair(conversation(" one ")))
-        assert isinstance(plain, PairTokens)
-        assert "cannot place refinement.prompt verbatim" in encode(tokenizer, pair(conversation(" one ")), P).reason
-        assert encode(tokenizer, pair(conversation("one ")), P).prompt == plain.prompt
+        expected = encode(tokenizer, pair(conversation("one")), P)
+        for content in (" one ", "one ", "\n\none", "one"):
+            tokens = encode(tokenizer, pair(conversation(content)), P)
+            assert tokens == expected
+            assert tokens.prompt == encode(tokenizer, pair(conversation(content))).prompt
+
+    def test_p_that_the_template_trims_away_stands_nowhere(self, make):
+        """Nothing is left of this message, so that the template trims p itself."""
+        encoder = PairEncoder(make(chat_template=toy.LLAMA3), augmentation_prompt="Rate it. ")
+        fine, blank = encoder.encode([pair(conversation(" one")), pair(conversation(" \n"))])
+        assert isinstance(fine, PairTokens) and blank.reason == UNPLACED
 
     def test_a_response_that_the_template_alters(self, make):
         template = toy.ZEPHYR.replace("m['content']", "m['content'].split('</think>')[-1]")

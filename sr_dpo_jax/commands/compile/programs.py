@@ -25,8 +25,8 @@ from sr_dpo_jax.commands.compile.machine import hosts_of
 from sr_dpo_jax.commands.compile.traced_flops import splash_flops, traced_flops
 from sr_dpo_jax.config.schema import Config
 from sr_dpo_jax.data.dataset import TokenizedPairs
-from sr_dpo_jax.data.pipeline import HostStep
-from sr_dpo_jax.data.plan import Plan, Shape
+from sr_dpo_jax.data.pipeline import HostStep, pair_sizes
+from sr_dpo_jax.data.plan import Plan, Shape, scoring_plan
 from sr_dpo_jax.errors import RunError, UsageError
 from sr_dpo_jax.model.architecture import Architecture
 from sr_dpo_jax.model.attention import Visible
@@ -133,7 +133,9 @@ def compile_for(
     visited = blocks_visited(setup.model, step)
     programs = [train_program(setup, plan, step, visited)]
     if (kind.needs_reference and not setup.online) or config.data.held_out:
-        programs.append(_score_program(setup, plan, step, visited))
+        scored = _longest_scored(setup, step, plan, eval_sets if evaluates_p else ())
+        visited = visited if scored is step else blocks_visited(setup.model, scored)
+        programs.append(_score_program(setup, plan, scored, visited))
     model_flops = float(work.flops.mean())
     step_s = mfu = None
     if programs[0].refusal is None and work.peak_flops is not None:
@@ -164,6 +166,16 @@ def first_step(setup: Setup, pairs: TokenizedPairs, plan: Plan, *, augmented: bo
     with_rejected = setup.objective.kind.needs_rejected
     against = augmented and setup.objective.refinement.against
     return setup.packing.source(pairs, plan, rows, augmented=augmented, with_rejected=with_rejected, against=against)[0]
+
+
+def _longest_scored(setup: Setup, step: HostStep, plan: Plan, held_out: Sequence[TokenizedPairs]) -> HostStep:
+    """Finds the step with the longest rows with p: a held-out set has its own where p stands in each of its prompts."""
+    steps = [step]
+    for pairs in held_out:
+        if len(pairs.head_tokens) or step.prefix_tokens != len(pairs.head) + len(pairs.augmentation):
+            held_plan = scoring_plan(*pair_sizes(pairs, with_rejected=True), plan.shape)
+            steps.append(first_step(setup, pairs, held_plan, augmented=True))
+    return max(steps, key=lambda one: 0 if one.augmented is None else one.augmented["tokens"].shape[-1])
 
 
 def blocks_visited(model: PlacedModel, step: HostStep) -> dict[str, float]:

@@ -27,7 +27,7 @@ from sr_dpo_jax.data.rows import BadRow, Message, Pair
 from sr_dpo_jax.data.tokenizer_fit import require_fit
 from sr_dpo_jax.errors import RunError, UsageError
 from sr_dpo_jax.train.objective import OBJECTIVES
-from sr_dpo_jax.train.setup import read_held_out, read_training
+from sr_dpo_jax.train.setup import objective_of, read_held_out, read_training
 from sr_dpo_jax.weights import directory as weights
 
 log = logging.getLogger(__name__)
@@ -219,14 +219,20 @@ def _read(config: Config, directory: weights.ModelDirectory) -> tuple[TokenizedP
     require_fit(tokenizer, directory.path, vocabulary_tokens=directory.architecture.vocabulary_tokens)
     pairs = read_training(config, tokenizer, directory.architecture)
     eval_sets = list(read_held_out(config, tokenizer, directory.architecture).values())
-    return pairs, eval_sets, f"data.path, {len(pairs):,} pairs; p has {len(pairs.augmentation)} tokens"
+    place = ", in each prompt, as their heads differ" if len(pairs.head_tokens) else ""
+    return pairs, eval_sets, f"data.path, {len(pairs):,} pairs; p has {len(pairs.augmentation)} tokens{place}"
 
 
 def _typical(config: Config, directory: weights.ModelDirectory) -> tuple[TokenizedPairs, Sequence[TokenizedPairs], str]:
     head_tokens = p_tokens = 0
     said = "no p"
     if config.refinement.prompt is not None and OBJECTIVES[config.objective.name].needs_rejected:
-        head_tokens, p_tokens, said = _prefix(config, directory)
+        try:
+            head_tokens, p_tokens, said = _prefix(config, directory, config.refinement.prompt)
+        except UsageError:
+            if objective_of(config).scored_with_p or config.data.held_out:
+                raise
+            head_tokens, p_tokens, said = _prefix(config, directory, None)
     pairs = typical_pairs(
         config.data.format,
         least_pairs=64 * config.batch.pairs_per_step,
@@ -246,12 +252,12 @@ def _typical(config: Config, directory: weights.ModelDirectory) -> tuple[Tokeniz
     return pairs, [pairs for _ in config.data.held_out], lengths
 
 
-def _prefix(config: Config, directory: weights.ModelDirectory) -> tuple[int, int, str]:
+def _prefix(config: Config, directory: weights.ModelDirectory, p: str | None) -> tuple[int, int, str]:
     """Counts the tokens of the template head and of p, and says how."""
     if not (directory.path / "tokenizer.json").is_file():
         return 0, TYPICAL_P_TOKENS, f"p taken to have {TYPICAL_P_TOKENS} tokens, as there is no tokenizer.json"
     tokenizer = tokens.load_tokenizer(str(directory.path))
-    encoder = tokens.PairEncoder(tokenizer, augmentation_prompt=config.refinement.prompt)
+    encoder = tokens.PairEncoder(tokenizer, augmentation_prompt=p)
     prompt = "Hello" if config.data.format == "hh_rlhf" else (Message("user", "Hello"),)
     (encoded,) = encoder.encode([Pair("0", "an example", 1, prompt, "Hi", "No")])
     if isinstance(encoded, BadRow):

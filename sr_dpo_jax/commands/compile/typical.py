@@ -37,7 +37,7 @@ def typical_pairs(
     max_length: int,
     max_prompt_length: int,
 ) -> TokenizedPairs:
-    """Makes pairs of typical lengths, always the same ones; all their tokens are 0.
+    """Makes pairs of typical lengths, always the same ones; all their tokens are 0, and all prompts have one head.
 
     Args:
       format: a key of `LENGTHS`.

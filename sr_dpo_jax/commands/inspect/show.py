@@ -95,6 +95,8 @@ def _placements(inspection: Inspection) -> Table | None:
             continue
         rows.append((form, f"{placement.head_tokens} tokens before p, {placement.augmentation_tokens} tokens of p"))
         rows.append(("", f"{placement.head!r} p {placement.rest!r} → {placement.response!r}"))
+    if len({placement.head for form, placement in inspection.placements.items() if form != "text"}) > 1:
+        rows.append(("chats of different starts", "p stands in each prompt, not once a row"))
     return console.facts(rows) if rows else None
 
 

@@ -35,7 +35,7 @@ class _Packed:
     """Requests in the form of pairs, as the pipeline takes them."""
 
     requests: Sequence[Request]
-    head = augmentation = np.zeros(0, np.int32)
+    head = augmentation = against = head_tokens = offsets = np.zeros(0, np.int32)
 
     def pair(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         request = self.requests[index]
