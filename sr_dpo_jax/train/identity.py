@@ -91,6 +91,7 @@ def identity_of(
     made = {key: None if value in ("margin", "policy") else value for key, value in made.items()}
     if refinement["judge"] == "ratings":
         made |= {f"refinement.{key}": refinement[key] for key in ("offset", "alpha")}
+        made["data.path ratings"] = _digest(pairs.chosen_score, pairs.rejected_score)
     # Likewise the keys of an objective that ask for nothing.
     nothing = {"sft_weight": 0.0, "divergence": "reverse_kl"}
     objective = {key: None if value == nothing.get(key) else value for key, value in config["objective"].items()}
