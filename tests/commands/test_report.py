@@ -252,7 +252,6 @@ def test_the_config_difference_holds_the_keys_that_differ(world):
     table = tables.config_difference(read_runs([world / "dpo", world / "sr_dpo"]))
     assert table.rows == [
         ["objective.name", "dpo", "sr_dpo"],
-        ["objective.label_smoothing", "0.0", "–"],
         ["objective.lam", "–", "0.3"],
     ]
 
