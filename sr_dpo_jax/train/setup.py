@@ -305,15 +305,14 @@ def prepare(
     """Plans, scores the reference, loads or restores the state, compiles: all that precedes the first step."""
     config, objective = setup.config, setup.objective
     plan = setup.plan(pairs, list(eval_sets.values()))
-    optimizer, steps = config.optimizer, setup.total_steps(plan)
-    warmup = warmup_of(optimizer.warmup_steps, optimizer.warmup_ratio, steps)
-    warn_of_no_learning(optimizer.learning_rate, warmup, steps, setup.model.param_dtype)
+    optimizer, total_steps = config.optimizer, setup.total_steps(plan)
+    warmup = warmup_of(optimizer.warmup_steps, optimizer.warmup_ratio, total_steps)
+    warn_of_no_learning(optimizer.learning_rate, warmup, total_steps, setup.model.param_dtype)
     checkpoints = Checkpoints(config.output_dir, keep=config.checkpoint.keep, strict=config.checkpoint.strict)
     require_same({"plan": plan.digest, "--allow-change": allowed_changes})
     record = _record(setup, pairs, plan, tokenizer, checkpoints)
-    where, strict = config.output_dir, config.checkpoint.strict
-    resumed, before = resume_point(checkpoints, record, where=where, strict=strict, allowed_changes=allowed_changes)
-
+    strict = {"strict": config.checkpoint.strict, "allowed_changes": allowed_changes}
+    resumed, before = resume_point(checkpoints, record, where=config.output_dir, **strict)
     # Compiled first, so that the reference is scored with the same programs.
     compiled = partial(compiled_sets, params=setup.model.shapes, programs={})
     held_out = compiled([setup.scored_set(name, held, shape=plan.shape) for name, held in eval_sets.items()])
@@ -341,7 +340,6 @@ def prepare(
         state = TrainState(**checkpoints.restore(program.state.tree(), step=resumed))
     feed = training_feed(setup.packing, setup.objective, pairs, plan, training, online=setup.online)
     stop.meet()
-    total_steps = setup.total_steps(plan)
     job = Job(
         setup=setup,
         record=record,

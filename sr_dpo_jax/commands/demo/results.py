@@ -83,7 +83,7 @@ def baseline_of(setting: Setting, arm: Arm) -> str | None:
 
 def _arm(layout: Layout, knobs: Knobs, seeds: Sequence[int], arm: Arm) -> dict[str, Any]:
     runs = [layout.run(seed, arm.name) for seed in seeds]
-    scale = knobs.beta if OBJECTIVES[arm.objective].family == "logistic" else 1.0
+    scale = arm.beta(knobs.beta) if OBJECTIVES[arm.objective].scaled else 1.0
     numbers = _columns([measure.arm_measures(run, scale=scale, arm=arm) for run in runs])
     histories = [measure.curves(run) for run in runs]
     means = {name: np.mean([history[name] for history in histories], axis=0).tolist() for name in histories[0]}
