@@ -102,8 +102,8 @@ def _refinement_problems(config: Config) -> list[str]:
         found.append(f"  refinement.prompt is empty: {name} needs the instruction p; remove the key")
     if section.judge == "reference" and section.form == "margin":
         found.append(
-            "  refinement.judge=reference with refinement.form=margin: a margin is one over the reference, and its own is "
-            "0; set refinement.form=contrast"
+            "  refinement.judge=reference with refinement.form=margin: the reference's own margin is 0; "
+            "set refinement.form=contrast"
         )
     if section.form == "contrast" and rated:
         found.append("  refinement.form=contrast: ratings are no log-probs; remove it, or choose another judge")

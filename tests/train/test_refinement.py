@@ -251,7 +251,7 @@ def test_score_prints_what_the_model_knows(world, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("sections", "problem"),
     [
-        ({"refinement": {"judge": "reference"}}, "a margin is one over the reference"),
+        ({"refinement": {"judge": "reference"}}, "the reference's own margin is 0"),
         ({"refinement": {"form": "contrast", "judge": "ratings"}}, "ratings are no log-probs"),
         ({"refinement": {"against": LOW}}, "refinement.against: is a second instruction"),
         ({"refinement": {"form": "contrast", "against": " "}}, "refinement.against: is a second instruction"),
