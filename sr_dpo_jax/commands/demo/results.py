@@ -267,8 +267,9 @@ def shift_table(results: Results) -> Table:
         "augmented margin m̂": ("augmented_margin", 1),
         "Pearson of m and m̂": ("margins_agree", 2),
         "λΔ relative to what it is taken from": ("shift_share", 2),
-        "λ that was settled": ("settled_lam", 2),
     }
+    if any("settled_lam" in arm for arm in results["arms"].values()):
+        columns["λ that was settled"] = ("settled_lam", 2)
     return _means(_arms_of(results), columns)
 
 
