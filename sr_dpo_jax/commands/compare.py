@@ -5,7 +5,8 @@
 Every run is `sr-dpo train` and `sr-dpo eval` in processes of their own, on a YAML file that stands beside its directory
 output_dir/compare/OBJECTIVE/beta-B-seed-S. All share one cache, so the reference scores each data set once. The first
 seed takes every β; the best one of each objective, by accuracy on every second held-out pair, is trained with the other
-seeds too. The pairs that did not choose are compared. compare.json holds what is finished: the same command goes on.
+seeds too. The pairs that did not choose are compared, seed by seed: seeds are the repetitions, and one of them has no
+test. compare.json holds what is finished: the same command goes on.
 
 β decides more than the objective does (arXiv:2502.01237): without the sweep a comparison says little. Imports no jax.
 """
@@ -13,6 +14,7 @@ seeds too. The pairs that did not choose are compared. compare.json holds what i
 import dataclasses
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,17 +23,23 @@ import numpy as np
 import yaml
 
 from sr_dpo_jax.commands import console
-from sr_dpo_jax.commands.demo.statistics import holm, mean_of, paired
+from sr_dpo_jax.commands.demo.statistics import holm, mean_of, paired, spearman
 from sr_dpo_jax.commands.report.tables import Table, number, with_interval
 from sr_dpo_jax.commands.tune import EXIT_DONE, Child, content_reader
 from sr_dpo_jax.config.load import config_from_dict, load_config
 from sr_dpo_jax.config.objectives import PairObjective
 from sr_dpo_jax.config.schema import Config, Refinement
+from sr_dpo_jax.config.section import TWIN
 from sr_dpo_jax.durable.files import json_digest, read_lines, write_json, write_text
 from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.train.objective import OBJECTIVES
 
 log = logging.getLogger(__name__)
 
+OWN = ("objective", "refinement", "optimizer")
+"""The sections of which an objective may set keys; all else is the same for all runs."""
+ITEM = re.compile(r"""(?:[^,'"]|'[^']*'|"[^"]*")+""")
+"""Matches what stands between commas that are not in quotes."""
 OF_A_REFINEMENT = tuple(key for key in Refinement.model_fields if key != "prompt")
 HELD_OUT = "eval_pairs.jsonl"
 
@@ -66,24 +74,33 @@ class Run:
 
 
 def parse_entry(text: str) -> Entry:
-    """Reads NAME[,key=value...]; a key without a section is one of `objective`.
+    """Reads NAME[,key=value...]; a key without a section is one of `objective`, a comma in quotes is part of a value.
 
     Raises:
-      UsageError: it does not begin with a name, or a key has no value.
+      UsageError: it does not begin with the name of an objective that compares pairs, a key has no value or is of a
+        section that all runs share.
     """
-    name, *rest = text.split(",")
+    name, *rest = ITEM.findall(text)
     sections: dict[str, dict[str, Any]] = {"objective": {"name": name}}
-    if "=" in name or not name:
+    if "=" in name:
         raise UsageError(f"{text}: begin with the objective's name, as in sr_dpo,lam=0.5")
+    if name in OBJECTIVES and not OBJECTIVES[name].needs_rejected:
+        raise UsageError(f"{text}: {name} has no margins to compare; train it first, and compare from its export")
     for item in rest:
         key, equals, value = item.partition("=")
         section, dot, inner = key.rpartition(".")
-        if not equals or not inner or "." in section:
+        section = section if dot else "objective"
+        if not equals or not inner:
             raise UsageError(f"{text}: {item!r} is not of the form key=value or section.key=value")
+        if section not in OWN:
+            raise UsageError(f"{text}: {key} is the same for all runs; give it apart, as an override {key}=...")
         try:
-            sections.setdefault(section if dot else "objective", {})[inner] = yaml.safe_load(value)
+            parsed = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise UsageError(f"{text}: the value of {key} is no YAML; put it in quotes") from error
+            raise UsageError(f"{text}: the value of {key} is no YAML; put it in quotes: {key}='...'") from error
+        if isinstance(parsed, dict):
+            raise UsageError(f"{text}: the value of {key} reads as a mapping; put it in quotes: {key}='...'")
+        sections.setdefault(section, {})[inner] = parsed
     return Entry(text, sections)
 
 
@@ -102,13 +119,17 @@ def compare(path: str, named: Sequence[str], *, seeds: int, factors: Sequence[fl
     overrides = [text for text in named if "=" in text.partition(",")[0]]
     entries = [parse_entry(text) for text in named if text not in overrides]
     _check(entries, named, seeds, factors)
+    for override in overrides:
+        if override.startswith(("objective.", *(f"refinement.{key}=" for key in OF_A_REFINEMENT))):
+            raise UsageError(f"{override}: each objective says it for itself, as in sr_dpo,lam=0.5; give it there")
     base = load_config(path, overrides)
     if base.data.eval_path is None:
         raise UsageError("data.eval_path is not set: it names the held-out pairs on which objectives are compared")
     root = Path(base.output_dir) / "compare"
     sweep = {entry.label: [_run(base, root, entry, factor, base.seed) for factor in factors] for entry in entries}
     sweep = {label: list({run.root: run for run in runs}.values()) for label, runs in sweep.items()}  # no β, one run
-    own = [override for override in overrides if override.startswith("distributed.")]
+    given = base.distributed.model_dump(mode="json", exclude_defaults=True)
+    own = [f"distributed.{key}={json.dumps(value)}" for key, value in given.items()]  # each process has its own
     finished = _Finished(root / "compare.json")
     with Child() as child:
         for run in (run for runs in sweep.values() for run in runs):
@@ -141,7 +162,11 @@ def _check(entries: Sequence[Entry], named: Sequence[str], seeds: int, factors: 
 
 
 def _run(base: Config, root: Path, entry: Entry, factor: float | None, seed: int, *, beta: float | None = None) -> Run:
-    """Configures one run; its β is `beta`, or its own times `factor`."""
+    """Configures one run; its β is `beta`, or its own times `factor`.
+
+    Its own β is the one that the entry gives, or that of the file where the file's objective is the same loss, or the
+    loss's default.
+    """
     raw = base.model_dump(mode="json", exclude={"distributed"})
     raw |= {"seed": seed, "cache_dir": str(base.cache_path), "objective": {}, "output_dir": str(root)}
     for key in OF_A_REFINEMENT:  # a plain objective has none, and every refined one says its own
@@ -150,13 +175,22 @@ def _run(base: Config, root: Path, entry: Entry, factor: float | None, seed: int
         if section not in raw or not isinstance(raw[section], dict):
             raise UsageError(f"{entry.label}: the configuration has no section {section}")
         raw[section] = {**raw[section], **keys}
+    plain = raw["objective"]["name"].removeprefix(TWIN)
+    if base.objective.name.removeprefix(TWIN) == plain and isinstance(base.objective, PairObjective):
+        raw["objective"].setdefault("beta", base.objective.beta)
     first = config_from_dict(raw, where=entry.label)
     if isinstance(first.objective, PairObjective):
         beta = first.objective.beta * factor if beta is None and factor is not None else beta
         raw["objective"]["beta"] = beta
     name = f"seed-{seed}" if beta is None else f"beta-{beta:g}-seed-{seed}"
-    raw["output_dir"] = str(root / entry.label.replace("/", "_") / name)
+    raw["output_dir"] = str(root / _directory(entry.label) / name)
     return Run(entry, beta, seed, config_from_dict(raw, where=entry.label))
+
+
+def _directory(label: str) -> str:
+    """Gives a directory's name for an objective: the label, or where it is long or odd its start and a digest."""
+    plain = re.sub(r"[^\w.=,+-]", "_", label)
+    return label if plain == label and len(label) <= 100 else f"{plain[:80]}-{json_digest(label)[:8]}"
 
 
 class _Finished:
@@ -173,7 +207,8 @@ class _Finished:
 
     def make(self, run: Run, child: Child, own: Sequence[str]) -> int:
         """Trains and evaluates a run that is not finished; returns the exit code."""
-        digest = json_digest([run.config.model_dump(mode="json", exclude={"distributed"}), self._content(run.config)])
+        decisive = run.config.model_dump(mode="json", exclude={"distributed", "cache_dir"})
+        digest = json_digest([decisive, self._content(run.config)])
         if self._digests.get(str(run.root)) == digest and (run.root / HELD_OUT).is_file():
             log.info("%s: finished before", run.name)
             return EXIT_DONE
@@ -191,38 +226,48 @@ class _Finished:
         return EXIT_DONE
 
 
-def _right(run: Run, *, deciding: bool) -> np.ndarray:
-    """Tells for each held-out pair that decides on β, or for each other one, whether the margin is above 0, `[N]`."""
-    lines = read_lines(run.root / HELD_OUT)[0 if deciding else 1 :: 2]
-    return np.array([line["margin"] > 0 for line in lines], np.float64)
+def _pairs(run: Run, *, deciding: bool) -> list[dict[str, Any]]:
+    """Reads every second held-out pair, the ones that decide on β or the others."""
+    return read_lines(run.root / HELD_OUT)[0 if deciding else 1 :: 2]
+
+
+def _accuracy(pairs: Sequence[Mapping[str, Any]]) -> float:
+    return float(np.mean([pair["margin"] > 0 for pair in pairs]))
 
 
 def _deciding(run: Run) -> float:
-    return float(_right(run, deciding=True).mean())
+    return _accuracy(_pairs(run, deciding=True))
 
 
 def _table(of_seeds: Mapping[str, Sequence[Run]]) -> Table:
-    """Makes the table: one row an objective, with the β that was chosen and the difference from the first one.
+    """Makes the table of the pairs that did not choose: a row an objective, and its difference from the first one.
 
-    Intervals of means are Student's over seeds. The difference is a paired t test over held-out pairs of the share of
-    seeds that order the pair correctly, and p has Holm's correction for the number of rows.
+    Intervals are Student's over seeds, differences are paired by seed, and p of their t test has Holm's correction for
+    the number of rows.
+
+    Raises:
+      UsageError: two runs were not evaluated on the same pairs.
     """
-    right = {label: np.mean([_right(run, deciding=False) for run in runs], axis=0) for label, runs in of_seeds.items()}
-    first, *others = right
-    tests = [paired(right[label], right[first]) for label in others]
-    corrected = dict(zip(others, holm([test.p for test in tests]), strict=True))
-    differences = dict(zip(others, tests, strict=True))
+    compared = {label: [_pairs(run, deciding=False) for run in runs] for label, runs in of_seeds.items()}
+    ids = {tuple(pair["id"] for pair in pairs) for of_runs in compared.values() for pairs in of_runs}
+    if len(ids) > 1 or not next(iter(ids)):
+        raise UsageError("the runs were not evaluated on the same held-out pairs, of which two are needed; run it anew")
+    accuracy = {label: [_accuracy(pairs) for pairs in of_runs] for label, of_runs in compared.items()}
+    first, *others = accuracy
+    tests = {label: paired(accuracy[label], accuracy[first]) for label in others}
+    corrected = dict(zip(others, holm([test.p for test in tests.values()]), strict=True))
     rows = []
     for label, runs in of_seeds.items():
-        metrics = [json.loads((run.root / "eval.json").read_text(encoding="utf-8")) for run in runs]
+        margins = [[pair["margin"] for pair in pairs] for pairs in compared[label]]
         row = {"objective": label, "β": "" if runs[0].beta is None else f"{runs[0].beta:g}", "λ": _lam(runs)}
-        row["accuracy"] = with_interval(*mean_of([float(_right(run, deciding=False).mean()) for run in runs]), 3)
-        row["margin"] = with_interval(*mean_of([line["eval/margin"] for line in metrics]), 2)
-        ranks = [line.get("eval/margin/spearman") for line in metrics]
-        row["Spearman with ratings"] = "" if None in ranks else with_interval(*mean_of(ranks), 3)
-        test = differences.get(label)
-        row[f"accuracy, against {first}"] = "" if test is None else with_interval(*test.difference, 3)
-        row["p, Holm"] = "" if test is None else number(corrected[label])
+        row["accuracy"] = with_interval(*mean_of(accuracy[label]), 3)
+        row["margin"] = with_interval(*mean_of([float(np.mean(values)) for values in margins]), 2)
+        gaps = [[pair.get("rating_difference") for pair in pairs] for pairs in compared[label]]
+        rated = not any(gap is None for of_run in gaps for gap in of_run)
+        ranks = [spearman(*pair) for pair in zip(margins, gaps, strict=True)] if rated else []
+        row["Spearman with ratings"] = with_interval(*mean_of(ranks), 3) if ranks else ""
+        row[f"accuracy, against {first}"] = with_interval(*tests[label].difference, 3) if label in tests else ""
+        row["p, Holm"] = number(corrected[label]) if label in tests else ""
         rows.append(row)
     return Table.of(rows)
 
@@ -247,7 +292,7 @@ def _show(root: Path, of_seeds: Mapping[str, Sequence[Run]], sweep: Mapping[str,
         ]
     )
     text = [
-        f"Compared on every second held-out pair, {len(of_seeds[next(iter(of_seeds))])} seed(s):",
+        f"Compared on every second held-out pair, {len(of_seeds[next(iter(of_seeds))])} seed(s); one has no test:",
         table.markdown(),
         "The sweep of β, on the other pairs, first seed:",
         swept.markdown(),

@@ -110,7 +110,7 @@ def score_command(config: Config, output: Path | None, *, knowledge: bool = Fals
 
 def require_finite(pairs: TokenizedPairs, scores: Scores, config: Config) -> None:
     """Refuses scores that are no numbers with a UsageError that names the first pair by file and line."""
-    given = [part for part in (scores.plain, scores.augmented) if part is not None]
+    given = [part for part in (scores.plain, scores.augmented, scores.against) if part is not None]
     bad = ~np.isfinite(np.concatenate(given, axis=1)).all(axis=1)
     if bad.any():
         raise UsageError(

@@ -186,6 +186,11 @@ def _best_problems(config: Config) -> list[str]:
             "choose from; set train.eval_every_steps, or remove it"
         )
     measure = metric.rpartition("/")[2]
+    if measure == "refinement" and getattr(config.objective, "lam", None) == "auto":
+        found.append(
+            f"  checkpoint.best_metric={metric}: objective.lam=auto may make the objective the plain one, which has no "
+            "refinement; choose another"
+        )
     if mode == "max" and measure in LOSSES:
         found.append(f"  checkpoint.best_mode=max: would choose the highest {metric}; set it to min")
     if mode == "min" and measure in GAINS:

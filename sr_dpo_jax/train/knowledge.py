@@ -18,12 +18,12 @@ from sr_dpo_jax.train.objective import Objective
 log = logging.getLogger(__name__)
 
 FOLDS = 5
-NORMAL_95 = 1.96
+NORMAL_95 = 1.959964
 BY_LENGTH = ("chosen shorter", "about as long", "chosen longer")
 CRITICAL = 1.920729410347062
 """Half the 95 % quantile of χ² with one degree of freedom."""
 LARGEST_SLOPE = 100.0
-"""Contrasts that are right for every pair have no finite slope; it is searched up to this."""
+"""The bound of the search, in units of one over the root mean square of the contrasts."""
 
 
 def knowledge_of(plain: np.ndarray, augmented: np.ndarray, contrast: np.ndarray, tokens: np.ndarray) -> dict[str, Any]:
@@ -61,10 +61,11 @@ def settled_lam(table: Mapping[str, Any]) -> float:
 
     Contrasts that are right for every pair have no finite slope: λ is the low end of the interval then.
     """
-    value, (low, high) = table["slope"]["value"], table["slope"]["interval"]
+    slope = table["slope"]
+    low, _ = slope["interval"]
     if low <= 0:
         return 0.0
-    return float(low if high >= LARGEST_SLOPE else value)
+    return float(slope["value"] if slope["finite"] else low)
 
 
 def settled_by(table: Mapping[str, Any] | None, objective: Objective) -> Objective:
@@ -115,17 +116,13 @@ def lines_of(table: Mapping[str, Any]) -> list[str]:
 
 def _accuracy(values: np.ndarray) -> dict[str, Any]:
     """Gives the share of values above 0, of ties half, with Wilson's 95 % interval."""
-    if not len(values):
+    count = len(values)
+    if not count:
         return {"pairs": 0, "accuracy": None, "interval": None}
-    right = float((values > 0).sum() + 0.5 * (values == 0).sum())
-    from scipy import stats  # its import takes long, which runs without p are spared
-
-    interval = stats.binomtest(round(right), len(values)).proportion_ci(method="wilson")
-    return {
-        "pairs": len(values),
-        "accuracy": right / len(values),
-        "interval": [float(interval.low), float(interval.high)],
-    }
+    share = float(((values > 0).sum() + 0.5 * (values == 0).sum()) / count)
+    centre, spread = share + NORMAL_95**2 / (2 * count), share * (1 - share) / count + (NORMAL_95 / (2 * count)) ** 2
+    half, whole = NORMAL_95 * float(np.sqrt(spread)), 1 + NORMAL_95**2 / count
+    return {"pairs": count, "accuracy": share, "interval": [(centre - half) / whole, (centre + half) / whole]}
 
 
 def _log_sigmoid(values: np.ndarray) -> np.ndarray:
@@ -144,16 +141,27 @@ def _fit(contrast: np.ndarray) -> float:
     def gradient(slope: float) -> float:
         return float((contrast * np.exp(_log_sigmoid(-slope * contrast))).sum())
 
-    if gradient(LARGEST_SLOPE) >= 0:
-        return LARGEST_SLOPE if contrast.any() else 0.0
-    if gradient(-LARGEST_SLOPE) <= 0:
+    if not contrast.any():
+        return 0.0
+    if (contrast >= 0).all() or gradient(LARGEST_SLOPE) >= 0:
+        return LARGEST_SLOPE
+    if (contrast <= 0).all() or gradient(-LARGEST_SLOPE) <= 0:
         return -LARGEST_SLOPE
     return _root(gradient, -LARGEST_SLOPE, LARGEST_SLOPE)
 
 
+def _scale(contrast: np.ndarray) -> float:
+    """Gives the root mean square, or 1 where all are 0: the slope is fitted in this unit, and so are its bounds."""
+    return float(np.sqrt(np.square(contrast, dtype=np.float64).mean())) or 1.0
+
+
 def _slope(contrast: np.ndarray) -> dict[str, Any]:
-    """Gives the slope, and as its 95 % interval all slopes that a likelihood-ratio test does not reject."""
-    contrast = contrast.astype(np.float64)
+    """Gives the slope, and as its 95 % interval all slopes that a likelihood-ratio test does not reject.
+
+    `finite` tells whether there is a largest likelihood at all; contrasts that are right for every pair have none.
+    """
+    scale = _scale(contrast)
+    contrast = contrast.astype(np.float64) / scale
     slope = _fit(contrast)
 
     def surplus(other: float) -> float:
@@ -161,13 +169,14 @@ def _slope(contrast: np.ndarray) -> dict[str, Any]:
         return float(_log_sigmoid(slope * contrast).sum() - _log_sigmoid(other * contrast).sum()) - CRITICAL
 
     def end(bound: float) -> float:
-        return bound if surplus(bound) <= 0 else _root(surplus, slope, bound)
+        return (bound if surplus(bound) <= 0 else _root(surplus, slope, bound)) / scale
 
-    return {"value": slope, "interval": [end(-LARGEST_SLOPE), end(LARGEST_SLOPE)]}
+    interval = [end(-LARGEST_SLOPE), end(LARGEST_SLOPE)]
+    return {"value": slope / scale, "interval": interval, "finite": abs(slope) < LARGEST_SLOPE}
 
 
 def _gain(contrast: np.ndarray) -> dict[str, Any]:
-    contrast = contrast.astype(np.float64)
+    contrast = contrast.astype(np.float64) / _scale(contrast)
     gains = np.zeros(len(contrast))
     fold = np.random.default_rng(0).permutation(len(contrast)) % FOLDS
     for held_out in range(min(FOLDS, len(contrast))):

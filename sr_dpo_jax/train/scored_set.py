@@ -21,6 +21,7 @@ from sr_dpo_jax.data.pipeline import Feed, Packing, pair_sizes
 from sr_dpo_jax.data.plan import Plan, Shape, scoring_plan, scoring_shape
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.model.decoder import Params
+from sr_dpo_jax.parallel.processes import from_leader
 from sr_dpo_jax.train.knowledge import knowledge_of, lines_of, settled_lam
 from sr_dpo_jax.train.metrics import Progress
 from sr_dpo_jax.train.objective import Objective, Refinement
@@ -37,6 +38,9 @@ from sr_dpo_jax.train.train_step import (
 from sr_dpo_jax.weights.placement import PlacedModel
 
 log = logging.getLogger(__name__)
+
+MEASURED_ON = ("data.path", "model.path", "tokenizer", "objective.name", "refinement.prompt", "refinement.against")
+"""The keys of a run's identity that decide what its model knows at the start."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,18 +149,20 @@ def knowledge(scores: Scores, *, per_token: bool = False) -> dict[str, Any]:
 
 
 def known_at_start(
-    training: ScoredSet | None, objective: Objective, before: dict[str, Any] | None
+    training: ScoredSet | None, objective: Objective, before: Mapping[str, Any], now: Mapping[str, Any]
 ) -> dict[str, Any] | None:
     """Measures what the model at the start knows of the labels, logs it, and adds the λ that it gives to `auto`.
 
-    A run that goes on keeps the table, and so the λ, of its checkpoint (`before`). None where p was not scored.
+    A run that goes on keeps the table, and so the λ, of its checkpoint, unless what it was measured on was allowed to
+    change. `before` and `now` are the records of that checkpoint and of this start. None where p was not scored.
     """
-    table = before
+    same = all(before.get("identity", {}).get(key) == now["identity"].get(key) for key in MEASURED_ON)
+    table = before.get("knowledge") if same else None
     if table is None and training is not None and objective.scored_with_p:
         table = knowledge(training.known_scores, per_token=objective.kind.per_token)
         log.info("%s", "\n".join(["what the model at the start knows of the labels:", *lines_of(table)]))
     if objective.unsettled and table is not None and "lam" not in table:
-        return {**table, "lam": settled_lam(table)}
+        return {**table, "lam": from_leader(settled_lam(table))}
     return table
 
 
@@ -313,5 +319,7 @@ def make_scored_set(
             against=against,
         )
         reference = ReferenceScores(files, feed)
+    if objective is not None and objective.kind.refined and objective.refinement.judge == "ratings":
+        rating_offsets(pairs, objective.refinement)  # refused here, and not at the first evaluation
     score_step = make_score_step(model.graph, pairs=plan.shape.pairs, mesh=model.mesh)
     return ScoredSet(name, pairs, feed, score_step, reference)

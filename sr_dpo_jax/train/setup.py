@@ -330,7 +330,7 @@ def prepare(
         online=setup.online,
         keep_base=resumed is None,
     )
-    record["knowledge"] = known_at_start(training, objective, before.get("knowledge"))
+    record["knowledge"] = known_at_start(training, objective, before, record)
     setup = setup.settled(record["knowledge"])
     program = setup.program(plan)
     _require_room(config, checkpoints, program.state)

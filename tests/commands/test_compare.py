@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 import scipy.stats
 import yaml
@@ -48,9 +47,10 @@ def commands(monkeypatch):
             root.mkdir(parents=True, exist_ok=True)
             # The deciding pairs (0, 2, ...) are all right at β = 0.3 alone; the others depend on the objective.
             right = {0.3: 4}.get(round(config.objective.beta, 6), 2)
-            others = 3 if config.objective.name == "sr_dpo" else 1
+            others = 3 + config.seed if config.objective.name == "sr_dpo" else 1
             margins = [1.0 if (index // 2 < (others if index % 2 else right)) else -1.0 for index in range(8)]
             lines = [{"id": str(index), "margin": margin} for index, margin in enumerate(margins)]
+            lines = [line | {"rating_difference": float(line["id"])} for line in lines]
             (root / "eval_pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
             (root / "eval.json").write_text(json.dumps({"step": 1, "eval/margin": 0.5 + config.seed}))
             (root / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 0.7}) + "\n")
@@ -70,10 +70,10 @@ def test_every_beta_on_the_first_seed_and_the_best_on_the_others(config, command
     main_table, _, _ = table.partition("The sweep")
     (row,) = (line for line in main_table.splitlines() if line.startswith(f"| {CONTRAST} | 0.3 |"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    difference = np.array([0, 1, 1, 0])  # pairs 1, 3, 5, 7: three right against one
-    assert cells[3].startswith("0.750") and cells[6].startswith(f"{difference.mean():.3f}")
-    assert float(cells[7]) == pytest.approx(scipy.stats.ttest_1samp(difference, 0).pvalue, abs=1e-3)
-    assert cells[4].startswith("1.00"), "the mean margin of seeds 0 and 1"
+    # Of pairs 1, 3, 5, 7 DPO has one right, the contrast three with seed 0 and all with seed 1.
+    assert cells[3].startswith("0.875") and cells[6].startswith("0.625")
+    assert float(cells[7]) == pytest.approx(scipy.stats.ttest_rel([0.75, 1.0], [0.25, 0.25]).pvalue, abs=1e-3)
+    assert cells[4].startswith("0.75"), "the mean margin of the compared pairs: 0.5 and 1"
     assert "report.html" in capsys.readouterr().out
     config_of = yaml.safe_load((tmp_path / "run" / "compare" / "dpo" / "beta-0.1-seed-0.yaml").read_text())
     assert config_of["refinement"]["form"] == "margin", "a plain objective has no refinement of another one"
@@ -117,7 +117,10 @@ def test_overrides_hold_for_all_runs(config, commands, tmp_path):
         (["dpo", "ipo", "--betas", "0,1"], "--betas 0.0,1.0"),
         (["dpo", "sr_dpo"], "objective.lam: missing"),
         (["dpo", "dopo"], "objective.name='dopo': not known"),
-        (["dpo", "ipo,nothing.key=1"], "no section nothing"),
+        (["dpo", "ipo,data.path=x.jsonl"], "data.path is the same for all runs"),
+        (["dpo", "ipo", "objective.beta=0.7"], "objective.beta=0.7: each objective says it for itself"),
+        (["dpo", "sft"], "sft has no margins to compare"),
+        (["dpo", "sr_dpo,lam=1,refinement.against=Bad: "], "reads as a mapping; put it in quotes"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(config, commands, capsys, arguments, said):
@@ -137,5 +140,28 @@ def test_an_entry_is_read_as_yaml():
         "objective": {"name": "sr_dpo", "lam": "auto", "beta": 0.5},
         "refinement": {"form": "contrast"},
     }
+    quoted = parse_entry("sr_dpo,refinement.against='Rate it low, please: ',lam=1")
+    assert quoted.sections["refinement"] == {"against": "Rate it low, please: "}
+    assert quoted.sections["objective"]["lam"] == 1
     with pytest.raises(UsageError, match="begin with the objective's name"):
         parse_entry("lam=1,sr_dpo")
+
+
+def test_beta_is_the_entrys_the_files_or_the_losss(config):
+    base, root = load_config(config, ["objective.beta=0.7"]), compared.Path("x")
+    betas = {text: compared._run(base, root, parse_entry(text), 1.0, 0).beta for text in ("dpo", "dpo,beta=0.2", "ipo")}
+    assert betas == {"dpo": 0.7, "dpo,beta=0.2": 0.2, "ipo": 0.1}, "the file's objective is sr_dpo"
+
+
+def test_every_process_keeps_its_own_place(config, commands, monkeypatch, tmp_path):
+    given = []
+    monkeypatch.setattr("sr_dpo_jax.commands.tune.Child.run", lambda _child, arguments: given.append(arguments) or 3)
+    own = ["distributed.processes=2", "distributed.process_id=1", "distributed.coordinator_address=host:1"]
+    assert main(["compare", config, "dpo", "ipo", *own]) == 3
+    assert {"distributed.processes=2", "distributed.process_id=1"} < set(given[0])
+    assert "process_id: 1" not in compared.Path(given[0][1]).read_text()
+
+
+def test_a_long_instruction_is_no_directory_name():
+    label = f"sr_dpo,refinement.against='{'word ' * 60}'"
+    assert len(compared._directory(label)) < 100 and compared._directory("dpo,beta=0.1") == "dpo,beta=0.1"

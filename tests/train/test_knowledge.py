@@ -79,8 +79,17 @@ def test_pairs_that_fix_no_slope_settle_nothing(contrast):
 def test_a_model_that_is_always_right_gets_the_weight_that_is_certain():
     """Such contrasts have no finite slope; of 20 pairs with c = 1 every λ with 20·log(1 + e^−λ) < 1.92 is as good."""
     table = table_of(np.ones(20))
-    assert table["slope"]["value"] == LARGEST_SLOPE
+    assert table["slope"]["value"] == LARGEST_SLOPE and not table["slope"]["finite"]
     assert settled_lam(table) == pytest.approx(-np.log(np.exp(stats.chi2.ppf(0.95, 1) / 40) - 1), rel=1e-6)
+
+
+@pytest.mark.parametrize("unit", [1 / 400, 400])
+def test_the_slope_has_the_unit_of_the_contrast(unit):
+    """Contrasts per token are a hundred times smaller: their slope is as much larger, whatever the bound."""
+    contrast = labelled(0.7, 300)
+    one, other = table_of(contrast)["slope"], table_of(unit * contrast)["slope"]
+    assert other["value"] * unit == pytest.approx(one["value"], rel=1e-5)
+    assert [end * unit for end in other["interval"]] == pytest.approx(one["interval"], rel=1e-5)
 
 
 def test_the_gain_is_on_pairs_that_the_slope_has_not_seen():

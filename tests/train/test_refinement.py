@@ -209,13 +209,13 @@ def test_auto_on_a_model_that_knows_nothing_is_the_plain_run(world, tmp_path, ca
 def test_auto_is_the_slope_and_a_run_that_goes_on_keeps_it(world, tmp_path, monkeypatch):
     from sr_dpo_jax.train import knowledge
 
-    monkeypatch.setattr(knowledge, "_slope", lambda contrast: {"value": 1.5, "interval": [1.0, 2.0]})
+    monkeypatch.setattr(knowledge, "_slope", lambda contrast: {"value": 1.5, "interval": [1.0, 2.0], "finite": True})
     sections = {"objective": {"name": "sr_dpo", "lam": "auto"}, "refinement": CONTRAST}
     golden = run(world, tmp_path / "golden", **sections)
     number = run(world, tmp_path / "number", objective={"name": "sr_dpo", "lam": 1.5}, refinement=CONTRAST)
     assert golden == number
     run(world, tmp_path / "again", **sections, train={"max_steps": 1})
-    monkeypatch.setattr(knowledge, "_slope", lambda contrast: {"value": 9.0, "interval": [8.0, 10.0]})
+    monkeypatch.setattr(knowledge, "_slope", lambda contrast: {"value": 9.0, "interval": [8.0, 10.0], "finite": True})
     assert run(world, tmp_path / "again", **sections) == golden
 
 
@@ -230,7 +230,7 @@ def test_eval_of_a_run_with_auto_takes_the_lam_that_it_settled(world, tmp_path, 
     }
     path = written(tmp_path, raw_config(tmp_path, model, data, **sections))
     assert main(["eval", path]) == 2, "no run has settled it"
-    monkeypatch.setattr(knowledge, "_slope", lambda contrast: {"value": 1.5, "interval": [1.0, 2.0]})
+    monkeypatch.setattr(knowledge, "_slope", lambda contrast: {"value": 1.5, "interval": [1.0, 2.0], "finite": True})
     lines = run(world, tmp_path, **sections)
     assert main(["eval", path]) == 0
     evaluation = next(line for line in lines if "eval/loss" in line)

@@ -78,6 +78,12 @@ def _with_beta(objective: str, beta_share: float) -> Arm:
     return Arm(f"{objective}-beta-{beta_share:g}", objective, beta_share=beta_share)
 
 
+def _smoothed(name: str, objective: str, beta_share: float | None) -> Arm:
+    """Makes an objective that is told the share of wrong labels."""
+    name += "" if beta_share is None else f"-beta-{beta_share:g}"
+    return Arm(name, objective, beta_share=beta_share, keys=(("label_smoothing", 0.3),))
+
+
 def _contrast(lam: float | str, judge: str = "reference") -> Arm:
     name = f"contrast-{lam}" + ("-policy" if judge == "policy" else "")
     return Arm(name, "sr_dpo", lam, refinement=(("form", "contrast"), ("judge", judge)))
@@ -145,8 +151,8 @@ NOISE = dataclasses.replace(
         *(_with_beta("dpo", share) for share in SHARES_OF_BETA),
         Arm("ipo", "ipo"),
         _with_beta("ipo", 0.3),
-        Arm("cdpo", "dpo", keys=(("label_smoothing", 0.3),)),
-        Arm("cdpo-beta-0.1", "dpo", beta_share=0.1, keys=(("label_smoothing", 0.3),)),
+        *(_smoothed("cdpo", "dpo", share) for share in (None, 0.1)),
+        *(_smoothed("robust", "robust", share) for share in (None, 0.1)),
         _refined("sr_dpo", 1.0),
         _refined("sr_ipo", 1.0),
         _contrast(0.5),

@@ -33,6 +33,8 @@ from sr_dpo_jax.train.objective import OBJECTIVES
 DIGITS = 5
 OUTCOMES = ("win", "tie", "lose")
 KNOBS = ("rated_share", "rating_noise", "label_noise", "gaps", "beta")
+PLAIN_ARMS = ("dpo", "ipo")
+"""The objectives that others are compared with; one with neither name in it is compared with the first."""
 Results = dict[str, Any]
 
 
@@ -74,7 +76,8 @@ def baseline_of(setting: Setting, arm: Arm) -> str | None:
     """Names the arm of the plain objective, with the common β, on the same pairs; None for that arm itself."""
     if arm.lam is None and arm.beta_share is None and not arm.keys:
         return None
-    sought = (arm.objective.removeprefix("sr_"), arm.data, None, ())
+    plain = arm.objective.removeprefix("sr_")
+    sought = (plain if plain in PLAIN_ARMS else PLAIN_ARMS[0], arm.data, None, ())
     found = [
         other.name for other in setting.arms if (other.objective, other.data, other.beta_share, other.keys) == sought
     ]
@@ -295,8 +298,8 @@ def label(arm: dict[str, Any]) -> str:
 
 def _name_of(arm: dict[str, Any]) -> str:
     objective, made = arm["objective"], arm.get("refinement") or {}
-    name = {"dpo": "DPO", "ipo": "IPO"}[objective.removeprefix("sr_")]
-    if arm.get("keys", {}).get("label_smoothing"):
+    name = {"dpo": "DPO", "ipo": "IPO", "robust": "Robust DPO"}[objective.removeprefix("sr_")]
+    if name == "DPO" and arm.get("keys", {}).get("label_smoothing"):
         name = f"c{name}"
     if made.get("judge") == "ratings":
         return f"{name} with true ratings"

@@ -162,7 +162,7 @@ def samples(runs: Sequence[Run]) -> dict[tuple[str, str, str], list[list[tuple[i
 
 def shift_share(run: Run) -> float:
     """Gives mean |λΔ| over mean |βm| (|m| where λΔ shifts m itself) of held-out pairs; NaN where there is no Δ."""
-    if not run.kind.refined or not run.pairs:
+    if not run.kind.refined or run.kind.per_token or not run.pairs:  # the margins of pairs are sums over tokens
         return math.nan
     reward = np.abs(run.scale * run.column("margin")).mean()
     return float(run.lam * np.abs(run.refinement()).mean() / reward) if reward else math.nan
