@@ -62,7 +62,7 @@ def comparisons(setting: Setting) -> list[tuple[str, str]]:
     """Names the arms that are compared: each with the plain objective, and λ = 1 with its controls."""
     found = [(arm.name, against) for arm in setting.arms if (against := baseline_of(setting, arm)) is not None]
     for control in setting.arms:
-        if control.beta_share is not None:
+        if control.beta_share is not None and not control.keys:
             refined = (f"sr_{control.objective}", max(LAMBDAS), control.data, ())
             found += [
                 (arm.name, control.name)
