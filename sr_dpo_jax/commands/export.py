@@ -15,11 +15,13 @@ from huggingface_hub import ModelCardData
 
 from sr_dpo_jax import __version__
 from sr_dpo_jax.config.load import load_config
+from sr_dpo_jax.config.objectives import RefinedObjective
 from sr_dpo_jax.config.schema import Config
 from sr_dpo_jax.durable.checkpoint import Checkpoints
 from sr_dpo_jax.durable.files import whole
 from sr_dpo_jax.durable.lease import is_alive, this_process
 from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.train.identity import NOTHING
 from sr_dpo_jax.weights.directory import ModelDirectory, open_directory
 from sr_dpo_jax.weights.files import CONFIG, GENERATION_CONFIG, TEMPLATES, TOKENIZER_FILES
 from sr_dpo_jax.weights.layout import flatten
@@ -108,7 +110,13 @@ def model_card(config: Config, origin: Origin, *, name: str, step: int, dtype: s
     rows = {"objective": objective.name}
     symbols = {"beta": "beta (β)", "lam": "lam (λ)"}
     numbers = objective.model_dump(exclude={"name"})
-    rows |= {symbols.get(key, key.replace("_", " ")): f"{value:g}" for key, value in numbers.items()}
+    numbers = {key: value for key, value in numbers.items() if value not in (None, NOTHING.get(key))}
+    rows |= {symbols.get(key, key.replace("_", " ")): _plain(value) for key, value in numbers.items()}
+    made = config.refinement
+    if isinstance(objective, RefinedObjective) and (made.form, made.judge) != ("margin", "policy"):
+        rows["refinement (Δ)"] = (
+            "ratings of the rows" if made.judge == "ratings" else f"{made.form}, by the {made.judge}"
+        )
     pinned = "" if config.model.revision is None else f" at revision `{config.model.revision}`"
     commit = "" if origin.revision is None else f", commit `{origin.revision}`"
     rows |= {
@@ -121,6 +129,10 @@ def model_card(config: Config, origin: Origin, *, name: str, step: int, dtype: s
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return f"---\n{header.to_yaml()}\n---\n\n# {name}\n\n| | |\n|---|---|\n{table}\n"
+
+
+def _plain(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def _write_configs(directory: ModelDirectory, out: Path, dtype: str) -> None:

@@ -39,6 +39,8 @@ PATHS = ("data.path", "data.eval_path", "data.eval_sets", "model.path")
 """Keys of files: their content is compared, and where it lies is each process's own affair."""
 NAMES = ("objective.name", "optimizer.name")
 """The keys that decide which other keys their sections have."""
+NOTHING = {"sft_weight": 0.0, "divergence": "reverse_kl"}
+"""Keys of an objective that ask for nothing with these values."""
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore")
 
 
@@ -93,8 +95,7 @@ def identity_of(
         made |= {f"refinement.{key}": refinement[key] for key in ("offset", "alpha")}
         made["data.path ratings"] = _digest(pairs.chosen_score, pairs.rejected_score)
     # Likewise the keys of an objective that ask for nothing.
-    nothing = {"sft_weight": 0.0, "divergence": "reverse_kl"}
-    objective = {key: None if value == nothing.get(key) else value for key, value in config["objective"].items()}
+    objective = {key: None if value == NOTHING.get(key) else value for key, value in config["objective"].items()}
     sections = {
         "objective": objective,
         "optimizer": config["optimizer"],

@@ -330,8 +330,7 @@ def prepare(
         online=setup.online,
         keep_base=resumed is None,
     )
-    record["knowledge"] = known_at_start(training, objective, before, record)
-    setup = setup.settled(record["knowledge"])
+    setup = setup.settled(record.setdefault("knowledge", known_at_start(training, objective, before, record)))
     program = setup.program(plan)
     _require_room(config, checkpoints, program.state)
     if resumed is None:

@@ -17,7 +17,17 @@ from sr_dpo_jax.commands.demo import results as measured
 from sr_dpo_jax.commands.demo.corpus import Knobs
 from sr_dpo_jax.commands.demo.measure import qualities
 from sr_dpo_jax.commands.demo.page import FIGURES, render
-from sr_dpo_jax.commands.demo.protocol import FULL, LAMBDAS, MORE, SHUFFLED, SMALL, Layout, arm_config, base_config
+from sr_dpo_jax.commands.demo.protocol import (
+    FULL,
+    LAMBDAS,
+    MORE,
+    NOISE,
+    SHUFFLED,
+    SMALL,
+    Layout,
+    arm_config,
+    base_config,
+)
 from sr_dpo_jax.durable.files import read_lines
 
 WORLD = REPOSITORY / "sr_dpo_jax" / "commands" / "demo"
@@ -147,11 +157,14 @@ def test_the_protocol_is_the_papers():
         assert [arm.lam for arm in FULL.arms if arm.objective == objective and arm.data == "pairs"] == list(LAMBDAS)
     assert FULL.seeds >= 5 and {arm.data for arm in FULL.arms} == {"pairs", MORE, SHUFFLED}
     assert {arm.objective for arm in SMALL.arms} == {"dpo", "ipo", "sr_dpo", "sr_ipo"} and SMALL.seeds == 1
+    assert SMALL.label_noise == NOISE.label_noise == 0.3 and FULL.label_noise == 0
     layout, knobs = Layout(Path("x")), Knobs()
     configs = [arm_config(layout, FULL, knobs, 3, arm).model_dump() for arm in FULL.arms if arm.data == "pairs"]
     for config in configs:
-        objective = config.pop("objective")
-        assert objective.pop("label_smoothing", 0.0) == 0 and objective.keys() <= {"name", "beta", "lam"}
+        objective = {
+            key: value for key, value in config.pop("objective").items() if key in ("name", "beta", "lam") or value
+        }
+        assert objective.keys() - {"divergence"} <= {"name", "beta", "lam"}, "nothing else is set"
         config.pop("output_dir")
     assert all(config == configs[0] for config in configs), "arms differ in the objective and nothing else"
     betas = {arm.name: arm_config(layout, FULL, knobs, 3, arm).objective.beta for arm in FULL.arms}

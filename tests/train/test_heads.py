@@ -160,8 +160,8 @@ def test_splash_attention_s_limit_knows_the_longer_rows(made, monkeypatch):
     plan = setup.plan(pairs, ())
     once = dataclasses.replace(pairs, head_tokens=pairs.head_tokens[:0])
     longest = plan.shape.row_length + len(pairs.augmentation) + 8
-    monkeypatch.setattr("sr_dpo_jax.train.program.LONGEST_ROW", longest)
-    monkeypatch.setattr("sr_dpo_jax.train.program.padded_length", lambda tokens: tokens)
+    monkeypatch.setattr("sr_dpo_jax.model.kernels.splash.LONGEST_ROW", longest)
+    monkeypatch.setattr("sr_dpo_jax.model.kernels.splash.padded_length", lambda tokens: tokens)
     options = {"seed": 0, "epochs": 1, "attention": "splash"}
     for held_out in ([], [once]):
         plan_training(setup.packing.limits, setup.objective, once, held_out, **options)

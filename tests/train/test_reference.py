@@ -36,7 +36,7 @@ def test_scores_are_found_again_and_equal_those_of_the_model(scored):
     np.testing.assert_array_equal(held.reference.scores[..., 1], plain.augmented)
     _, again = scored()
     assert again.reference.complete and again.reference.digest == held.reference.digest
-    assert [file.name.split("-")[1] for file in files_of(again)] == sorted(KINDS)
+    assert [file.name.split("-")[1] for file in files_of(again)] == ["augmented", "plain"]
 
 
 def test_a_killed_run_goes_on_with_the_first_missing_pair(scored):
