@@ -137,15 +137,24 @@ class ScoredSet:
             self.reference.fill(self.score_step, params, done)
 
 
-def knowledge(scores: Scores, *, per_token: bool = False) -> dict[str, Any]:
-    """Measures how well a model's scores agree with the labels, as `knowledge_of` does.
+def knowledge(scores: Scores, *, per_token: bool = False) -> dict[str, Any] | None:
+    """Measures how well a model's scores agree with the labels, as `knowledge_of` does; None without a finite pair.
 
     With `per_token` every log-prob is divided by the tokens of its response, as the objective has it.
     """
     tokens = scores.tokens if per_token else None
     without = scores.plain if scores.against is None else scores.against
-    plain, augmented, other = (difference(part, tokens) for part in (scores.plain, scores.augmented, without))
-    return knowledge_of(plain, augmented, augmented - other, scores.tokens)
+    plain, augmented, other = (
+        np.asarray(difference(part, tokens)) for part in (scores.plain, scores.augmented, without)
+    )
+    finite = np.isfinite(np.stack([plain, augmented, other])).all(axis=0)
+    if not finite.all():
+        log.warning("%d of %d pairs have no finite log-prob and tell nothing", (~finite).sum(), len(finite))
+    if not finite.any():
+        return None
+    return knowledge_of(
+        plain[finite], augmented[finite], (augmented - other)[finite], np.asarray(scores.tokens)[finite]
+    )
 
 
 def known_at_start(
@@ -160,7 +169,8 @@ def known_at_start(
     table = before.get("knowledge") if same else None
     if table is None and training is not None and objective.scored_with_p:
         table = knowledge(training.known_scores, per_token=objective.kind.per_token)
-        log.info("%s", "\n".join(["what the model at the start knows of the labels:", *lines_of(table)]))
+        if table is not None:
+            log.info("%s", "\n".join(["what the model at the start knows of the labels:", *lines_of(table)]))
     if objective.unsettled and table is not None and "lam" not in table:
         return {**table, "lam": from_leader(settled_lam(table))}
     return table

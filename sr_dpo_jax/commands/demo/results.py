@@ -6,7 +6,7 @@ Imports no jax.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -144,8 +144,12 @@ def tables(results: Results) -> dict[str, Table]:
     return {title: table for title, table in found.items() if table.rows}
 
 
-def markdown(results: Results) -> str:
-    """Gives the tables as Markdown, each under its title."""
+NOISE_TABLES = ("True quality of responses", "Against the best of each plain objective", "What the shift is")
+"""The tables of `--noise` that stand on the findings page."""
+
+
+def markdown(results: Results, titles: Collection[str] | None = None) -> str:
+    """Gives the tables as Markdown, each under its title; with `titles` these alone."""
     setting = results["setting"]
     knobs = ", ".join(f"{name.replace('_', ' ')} {setting[name]}" for name in KNOBS)
     intro = (
@@ -154,7 +158,8 @@ def markdown(results: Results) -> str:
         f"of {setting['base_texts']} texts; {knobs}. Means over seeds with 95 % intervals (Student's t); p of paired t "
         "tests over seeds."
     )
-    parts = [intro, *(f"### {title}\n\n{table.markdown()}" for title, table in tables(results).items())]
+    shown = {title: table for title, table in tables(results).items() if titles is None or title in titles}
+    parts = [intro, *(f"### {title}\n\n{table.markdown()}" for title, table in shown.items())]
     return "\n\n".join(parts) + "\n"
 
 
