@@ -19,7 +19,7 @@ The road from YAML to gradient ends here: `train/train_step.py` differentiates t
 import jax
 import jax.numpy as jnp
 
-from sr_dpo_jax.formulas.margins import discopop, exo_pair, hinge, orpo, robust, shifted, simpo
+from sr_dpo_jax.formulas.margins import discopop, exo_pair, hinge, orpo, robust, shifted, simpo, smoothed
 from sr_dpo_jax.formulas.responses import aot, aot_unpaired, apo_down, apo_zero, bco_pair, nca_pair, sppo_hard
 from sr_dpo_jax.formulas.scores import divergence_score, log_odds
 
@@ -69,10 +69,7 @@ def dpo(
     Reference: arXiv:2305.18290 eq. 7 (arXiv:2405.21040 eq. 5, and with Δ eq. 13); for ε > 0 conservative DPO,
     ericmitchell.ai/cdpo.pdf eq. 3.
     """
-    logit = shifted(beta * margin, refinement, lam=lam)
-    if label_smoothing == 0.0:
-        return -jax.nn.log_sigmoid(logit)
-    return -(1.0 - label_smoothing) * jax.nn.log_sigmoid(logit) - label_smoothing * jax.nn.log_sigmoid(-logit)
+    return smoothed(shifted(beta * margin, refinement, lam=lam), label_smoothing)
 
 
 def ipo(margin: Array, refinement: Array | None = None, *, beta: float, lam: float = 0.0) -> Array:

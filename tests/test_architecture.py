@@ -87,7 +87,6 @@ def test_there_is_something_to_read():
                 "commands/correlation.py",
                 "train/knowledge.py",
                 "commands/judge/outcomes.py",
-                "commands/report/pair_figures.py",
                 "commands/report/tables.py",
                 "commands/demo/statistics.py",
             },

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from sr_dpo_jax.commands import console
 from sr_dpo_jax.commands.demo.statistics import holm, mean_of, paired, spearman
@@ -30,7 +29,8 @@ from sr_dpo_jax.config.load import config_from_dict, load_config
 from sr_dpo_jax.config.objectives import PairObjective
 from sr_dpo_jax.config.schema import Config, Refinement
 from sr_dpo_jax.config.section import TWIN
-from sr_dpo_jax.durable.files import json_digest, read_lines, write_json, write_text
+from sr_dpo_jax.config.yaml_text import apply_override
+from sr_dpo_jax.durable.files import json_digest, pairs_file, read_lines, write_json, write_text
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.train.objective import OBJECTIVES
 
@@ -41,7 +41,7 @@ OWN = ("objective", "refinement", "optimizer")
 ITEM = re.compile(r"""(?:[^,'"]|'[^']*'|"[^"]*")+""")
 """Matches what stands between commas that are not in quotes."""
 OF_A_REFINEMENT = tuple(key for key in Refinement.model_fields if key != "prompt")
-HELD_OUT = "eval_pairs.jsonl"
+HELD_OUT = pairs_file("eval")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +59,7 @@ class Run:
     """One training run of an objective."""
 
     entry: Entry
-    beta: float | None
-    """None for an objective without a β."""
+    beta: float
     seed: int
     config: Config
 
@@ -70,7 +69,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        return f"{self.entry.label}: seed {self.seed}" + ("" if self.beta is None else f", beta {self.beta:g}")
+        return f"{self.entry.label}: seed {self.seed}, beta {self.beta:g}"
 
 
 def parse_entry(text: str) -> Entry:
@@ -80,7 +79,7 @@ def parse_entry(text: str) -> Entry:
       UsageError: it does not begin with the name of an objective that compares pairs, a key has no value or is of a
         section that all runs share.
     """
-    name, *rest = ITEM.findall(text)
+    name, *rest = ITEM.findall(text) or [""]
     sections: dict[str, dict[str, Any]] = {"objective": {"name": name}}
     if "=" in name:
         raise UsageError(f"{text}: begin with the objective's name, as in sr_dpo,lam=0.5")
@@ -88,19 +87,14 @@ def parse_entry(text: str) -> Entry:
         raise UsageError(f"{text}: {name} has no margins to compare; train it first, and compare from its export")
     for item in rest:
         key, equals, value = item.partition("=")
-        section, dot, inner = key.rpartition(".")
-        section = section if dot else "objective"
+        section, _, inner = (key if "." in key else f"objective.{key}").rpartition(".")
         if not equals or not inner:
             raise UsageError(f"{text}: {item!r} is not of the form key=value or section.key=value")
         if section not in OWN:
             raise UsageError(f"{text}: {key} is the same for all runs; give it apart, as an override {key}=...")
-        try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UsageError(f"{text}: the value of {key} is no YAML; put it in quotes: {key}='...'") from error
-        if isinstance(parsed, dict):
+        apply_override(sections, f"{section}.{inner}={value}")
+        if isinstance(sections[section][inner], dict):
             raise UsageError(f"{text}: the value of {key} reads as a mapping; put it in quotes: {key}='...'")
-        sections.setdefault(section, {})[inner] = parsed
     return Entry(text, sections)
 
 
@@ -126,8 +120,10 @@ def compare(path: str, named: Sequence[str], *, seeds: int, factors: Sequence[fl
     if base.data.eval_path is None:
         raise UsageError("data.eval_path is not set: it names the held-out pairs on which objectives are compared")
     root = Path(base.output_dir) / "compare"
-    sweep = {entry.label: [_run(base, root, entry, factor, base.seed) for factor in factors] for entry in entries}
-    sweep = {label: list({run.root: run for run in runs}.values()) for label, runs in sweep.items()}  # no β, one run
+    sweep = {
+        entry.label: [_run(base, root, entry, base.seed, factor=factor) for factor in dict.fromkeys(factors)]
+        for entry in entries
+    }
     given = base.distributed.model_dump(mode="json", exclude_defaults=True)
     own = [f"distributed.{key}={json.dumps(value)}" for key, value in given.items()]  # each process has its own
     finished = _Finished(root / "compare.json")
@@ -139,7 +135,7 @@ def compare(path: str, named: Sequence[str], *, seeds: int, factors: Sequence[fl
         of_seeds: dict[str, list[Run]] = {}
         for entry in entries:
             best = chosen[entry.label]
-            more = [_run(base, root, entry, None, base.seed + number, beta=best.beta) for number in range(1, seeds)]
+            more = [_run(base, root, entry, base.seed + number, beta=best.beta) for number in range(1, seeds)]
             for run in more:
                 if (code := finished.make(run, child, own)) != EXIT_DONE:
                     return code
@@ -161,7 +157,7 @@ def _check(entries: Sequence[Entry], named: Sequence[str], seeds: int, factors: 
         raise UsageError(f"--betas {','.join(map(str, factors))}: are factors of each objective's β, all above 0")
 
 
-def _run(base: Config, root: Path, entry: Entry, factor: float | None, seed: int, *, beta: float | None = None) -> Run:
+def _run(base: Config, root: Path, entry: Entry, seed: int, *, factor: float = 1.0, beta: float | None = None) -> Run:
     """Configures one run; its β is `beta`, or its own times `factor`.
 
     Its own β is the one that the entry gives, or that of the file where the file's objective is the same loss, or the
@@ -172,18 +168,14 @@ def _run(base: Config, root: Path, entry: Entry, factor: float | None, seed: int
     for key in OF_A_REFINEMENT:  # a plain objective has none, and every refined one says its own
         raw["refinement"].pop(key)
     for section, keys in entry.sections.items():
-        if section not in raw or not isinstance(raw[section], dict):
-            raise UsageError(f"{entry.label}: the configuration has no section {section}")
         raw[section] = {**raw[section], **keys}
     plain = raw["objective"]["name"].removeprefix(TWIN)
     if base.objective.name.removeprefix(TWIN) == plain and isinstance(base.objective, PairObjective):
         raw["objective"].setdefault("beta", base.objective.beta)
-    first = config_from_dict(raw, where=entry.label)
-    if isinstance(first.objective, PairObjective):
-        beta = first.objective.beta * factor if beta is None and factor is not None else beta
-        raw["objective"]["beta"] = beta
-    name = f"seed-{seed}" if beta is None else f"beta-{beta:g}-seed-{seed}"
-    raw["output_dir"] = str(root / _directory(entry.label) / name)
+    if beta is None:
+        beta = config_from_dict(raw, where=entry.label).objective.beta * factor
+    raw["objective"]["beta"] = beta
+    raw["output_dir"] = str(root / _directory(entry.label) / f"beta-{beta:g}-seed-{seed}")
     return Run(entry, beta, seed, config_from_dict(raw, where=entry.label))
 
 
@@ -259,7 +251,7 @@ def _table(of_seeds: Mapping[str, Sequence[Run]]) -> Table:
     rows = []
     for label, runs in of_seeds.items():
         margins = [[pair["margin"] for pair in pairs] for pairs in compared[label]]
-        row = {"objective": label, "β": "" if runs[0].beta is None else f"{runs[0].beta:g}", "λ": _lam(runs)}
+        row = {"objective": label, "β": f"{runs[0].beta:g}", "λ": _lam(runs)}
         row["accuracy"] = with_interval(*mean_of(accuracy[label]), 3)
         row["margin"] = with_interval(*mean_of([float(np.mean(values)) for values in margins]), 2)
         gaps = [[pair.get("rating_difference") for pair in pairs] for pairs in compared[label]]
@@ -286,7 +278,7 @@ def _show(root: Path, of_seeds: Mapping[str, Sequence[Run]], sweep: Mapping[str,
     table = _table(of_seeds)
     swept = Table.of(
         [
-            {"objective": label, "β": "" if run.beta is None else f"{run.beta:g}", "accuracy": number(_deciding(run))}
+            {"objective": label, "β": f"{run.beta:g}", "accuracy": number(_deciding(run))}
             for label, runs in sweep.items()
             for run in runs
         ]

@@ -118,7 +118,7 @@ def _refinement_problems(config: Config) -> list[str]:
     ]
     if config.objective.lam == "auto" and (section.form != "contrast" or rated):
         found.append(
-            "  objective.lam=auto: only a contrast is known before step 0, as its judge is no part of the labels; set "
+            "  objective.lam=auto: only a contrast can be weighed against the labels before step 0; set "
             "refinement.form=contrast, or a number"
         )
     return found

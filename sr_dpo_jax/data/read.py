@@ -18,6 +18,8 @@ from sr_dpo_jax.model.architecture import Architecture, require_exact_positions
 
 log = logging.getLogger(__name__)
 
+P_LEFT_OUT = "refinement.prompt cannot {}, and the objective needs none: read without it"
+
 
 def read_pairs(
     sources: Sequence[Source],
@@ -60,6 +62,7 @@ def read_pairs(
     except UsageError:
         if p_needed or not len(pairs.augmentation):
             raise
+        log.info("%s", P_LEFT_OUT.format("fit every sequence"))
         pairs = dataclasses.replace(pairs, augmentation=pairs.augmentation[:0], head_tokens=pairs.head_tokens[:0])
         _require_fit(pairs, architecture)
     if len(pairs.head_tokens):
@@ -88,7 +91,7 @@ def _with_p_if_it_stands(prepare: Callable[..., TokenizedPairs], p: str | None) 
             return pairs
     except UnplacedError:
         pass
-    log.info("refinement.prompt cannot stand in every prompt, and the objective needs none: read without it")
+    log.info("%s", P_LEFT_OUT.format("stand in every prompt"))
     return prepare(augmentation_prompt=None)
 
 

@@ -26,6 +26,21 @@ def shifted(margin: Array, refinement: Array | None, *, lam: float) -> Array:
     return margin - lam * jax.lax.stop_gradient(refinement)
 
 
+def smoothed(logit: Array, label_smoothing: float) -> Array:
+    """`−(1 − ε)·log σ(h) − ε·log σ(−h)`, the logistic loss of labels of which a share ε may be flipped.
+
+    Args:
+      logit: h, `[pairs]` float32.
+      label_smoothing: ε in [0, 0.5).
+
+    Returns:
+      `[pairs]` float32; ln 2 where h = 0.
+    """
+    if label_smoothing == 0.0:
+        return -jax.nn.log_sigmoid(logit)
+    return -(1.0 - label_smoothing) * jax.nn.log_sigmoid(logit) - label_smoothing * jax.nn.log_sigmoid(-logit)
+
+
 def robust(
     margin: Array, refinement: Array | None = None, *, beta: float, lam: float = 0.0, label_smoothing: float = 0.0
 ) -> Array:

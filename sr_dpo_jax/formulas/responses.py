@@ -6,7 +6,7 @@ Arguments as `losses.py` describes them; r⁺ and r⁻ are the log-ratios of the
 import jax
 import jax.numpy as jnp
 
-from sr_dpo_jax.formulas.margins import shifted
+from sr_dpo_jax.formulas.margins import shifted, smoothed
 
 Array = jax.Array
 
@@ -134,7 +134,7 @@ def aot(
     Reference: arXiv:2406.05882, paired.
     """
     policy = jnp.sort(shifted(beta * preference, refinement, lam=lam))
-    return _smoothed(policy - jnp.sort(beta * reference_preference), label_smoothing)
+    return smoothed(policy - jnp.sort(beta * reference_preference), label_smoothing)
 
 
 def aot_unpaired(
@@ -165,9 +165,4 @@ def aot_unpaired(
     Reference: arXiv:2406.05882, unpaired.
     """
     chosen = jnp.sort(shifted(beta * chosen_log_ratio, refinement, lam=lam))
-    return _smoothed(chosen - jnp.sort(beta * rejected_log_ratio), label_smoothing)
-
-
-def _smoothed(logit: Array, label_smoothing: float) -> Array:
-    """`−(1 − ε)·log σ(h) − ε·log σ(−h)`."""
-    return -(1.0 - label_smoothing) * jax.nn.log_sigmoid(logit) - label_smoothing * jax.nn.log_sigmoid(-logit)
+    return smoothed(chosen - jnp.sort(beta * rejected_log_ratio), label_smoothing)

@@ -1,4 +1,4 @@
-"""What a log-ratio, or a log-prob, may become before the margin of chosen and rejected is taken."""
+"""These functions turn a log-ratio, or a log-prob, into the score of which the margin is taken."""
 
 import math
 

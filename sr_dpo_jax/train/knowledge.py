@@ -7,6 +7,7 @@ has the log-likelihood Σ log σ(λ·c); its slope is the λ with which the cont
 """
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,10 +19,12 @@ from sr_dpo_jax.train.objective import Objective
 log = logging.getLogger(__name__)
 
 FOLDS = 5
-NORMAL_95 = 1.959964
+NORMAL_95 = 1.959963984540054
 BY_LENGTH = ("chosen shorter", "about as long", "chosen longer")
 CRITICAL = 1.920729410347062
 """Half the 95 % quantile of χ² with one degree of freedom."""
+TITLES = {"d": "d, the prompt alone", "d_with_p": "d̂, with p", "contrast": "c, the contrast"}
+"""The rows of the table, by their names in it."""
 LARGEST_SLOPE = 100.0
 """The bound of the search, in units of one over the root mean square of the contrasts."""
 
@@ -95,9 +98,8 @@ def verdict_of(table: Mapping[str, Any]) -> str:
 
 def lines_of(table: Mapping[str, Any]) -> list[str]:
     """Writes the table as lines of text, for the log and for `sr-dpo score --knowledge`."""
-    names = {"d": "d, the prompt alone", "d_with_p": "d̂, with p", "contrast": "c, the contrast"}
     lines = [f"{'':22}{'accuracy':>22}{'mean':>10}{'spread':>10}" + "".join(f"{name:>17}" for name in BY_LENGTH)]
-    for name, title in names.items():
+    for name, title in TITLES.items():
         row, groups = table[name], table[name]["by_length"]
         low, high = row["interval"]
         accuracy = f"{row['accuracy']:.3f} [{low:.3f}, {high:.3f}]"
@@ -114,15 +116,19 @@ def lines_of(table: Mapping[str, Any]) -> list[str]:
     return [*lines, f"{table['pairs']} pairs; {gain}", verdict_of(table)]
 
 
+def share_interval(share: float, pairs: float) -> tuple[float, float]:
+    """Gives Wilson's 95 % interval of a share of `pairs` pairs, which may hold halves for ties."""
+    z2 = NORMAL_95**2 / pairs
+    half = NORMAL_95 * math.sqrt(share * (1 - share) / pairs + z2 / (4 * pairs))
+    return (share + z2 / 2 - half) / (1 + z2), (share + z2 / 2 + half) / (1 + z2)
+
+
 def _accuracy(values: np.ndarray) -> dict[str, Any]:
     """Gives the share of values above 0, of ties half, with Wilson's 95 % interval."""
-    count = len(values)
-    if not count:
+    if not len(values):
         return {"pairs": 0, "accuracy": None, "interval": None}
-    share = float(((values > 0).sum() + 0.5 * (values == 0).sum()) / count)
-    centre, spread = share + NORMAL_95**2 / (2 * count), share * (1 - share) / count + (NORMAL_95 / (2 * count)) ** 2
-    half, whole = NORMAL_95 * float(np.sqrt(spread)), 1 + NORMAL_95**2 / count
-    return {"pairs": count, "accuracy": share, "interval": [(centre - half) / whole, (centre + half) / whole]}
+    share = float(((values > 0).sum() + 0.5 * (values == 0).sum()) / len(values))
+    return {"pairs": len(values), "accuracy": share, "interval": list(share_interval(share, len(values)))}
 
 
 def _log_sigmoid(values: np.ndarray) -> np.ndarray:

@@ -228,8 +228,8 @@ def rating_offsets(pairs: TokenizedPairs, refinement: Refinement) -> np.ndarray:
     wrong = np.flatnonzero(gap <= 0)
     if len(wrong):
         raise UsageError(
-            f"refinement.offset=log: {len(wrong)} of {len(gap)} pairs are rated {gap[wrong[0]]:g} apart or the like, "
-            f"first {pairs.place(wrong[0])}, which has no logarithm; set refinement.offset=linear, or remove them"
+            f"refinement.offset=log: {len(wrong)} of {len(gap)} pairs have no rating difference above 0, first "
+            f"{pairs.place(wrong[0])}, {gap[wrong[0]]:g}; set refinement.offset=linear, or remove them"
         )
     return refinement.alpha * np.log(gap)
 

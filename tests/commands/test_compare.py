@@ -149,7 +149,7 @@ def test_an_entry_is_read_as_yaml():
 
 def test_beta_is_the_entrys_the_files_or_the_losss(config):
     base, root = load_config(config, ["objective.beta=0.7"]), compared.Path("x")
-    betas = {text: compared._run(base, root, parse_entry(text), 1.0, 0).beta for text in ("dpo", "dpo,beta=0.2", "ipo")}
+    betas = {text: compared._run(base, root, parse_entry(text), 0).beta for text in ("dpo", "dpo,beta=0.2", "ipo")}
     assert betas == {"dpo": 0.7, "dpo,beta=0.2": 0.2, "ipo": 0.1}, "the file's objective is sr_dpo"
 
 

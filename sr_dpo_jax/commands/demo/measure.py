@@ -127,7 +127,8 @@ def arm_measures(run: Path, *, scale: float, arm: Arm) -> dict[str, float]:
         measures[f"augmented_{name}"] = evaluation[f"eval/augmented_margin/{name}"]
     if arm.lam is not None:
         lam = lam_of(run) if arm.lam == "auto" else float(arm.lam)
-        shift = lam * np.array([pair.get("refinement", 0.0) for pair in pairs])  # without a λ there is no Δ
+        # Where `auto` gave no weight the run is plain, and its pairs have no Δ.
+        shift = lam * np.array([pair["refinement"] for pair in pairs]) if lam else np.zeros(len(pairs))
         if arm.lam == "auto":
             measures["settled_lam"] = lam
         measures["shift_share"] = float(np.abs(shift).mean() / np.abs(scale * margin).mean())

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 
 import numpy as np
-import scipy.stats
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from sr_dpo_jax.commands.report.figures import UNTRAINED, ZERO, line_of, look_of, panels_of
 from sr_dpo_jax.commands.report.read import Run
+from sr_dpo_jax.train.knowledge import share_interval
 
 SHOWN_POINTS = 1500
 POINTS = {"markersize": 5.5, "capsize": 2, "linewidth": 1.5}
@@ -81,13 +81,6 @@ def length(runs: Sequence[Run]) -> Figure | None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
     axes.set(xlabel="length of chosen − length of rejected (tokens)", ylabel="margin m (nats)")
     return figure
-
-
-def share_interval(share: float, pairs: float) -> tuple[float, float]:
-    """Gives the 95 % interval (Wilson) of a share of `pairs` pairs."""
-    count = int(pairs)
-    low, high = scipy.stats.binomtest(round(share * count), count).proportion_ci(method="wilson")
-    return float(low), float(high)
 
 
 def _margin_against(axes: Axes, run: Run, x: np.ndarray) -> None:

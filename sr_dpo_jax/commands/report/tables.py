@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
-from sr_dpo_jax.commands.report.pair_figures import share_interval
 from sr_dpo_jax.commands.report.read import Run, series, set_title
+from sr_dpo_jax.train.knowledge import TITLES, share_interval
 
 NONE = "–"
 SIGNIFICANT = 0.05
@@ -129,10 +129,9 @@ def _set_metrics(line: Mapping[str, Any], name: str) -> dict[str, str]:
 
 def knowledge(runs: Sequence[Run]) -> Table:
     """Has a row for d, d̂ and c of each run whose model was asked at the start whether it knows the labels."""
-    names = {"d": "d, the prompt alone", "d_with_p": "d̂, with p", "contrast": "c, the contrast"}
     rows = []
     for run in runs:
-        for key, title in names.items() if run.knowledge else ():
+        for key, title in TITLES.items() if run.knowledge else ():
             known = run.knowledge[key]
             row = {"run": run.label, "": title, "accuracy": with_interval(known["accuracy"], *known["interval"])}
             row |= {"mean": number(known["mean"]), "spread": number(known["std"])}
