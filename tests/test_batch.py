@@ -184,7 +184,7 @@ class Model:
         """Metrics of a real train step and its gradient."""
         batch = Batch(example.plain(), example.augmented(), example.reference[..., 0], example.reference[..., 1])
         batch = dataclasses.replace(batch, **changed)
-        after, metrics = self.train_step(jax.tree.map(jnp.copy, self.state), None, batch)
+        after, metrics = self.train_step(jax.tree.map(jnp.copy, self.state), None, None, batch)
         return metrics, after.optimizer_state[0].trace
 
     def _packed_prefix(self, params: Any, rows: Rows, weight: jax.Array) -> tuple[jax.Array, Any]:

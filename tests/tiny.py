@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh
 
 from sr_dpo_jax.batch import SIDES, Batch, Placed, Rows, build_row
+from sr_dpo_jax.model.adapter import Lora
 from sr_dpo_jax.model.architecture import Architecture, LayerKind, Rope
 from sr_dpo_jax.model.attention import DENSE, AttentionPath
 from sr_dpo_jax.model.decoder import Decoder
@@ -144,6 +145,7 @@ def build(
     dtype: Any = jnp.float32,
     remat: str = "none",
     attention: AttentionPath = DENSE,
+    lora: Lora | None = None,
 ) -> Model:
     """Graph, abstract parameters and shardings, nothing allocated yet."""
 
@@ -154,6 +156,7 @@ def build(
             param_dtype=jnp.dtype(dtype),
             remat=remat,
             attention=attention,
+            lora=lora,
             rngs=nnx.Rngs(0),
         )
 

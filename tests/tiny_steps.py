@@ -63,10 +63,10 @@ def two_steps(
     mesh = tiny.make_mesh(*shape)
     model = tiny.build(tiny.ARCHITECTURES[family], mesh, dtype=dtype)
     state, batch = model.state(OPTIMIZER), tiny.place(make_batch(micro_batches, reference_scores()), mesh)
-    step = compile_step(model).lower(state, None, batch).compile()
+    step = compile_step(model).lower(state, None, None, batch).compile()
     metrics = []
     for _ in range(2):
-        state, of_step = step(state, None, batch)
+        state, of_step = step(state, None, None, batch)
         metrics.append(jax.device_get(of_step))
     return metrics, jax.device_get(state.params), step.as_text()
 

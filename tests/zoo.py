@@ -211,4 +211,4 @@ def logits(model: tiny.Model, params: Any, tokens: np.ndarray) -> np.ndarray:
 def load(directory: weights.ModelDirectory, mesh: Any) -> tuple[tiny.Model, Any]:
     """The model and its parameters on a mesh, read as a run reads them."""
     model = tiny.build(directory.architecture, mesh)
-    return model, load_params(directory, model.abstract, model.shardings, dtype=np.dtype("float32"))
+    return model, load_params(directory, model.abstract, model.shapes)

@@ -1,4 +1,4 @@
-"""Writes a checkpoint as a Hugging Face directory that AutoModelForCausalLM.from_pretrained loads."""
+"""Writes a checkpoint as a Hugging Face directory that transformers loads, or PEFT where adapters were trained."""
 
 import contextlib
 import dataclasses
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import transformers
+from flax import nnx
 from huggingface_hub import ModelCardData
 
 from sr_dpo_jax import __version__
@@ -21,11 +22,16 @@ from sr_dpo_jax.durable.checkpoint import Checkpoints
 from sr_dpo_jax.durable.files import whole
 from sr_dpo_jax.durable.lease import is_alive, this_process
 from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.model.adapter import split
 from sr_dpo_jax.train.identity import NOTHING
+from sr_dpo_jax.train.setup import lora_of
+from sr_dpo_jax.weights.adapters import merged as merged_groups
+from sr_dpo_jax.weights.adapters import save_adapters
 from sr_dpo_jax.weights.directory import ModelDirectory, open_directory
 from sr_dpo_jax.weights.files import CONFIG, GENERATION_CONFIG, TEMPLATES, TOKENIZER_FILES
 from sr_dpo_jax.weights.layout import flatten
 from sr_dpo_jax.weights.placement import abstract_params
+from sr_dpo_jax.weights.read import read_groups
 from sr_dpo_jax.weights.write import save_params
 
 SHARD_BYTES = 5_000_000_000
@@ -49,10 +55,13 @@ def export(
     *,
     step: int | None = None,
     best: bool = False,
+    merge: bool = False,
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes weights, config, generation config, tokenizer and model card of one step.
+
+    Of a run with adapters that is a PEFT directory, or with `merge` the model with the adapters added to its weights.
 
     The weights stream from the checkpoint: host memory holds the stacked parameters of one tensor, of all layers and
     as they were trained (up to twice while Orbax reads them), and one output file. No device memory is used. The
@@ -63,12 +72,13 @@ def export(
       out_dir: a directory that does not exist.
       step: the step of the checkpoint; None takes the latest, or the `best` one.
       best: whether to take the best checkpoint.
-      dtype: the type of the weights; None takes the run's model.param_dtype.
+      merge: whether to add adapters to the weights of the base model.
+      dtype: the type of the weights; None takes the run's model.param_dtype, and for merged ones its model.dtype.
       shard_bytes: the most bytes of tensors in one file.
 
     Raises:
-      UsageError: run_dir is no run or has no checkpoint, the step or a best one is not there, out_dir exists, or a
-        weight is not finite in `dtype`.
+      UsageError: run_dir is no run or has no checkpoint, the step or a best one is not there, out_dir exists, a weight
+        is not finite in `dtype`, or there is nothing to merge or nothing to merge it with.
     """
     if not (run_dir / "checkpoints").is_dir():
         raise UsageError(f"{run_dir}: has no checkpoints; name the output_dir of a run of sr-dpo train")
@@ -77,18 +87,40 @@ def export(
     if shard_bytes <= 0:
         raise UsageError(f"--shard-bytes {shard_bytes}: must be positive")
     config, origin = load_config(run_dir / "config.yaml"), _read_manifest(run_dir / "manifest.json")
+    _check_merge(config, run_dir, merge=merge)
+    lora, section = lora_of(config), config.model
     # The commit that the run resolved, whatever a branch has become since.
-    directory = open_directory(config.model.path, revision=origin.revision, weights=False)
-    abstract, dtype = abstract_params(directory.architecture), dtype or config.model.param_dtype
+    directory = open_directory(section.path, revision=origin.revision, weights=merge)
+    abstract = abstract_params(directory.architecture, lora)
+    dtype = dtype or (section.dtype if merge else section.param_dtype)
     with contextlib.closing(Checkpoints(run_dir, read_only=True)) as checkpoints:
         step = checkpoints.best() if best else checkpoints.existing(step)
-        checkpoints.check_params({name: param.shape for name, param in flatten(abstract).items()}, step=step)
+        trained = flatten(split(nnx.to_pure_dict(abstract))[0])
+        checkpoints.check_params({name: param.shape for name, param in trained.items()}, step=step)
         with _new_directory(out_dir) as out:
-            _write_configs(directory, out, dtype)
-            card = model_card(config, origin, name=out_dir.name, step=step, dtype=dtype)
+            card = model_card(config, origin, name=out_dir.name, step=step, dtype=dtype, merged=merge)
             (out / "README.md").write_text(card, encoding="utf-8")
-            groups = (checkpoints.read_params(tensor.params, step=step) for tensor in directory.tensors)
+            _write_tokenizer(directory, out)
+            if lora is not None:
+                adapters = checkpoints.read_params(list(trained), step=step)
+            if lora is not None and not merge:
+                save_adapters(adapters, directory, abstract, lora, out, base=section.path, dtype=np.dtype(dtype))
+                return
+            _write_configs(directory, out, dtype)
+            if lora is None:
+                groups = (checkpoints.read_params(tensor.params, step=step) for tensor in directory.tensors)
+            else:
+                groups = merged_groups(read_groups(directory, abstract, np.dtype(np.float32)), adapters, lora)
             save_params(groups, directory, abstract, out, dtype=np.dtype(dtype), shard_bytes=shard_bytes)
+
+
+def _check_merge(config: Config, run_dir: Path, *, merge: bool) -> None:
+    if merge and config.lora is None:
+        raise UsageError(f"--merge: {run_dir} trained no adapters, so that there is nothing to merge; leave it out")
+    if merge and config.model.init == "random":
+        raise UsageError(
+            f"--merge: the weights of {run_dir} were drawn anew (model.init=random) and are in no file; leave it out"
+        )
 
 
 OWNER = ".owner.json"
@@ -97,12 +129,12 @@ STILL_S = 600.0
 """The seconds after which an export of another machine that has written nothing more is taken for dead."""
 
 
-def model_card(config: Config, origin: Origin, *, name: str, step: int, dtype: str) -> str:
+def model_card(config: Config, origin: Origin, *, name: str, step: int, dtype: str, merged: bool = False) -> str:
     """Writes the README.md of an exported model, its origin and numbers; of a local path only the last name shows."""
     objective, path = config.objective, Path(config.model.path)
     base = path.name if path.is_absolute() else config.model.path
     header = ModelCardData(
-        library_name="transformers",
+        library_name="transformers" if merged or config.lora is None else "peft",
         pipeline_tag="text-generation",
         base_model=None if origin.revision is None else base,
         tags=["sr_dpo_jax", objective.name],
@@ -117,6 +149,11 @@ def model_card(config: Config, origin: Origin, *, name: str, step: int, dtype: s
         rows["refinement (Δ)"] = (
             "ratings of the rows" if made.judge == "ratings" else f"{made.form}, by the {made.judge}"
         )
+    if config.lora is not None:
+        form = lora_of(config)
+        scaled = "alpha / √rank" if form.rslora else "alpha / rank"
+        rows["LoRA"] = f"rank {form.rank}, alpha {form.alpha:g} ({scaled}), {', '.join(form.targets)}"
+        rows["LoRA"] += ", merged" if merged else ""
     pinned = "" if config.model.revision is None else f" at revision `{config.model.revision}`"
     commit = "" if origin.revision is None else f", commit `{origin.revision}`"
     rows |= {
@@ -136,7 +173,7 @@ def _plain(value: float | str) -> str:
 
 
 def _write_configs(directory: ModelDirectory, out: Path, dtype: str) -> None:
-    """Writes the base model's config, generation config, tokenizer and chat templates, and none of its other files."""
+    """Writes the base model's config and generation config."""
     fields = json.loads((directory.path / CONFIG).read_text(encoding="utf-8"))
     for outdated in ("torch_dtype", "_name_or_path"):
         fields.pop(outdated, None)
@@ -146,7 +183,13 @@ def _write_configs(directory: ModelDirectory, out: Path, dtype: str) -> None:
         config = transformers.AutoConfig.from_pretrained(directory.path, local_files_only=True, trust_remote_code=False)
         generation = transformers.GenerationConfig.from_model_config(config)
         (out / GENERATION_CONFIG).write_text(generation.to_json_string(), encoding="utf-8")
-    for name in (GENERATION_CONFIG, *TOKENIZER_FILES):
+    else:
+        shutil.copyfile(directory.path / GENERATION_CONFIG, out / GENERATION_CONFIG)
+
+
+def _write_tokenizer(directory: ModelDirectory, out: Path) -> None:
+    """Copies the base model's tokenizer and chat templates, and none of its other files."""
+    for name in TOKENIZER_FILES:
         if (directory.path / name).is_file():
             shutil.copyfile(directory.path / name, out / name)
     for template in sorted((directory.path / TEMPLATES).glob("*.jinja")):

@@ -8,7 +8,7 @@ Next: `train/setup.py`, which makes a run out of a configuration.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, PlainSerializer, Tag
 
@@ -143,6 +143,17 @@ class Refinement(Section):
     """The α of `judge: ratings`."""
 
 
+Target = Literal["query", "key", "value", "output", "gate", "up", "down"]
+
+
+def _no_dropout(share: float) -> float:
+    if share != 0:
+        raise ValueError(
+            "is not implemented: policy and reference would differ by noise before they differ by training; set it to 0"
+        )
+    return share
+
+
 class Reference(Section):
     mode: Literal["cached", "online"] = "cached"
     """`cached` scores the frozen reference once and frees its weights; `online` keeps it on the mesh."""
@@ -173,6 +184,26 @@ class Adamw(Rmsprop):
     b2: Annotated[float, Field(gt=0, lt=1)] = 0.999
     first_moment_dtype: Literal["bfloat16"] | None = None
     """The type of the mean of gradients; null: model.param_dtype. bfloat16 saves two bytes a parameter."""
+
+
+class Lora(Section):
+    """LoRA (arXiv:2106.09685): thin matrices beside those of the layers are trained, and the model stays as it is."""
+
+    rank: Positive = 16
+    alpha: Rate = 32.0
+    """The product of the two matrices is multiplied by alpha / rank."""
+    rslora: bool = False
+    """Multiplies by alpha / √rank instead (arXiv:2312.03732)."""
+    targets: Annotated[tuple[Target, ...], Field(min_length=1)] = get_args(Target)
+    """The matrices that get an adapter: by default all of a layer. One that a family lacks, as some have no `gate`, is
+    passed over."""
+    dropout: Annotated[float, AfterValidator(_no_dropout)] = 0.0
+    """Must be 0."""
+    init: Literal["zero_a", "zero_b"] = "zero_a"
+    """The matrix that is 0 at the start, so that the adapter changes nothing yet; the other is drawn from `seed`. PEFT
+    has `zero_b`, which takes learning rates that are larger by about √(inputs / rank)."""
+    start: str | None = None
+    """A PEFT directory: training goes on from its adapters, and the reference is the model with them."""
 
 
 def _optimizer_name(section: Any) -> Any:
@@ -294,6 +325,8 @@ class Config(Section):
     objective: Objective
     refinement: Refinement = Refinement()
     reference: Reference = Reference()
+    lora: Lora | None = None
+    """Null: all parameters are trained."""
     optimizer: Optimizer = Rmsprop()
     batch: Batch = Batch()
     mesh: Mesh = Mesh()

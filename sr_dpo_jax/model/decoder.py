@@ -6,6 +6,7 @@ Parameters have logical axes in their metadata (`axes`), which `parallel/mesh.py
     embed    the residual stream                  head_dim          within a head
     mlp      the MLP's hidden units               vocabulary        token ids
     table    the residual stream, in the embedding and the unembedding alone
+    rank     between the two matrices of a LoRA adapter
 
     d  hidden size    H, K  query and key heads    D  head dimension    F  MLP units    V  vocabulary    L  layers
 
@@ -23,6 +24,7 @@ import numpy as np
 from flax import nnx
 
 from sr_dpo_jax.batch import Rows
+from sr_dpo_jax.model.adapter import Lora, adapters_of
 from sr_dpo_jax.model.architecture import Architecture, Rope
 from sr_dpo_jax.model.attention import Attention, AttentionPath, Visible, at_least_float32
 from sr_dpo_jax.model.linear import linear
@@ -76,7 +78,7 @@ class Norm(nnx.Module):
 class SelfAttention(nnx.Module):
     """The projections of attention and the norms of queries and keys."""
 
-    def __init__(self, architecture: Architecture, param_dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, architecture: Architecture, param_dtype: jnp.dtype, lora: Lora | None, rngs: nnx.Rngs):
         a, matrix = architecture, partial(_matrix, rngs, architecture, param_dtype, layers=architecture.layers)
         zeros = partial(_constant, 0.0, param_dtype, layers=a.layers)
         norm = partial(Norm, a, param_dtype, layers=a.layers)
@@ -92,20 +94,23 @@ class SelfAttention(nnx.Module):
         query_heads, key_heads = ({"heads": a.heads}, {"kv_heads": a.kv_heads}) if all_heads else ({}, {})
         self.query_norm = norm(**query_heads, head_dim=a.head_dim) if a.head_norm != "none" else None
         self.key_norm = norm(**key_heads, head_dim=a.head_dim) if a.head_norm != "none" else None
+        matrices = {"query": self.query, "key": self.key, "value": self.value, "output": self.output}
+        self.adapters = adapters_of(lora, matrices, dtype=param_dtype, rngs=rngs)
 
     def __call__(self, x: Array, attention: Attention) -> Array:
         """Maps `[R, T, d]` to `[R, T, d]`; rotates and mixes through `attention.attend`."""
-        query = linear("query", x, self.query, self.query_bias)
-        key = linear("key", x, self.key, self.key_bias)
-        value = linear("value", x, self.value, self.value_bias)
+        adapter = self.adapters.get
+        query = linear("query", x, self.query, self.query_bias, adapter=adapter("query"))
+        key = linear("key", x, self.key, self.key_bias, adapter=adapter("key"))
+        value = linear("value", x, self.value, self.value_bias, adapter=adapter("value"))
         mixed = attention.attend(_normalised(query, self.query_norm), _normalised(key, self.key_norm), value)
-        return linear("output", mixed, self.output, self.output_bias, axes=2)
+        return linear("output", mixed, self.output, self.output_bias, adapter=adapter("output"), axes=2)
 
 
 class MLP(nnx.Module):
     """down(activation(up(x))), or down(activation(gate(x)) · up(x)) where it is gated."""
 
-    def __init__(self, architecture: Architecture, param_dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, architecture: Architecture, param_dtype: jnp.dtype, lora: Lora | None, rngs: nnx.Rngs):
         a, matrix = architecture, partial(_matrix, rngs, architecture, param_dtype, layers=architecture.layers)
         zeros = partial(_constant, 0.0, param_dtype, layers=a.layers)
         self.activation = a.activation
@@ -115,29 +120,33 @@ class MLP(nnx.Module):
         self.gate_bias = zeros(mlp=a.mlp) if a.gated and a.mlp_bias else None
         self.up_bias = zeros(mlp=a.mlp) if a.mlp_bias else None
         self.down_bias = zeros(embed=a.hidden) if a.mlp_bias else None
+        matrices = {"gate": self.gate, "up": self.up, "down": self.down}
+        self.adapters = adapters_of(lora, matrices, dtype=param_dtype, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         """Maps `[R, T, d]` to `[R, T, d]`."""
-        units = linear("up", x, self.up, self.up_bias)
+        adapter = self.adapters.get
+        units = linear("up", x, self.up, self.up_bias, adapter=adapter("up"))
         if self.gate is None:
             units = ACTIVATIONS[self.activation](units)
         else:
-            units *= ACTIVATIONS[self.activation](linear("gate", x, self.gate, self.gate_bias))
-        return linear("down", units, self.down, self.down_bias)
+            gate = linear("gate", x, self.gate, self.gate_bias, adapter=adapter("gate"))
+            units *= ACTIVATIONS[self.activation](gate)
+        return linear("down", units, self.down, self.down_bias, adapter=adapter("down"))
 
 
 class Block(nnx.Module):
     """One layer. Built with the parameters of all layers stacked, called with those of one."""
 
-    def __init__(self, architecture: Architecture, param_dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, architecture: Architecture, param_dtype: jnp.dtype, lora: Lora | None, rngs: nnx.Rngs):
         a = architecture
         norm = partial(Norm, a, param_dtype, layers=a.layers, embed=a.hidden)
         self.parallel_residual = a.parallel_residual
         self.attention_norm = norm() if a.norm_inputs else None
-        self.attention = SelfAttention(a, param_dtype, rngs)
+        self.attention = SelfAttention(a, param_dtype, lora, rngs)
         self.attention_output_norm = norm() if a.norm_outputs else None
         self.mlp_norm = norm() if a.norm_inputs else None
-        self.mlp = MLP(a, param_dtype, rngs)
+        self.mlp = MLP(a, param_dtype, lora, rngs)
         self.mlp_output_norm = norm() if a.norm_outputs else None
 
     def __call__(self, x: Array, attention: Attention) -> Array:
@@ -179,7 +188,8 @@ class Decoder(nnx.Module):
       param_dtype: type of the parameters.
       remat: what the backward pass recomputes: "none", "dots" (all but the matmuls) or "full" (whole layers).
       attention: the way to compute attention.
-      rngs: the `params` stream draws the initial weights.
+      lora: the adapters beside the matrices of the layers; None: there are none.
+      rngs: the `params` stream draws the initial weights, `adapters` those of adapters.
     """
 
     def __init__(
@@ -190,12 +200,13 @@ class Decoder(nnx.Module):
         param_dtype: jnp.dtype,
         remat: str,
         attention: AttentionPath,
+        lora: Lora | None = None,
         rngs: nnx.Rngs,
     ):
         a = architecture
         self.architecture, self.dtype, self.remat, self.attention = a, dtype, remat, attention
         self.embedding = _matrix(rngs, a, param_dtype, vocabulary=a.vocabulary_tokens, table=a.hidden)
-        self.layers = Block(a, param_dtype, rngs)
+        self.layers = Block(a, param_dtype, lora, rngs)
         self.final_norm = Norm(a, param_dtype, embed=a.hidden)
         self.unembedding = (
             None if a.tied else _matrix(rngs, a, param_dtype, vocabulary=a.vocabulary_tokens, table=a.hidden)

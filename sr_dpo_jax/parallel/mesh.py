@@ -28,6 +28,7 @@ TABLE: Mapping[str, tuple[str, ...]] = {
     "head_dim": (),
     "mlp": ("tensor",),
     "vocabulary": (),
+    "rank": (),  # of an adapter, which is thin; its other side lies as that of its matrix
     "table": ("fsdp", "tensor"),  # hidden units of embedding and unembedding; separate from `embed` because a look-up
     # reads whole rows, while each device sums only its own columns of the gradient
 }

@@ -28,6 +28,7 @@ from sr_dpo_jax.durable.files import json_digest, write_json, write_text
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.parallel.processes import require_same
 from sr_dpo_jax.weights import directory as weights
+from sr_dpo_jax.weights.adapters import open_adapter
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ BEST = "checkpoint.best_metric"
 STEPS = "train.max_steps"
 LOCAL_KEYS = ("cache_dir", "distributed.process_id", "distributed.coordinator_address")
 """Keys whose value each process may have for itself."""
-PATHS = ("data.path", "data.eval_path", "data.eval_sets", "model.path")
+PATHS = ("data.path", "data.eval_path", "data.eval_sets", "model.path", "lora.start")
 """Keys of files: their content is compared, and where it lies is each process's own affair."""
 NAMES = ("objective.name", "optimizer.name")
 """The keys that decide which other keys their sections have."""
@@ -65,6 +66,7 @@ def shared_facts(config: Mapping[str, Any], directory: weights.ModelDirectory) -
         **{key: value for key, value in flat.items() if not key.startswith((*LOCAL_KEYS, *PATHS))},
         "output_dir": Path(flat["output_dir"]).absolute(),
         "model.path": weights.fingerprint(directory) if pretrained else directory.architecture,
+        "lora.start": None if flat.get("lora.start") is None else open_adapter(flat["lora.start"]).digest,
         **{f"the version of {name}": version for name, version in software().items()},
     }
 
@@ -103,6 +105,10 @@ def identity_of(
         "batch": {"pairs_per_step": config["batch"]["pairs_per_step"]},
         "model": {name: config["model"][name] for name in ("dtype", "param_dtype")},
     }
+    if config["lora"] is not None:
+        # Where they start is in the digest of the weights that training starts from.
+        form = {key: value for key, value in config["lora"].items() if key not in ("dropout", "start")}
+        sections["lora"] = {**form, "targets": ", ".join(form["targets"])}
     named = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
     if config["optimizer"]["schedule"] != "constant" or config["optimizer"]["warmup_ratio"] is not None:
         named[STEPS] = total_steps
@@ -150,7 +156,7 @@ def require_same_run(
     # Another objective or optimizer has other keys: those come and go with its name, and need no flag of their own.
     renamed = tuple(name.removesuffix("name") for name in NAMES if before.get(name) != now.get(name))
     implied = {key for key in before.keys() ^ now.keys() if key.startswith(renamed)} if renamed else set()
-    keys = [*now, *(key for key in before if key in implied and key not in now)]
+    keys = [*now, *(key for key in before if key not in now and (key in implied or key.startswith("lora.")))]
     if before.get(STEPS) is None:  # earlier versions did not write it
         keys = [key for key in keys if key != STEPS]
     changed = [key for key in keys if before.get(key) != now.get(key)]

@@ -14,11 +14,13 @@ from sr_dpo_jax.durable.preemption import Preempted, StopSignal
 from sr_dpo_jax.durable.selection import Selection
 from sr_dpo_jax.durable.watchdog import Watchdog
 from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.model.adapter import join
 from sr_dpo_jax.model.decoder import Params
 from sr_dpo_jax.parallel.processes import from_leader, on_leader
 from sr_dpo_jax.train.identity import digests_of, write_run_files
 from sr_dpo_jax.train.metrics import MetricsWriter, Progress, StepLog, Trace, is_due
-from sr_dpo_jax.train.setup import Job, prepare, read_held_out, read_model, read_training, set_up
+from sr_dpo_jax.train.prepare import Job, prepare
+from sr_dpo_jax.train.setup import read_held_out, read_model, read_training, set_up
 from sr_dpo_jax.train.state import TrainState
 from sr_dpo_jax.train.wandb_run import WandbRun, require_wandb
 
@@ -102,7 +104,7 @@ def run(job: Job, state: TrainState, stop: StopSignal, lease: Lease) -> int:
             if not due:
                 trace.before_step(step - first)
                 host_step, batch = next(steps)
-                state, metrics = job.train_step(state, job.reference_params, batch)
+                state, metrics = job.train_step(state, job.base, job.reference_params, batch)
                 step += 1
                 trace.after_step(step - first, metrics)
                 lines.add(step, host_step, metrics)  # writes the line of the step before
@@ -115,7 +117,7 @@ def run(job: Job, state: TrainState, stop: StopSignal, lease: Lease) -> int:
                 lines.flush()
             if due and not preempted:  # before saving: a committed step has all its lines, and a lost one is done again
                 try:
-                    selection = _evaluate(job, step, state.params, selection, writer, beat)
+                    selection = _evaluate(job, step, join(state.params, job.base), selection, writer, beat)
                     due, save_now = False, save_now or selection.over or step in (selection.step, first)
                 except Preempted:
                     preempted = True

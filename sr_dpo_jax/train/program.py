@@ -17,10 +17,11 @@ from sr_dpo_jax.data.dataset import TokenizedPairs
 from sr_dpo_jax.data.pipeline import Feed, Packing, instruction_room, pair_sizes
 from sr_dpo_jax.data.plan import Limits, Plan, round_up, scoring_plan, training_plan
 from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.model.adapter import split
 from sr_dpo_jax.model.architecture import Architecture
 from sr_dpo_jax.model.decoder import Params
 from sr_dpo_jax.parallel.chips import peak_flops
-from sr_dpo_jax.train.flops import pair_flops
+from sr_dpo_jax.train.flops import matrix_flops, pair_flops
 from sr_dpo_jax.train.objective import Objective
 from sr_dpo_jax.train.optim import OPTIMIZERS, make_schedule
 from sr_dpo_jax.train.state import TrainState, abstract_state
@@ -42,10 +43,10 @@ class Program:
     state: TrainState
     """Shapes and types, with shardings."""
 
-    def compiled(self, state: TrainState, reference_params: Params | None, feed: Feed) -> Any:
+    def compiled(self, state: TrainState, base: Params | None, reference_params: Params | None, feed: Feed) -> Any:
         """Compiles the train step for the batches that come; a batch of another shape raises from then on."""
         started = time.monotonic()
-        step = self.step.lower(state, reference_params, next(feed.batches(0))[1]).compile()
+        step = self.step.lower(state, base, reference_params, next(feed.batches(0))[1]).compile()
         log.info("compiled in %.1f s", time.monotonic() - started)
         return step
 
@@ -66,7 +67,7 @@ def make_program(
         total_steps=total_steps,
     )
     transformation = OPTIMIZERS[numbers.pop("name")](schedule, **numbers)
-    state = abstract_state(model.shapes, transformation, model.mesh)
+    state = abstract_state(split(model.shapes)[0], transformation, model.mesh)
     step = make_train_step(
         model.graph, transformation, schedule, objective, pairs=pairs, mesh=model.mesh, abstract=state
     )
@@ -78,8 +79,13 @@ def warmup_of(steps: int, ratio: float | None, total_steps: int) -> int:
     return steps if ratio is None else round(ratio * total_steps)
 
 
-def warn_of_no_learning(learning_rate: float, warmup_steps: int, total_steps: int, param_dtype: np.dtype) -> None:
-    """Warns of a run that will learn next to nothing, with the number and the remedy."""
+def warn_of_no_learning(optimizer: Mapping[str, Any], total_steps: int, param_dtype: np.dtype) -> None:
+    """Warns of a run that will learn next to nothing, with the number and the remedy.
+
+    `optimizer` holds the keys of the configuration's section, and `param_dtype` is the type of what is trained.
+    """
+    learning_rate = optimizer["learning_rate"]
+    warmup_steps = warmup_of(optimizer["warmup_steps"], optimizer["warmup_ratio"], total_steps)
     if warmup_steps >= total_steps:
         log.warning(
             "optimizer.warmup_steps=%d, and the run takes %d steps: the learning rate ends at %.2g of %.2g; lower it, "
@@ -189,18 +195,29 @@ class Work:
 
 
 def work_of(
-    architecture: Architecture, packing: Packing, objective: Objective, pairs: TokenizedPairs, *, online: bool
+    architecture: Architecture,
+    packing: Packing,
+    objective: Objective,
+    pairs: TokenizedPairs,
+    *,
+    online: bool,
+    adapter_weights: int = 0,
 ) -> Work:
     """Counts the flops of each pair: forward and backward, p's forward, and those of an online reference."""
     kind = objective.kind
+    rejected_tokens = pairs.rejected_tokens if kind.needs_rejected else 0 * pairs.rejected_tokens
     forward = partial(
         pair_flops,
         architecture,
         prompt_tokens=pairs.prompt_tokens,
         chosen_tokens=pairs.chosen_tokens,
-        rejected_tokens=pairs.rejected_tokens if kind.needs_rejected else 0 * pairs.rejected_tokens,
+        rejected_tokens=rejected_tokens,
+        adapter_weights=adapter_weights,
     )
     flops = (4 if online else 3) * forward(prefix_tokens=0)
+    if adapter_weights:
+        responses = pairs.chosen_tokens + rejected_tokens
+        flops -= matrix_flops(architecture, prompt_tokens=pairs.prompt_tokens, response_tokens=responses)
     if objective.judged_in_step:
         for instruction in (pairs.augmentation, *[pairs.against] * (len(pairs.against) > 0)):
             within = len(instruction) if len(pairs.head_tokens) else 0  # each pair runs p, as a part of its prompt

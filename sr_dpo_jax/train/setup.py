@@ -1,63 +1,51 @@
-"""Makes the objects that a command works with from its configuration, and prepares the first step of training.
+"""Makes the objects that a command works with from its configuration: data, model on the mesh, objective.
 
-In `train` only this file and `loop.py` read the configuration; everything below them takes arrays and numbers. Data is
-read and checked before any device is touched.
-
-A run starts from the first of these that applies: the newest good checkpoint in output_dir; with model.init=random,
-weights drawn from the seed; otherwise the weights of model.path. A reference that the cache does not hold is scored
-before step 0.
+In `train` only this file, `prepare.py` and `loop.py` read the configuration; everything below them takes arrays and
+numbers. Data is read and checked before any device is touched.
 
 Next: `data/dataset.py`, which reads the pairs.
 """
 
 import dataclasses
 import logging
-import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from sr_dpo_jax.config.schema import Config, Source
 from sr_dpo_jax.data import dataset
 from sr_dpo_jax.data.dataset import TokenizedPairs
-from sr_dpo_jax.data.pipeline import Feed, Packing, pair_sizes
-from sr_dpo_jax.data.plan import Limits, Plan, covering_plan
+from sr_dpo_jax.data.pipeline import Packing
+from sr_dpo_jax.data.plan import Limits, Plan
 from sr_dpo_jax.data.read import read_pairs
 from sr_dpo_jax.data.tokenizer_fit import end_tokens, require_fit
-from sr_dpo_jax.data.tokens import load_tokenizer, tokenizer_digest
+from sr_dpo_jax.data.tokens import load_tokenizer
 from sr_dpo_jax.durable.checkpoint import PARAMS, Checkpoints
-from sr_dpo_jax.durable.files import require_room
-from sr_dpo_jax.durable.preemption import StopSignal
-from sr_dpo_jax.durable.selection import Selection
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.generation.decode import Sampling
 from sr_dpo_jax.generation.generator import Settings
+from sr_dpo_jax.model.adapter import Lora, adapter_weights, join, split
 from sr_dpo_jax.model.architecture import Architecture
 from sr_dpo_jax.model.decoder import Params
 from sr_dpo_jax.model.kernels.check import wrong_kernel
 from sr_dpo_jax.parallel.mesh import make_mesh, row_shards
-from sr_dpo_jax.parallel.processes import on_leader, require_same, start_distributed, text_from_leader
-from sr_dpo_jax.train.identity import identity_of, resume_point, shared_facts, surroundings
+from sr_dpo_jax.parallel.processes import require_same, start_distributed
+from sr_dpo_jax.train.identity import shared_facts
 from sr_dpo_jax.train.knowledge import settled_by
-from sr_dpo_jax.train.measured import measured_sets, selection_so_far
 from sr_dpo_jax.train.objective import OBJECTIVES, Objective, Refinement
-from sr_dpo_jax.train.program import Program, Work, make_program, plan_training, warmup_of, warn_of_no_learning, work_of
+from sr_dpo_jax.train.program import Program, Work, make_program, plan_training, work_of
 from sr_dpo_jax.train.samples import Samples
 from sr_dpo_jax.train.scored_set import (
     ScoredSet,
-    compiled_sets,
-    known_at_start,
     make_scored_set,
-    score_reference,
-    training_feed,
 )
-from sr_dpo_jax.train.state import TrainState, first_state
 from sr_dpo_jax.weights import directory as weights
+from sr_dpo_jax.weights.adapters import open_adapter
+from sr_dpo_jax.weights.adapters import require_fit as require_adapter
 from sr_dpo_jax.weights.placement import PlacedModel, abstract_params, place_model
 
 log = logging.getLogger(__name__)
@@ -74,6 +62,8 @@ def read_model(config: Config) -> tuple[weights.ModelDirectory, PreTrainedTokeni
     require_fit(tokenizer, directory.path, vocabulary_tokens=directory.architecture.vocabulary_tokens)
     if pretrained:
         weights.check(directory, abstract_params(directory.architecture))
+    if config.lora is not None and config.lora.start is not None:
+        require_adapter(open_adapter(config.lora.start), directory, lora_of(config))
     return directory, tokenizer
 
 
@@ -212,12 +202,18 @@ class Setup:
             with Checkpoints(config.output_dir, read_only=True, strict=config.checkpoint.strict) as checkpoints:
                 step = checkpoints.best() if best else checkpoints.newest_good(prefix=PARAMS)
                 if step is not None:
-                    return checkpoints.restore_params(self.model.shapes, step=step), step
+                    trained, frozen = split(self.model.shapes)
+                    if frozen is not None:
+                        frozen = split(self.model.base_params() if base is None else base)[1]
+                    return join(checkpoints.restore_params(trained, step=step), frozen), step
         return self.model.base_params() if base is None else base, 0
 
     def work(self, pairs: TokenizedPairs) -> Work:
         """Counts what the pairs cost."""
-        return work_of(self.model.architecture, self.packing, self.objective, pairs, online=self.online)
+        model, of_adapters = self.model, adapter_weights(self.model.shapes)
+        return work_of(
+            model.architecture, self.packing, self.objective, pairs, online=self.online, adapter_weights=of_adapters
+        )
 
 
 def set_up(config: Config, directory: weights.ModelDirectory, read: Mapping[str, Any] | None = None) -> Setup:
@@ -255,11 +251,19 @@ def set_up_on(mesh: Mesh, config: Config, directory: weights.ModelDirectory) -> 
         param_dtype=section.param_dtype,
         remat=section.remat,
         attention=section.attention,
-        seed=config.seed if section.init == "random" else None,
+        seed=config.seed,
+        drawn=section.init == "random",
+        lora=lora_of(config),
+        adapter=None if config.lora is None or config.lora.start is None else open_adapter(config.lora.start),
     )
     batch, micro_batches = config.batch, config.batch.accumulation_steps
     limits = Limits(batch.pairs_per_step, batch.row_length, batch.row_multiple, row_shards(mesh) * micro_batches)
     return Setup(config, model, Packing(mesh, limits, micro_batches), objective_of(config))
+
+
+def lora_of(config: Config) -> Lora | None:
+    """Gives the form of the adapters; None where all parameters are trained."""
+    return None if config.lora is None else Lora(**config.lora.model_dump(exclude={"dropout", "start"}))
 
 
 def objective_of(config: Config) -> Objective:
@@ -268,129 +272,3 @@ def objective_of(config: Config) -> Objective:
     numbers = section.model_dump(include={"form", "judge", "offset", "alpha"})
     refinement = Refinement(**numbers, against=section.against is not None)
     return Objective.of(refinement=refinement, **config.objective.model_dump())
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """The things that the loop works with and never changes."""
-
-    setup: Setup
-    record: dict[str, Any]
-    """Identity, software and reference digests. Each checkpoint stores them, and a start that resumes it compares."""
-    feed: Feed
-    """The training pairs and the plan of their steps, as batches."""
-    total_steps: int
-    train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
-    """Compiled: a batch of another shape raises instead of compiling again."""
-    reference_params: Params | None
-    """The parameters of an online reference; None where it is cached."""
-    held_out: tuple[ScoredSet, ...]
-    samples: Samples | None
-    selection: Selection
-    """The best evaluation and the patience, as they stood at the step that this start goes on from."""
-    evaluation_due: bool
-    """That step was saved by a signal that came before its evaluation, or evaluated on other held-out pairs."""
-    checkpoints: Checkpoints
-
-
-def prepare(
-    setup: Setup,
-    pairs: TokenizedPairs,
-    eval_sets: Mapping[str, TokenizedPairs],
-    *,
-    tokenizer: PreTrainedTokenizerBase,
-    stop: StopSignal,
-    allowed_changes: Sequence[str],
-) -> tuple[Job, TrainState]:
-    """Plans, scores the reference, loads or restores the state, compiles: all that precedes the first step."""
-    config, objective = setup.config, setup.objective
-    plan = setup.plan(pairs, list(eval_sets.values()))
-    optimizer, total_steps = config.optimizer, setup.total_steps(plan)
-    warmup = warmup_of(optimizer.warmup_steps, optimizer.warmup_ratio, total_steps)
-    warn_of_no_learning(optimizer.learning_rate, warmup, total_steps, setup.model.param_dtype)
-    checkpoints = Checkpoints(config.output_dir, keep=config.checkpoint.keep, strict=config.checkpoint.strict)
-    require_same({"plan": plan.digest, "--allow-change": allowed_changes})
-    record = _record(setup, pairs, plan, tokenizer, checkpoints)
-    strict = {"strict": config.checkpoint.strict, "allowed_changes": allowed_changes}
-    resumed, before = resume_point(checkpoints, record, where=config.output_dir, **strict)
-    # Compiled first, so that the reference is scored with the same programs.
-    compiled = partial(compiled_sets, params=setup.model.shapes, programs={})
-    held_out = compiled([setup.scored_set(name, held, shape=plan.shape) for name, held in eval_sets.items()])
-    training, scored = None, list(held_out)
-    if objective.wants_scores and (objective.judged_before or objective.unsettled or not setup.online):
-        covering = covering_plan(plan, *pair_sizes(pairs, with_rejected=True))
-        training = setup.scored_set("training", pairs, plan=covering, augmented=objective.scored_with_p)
-        scored.insert(0, training)
-    record["reference"], reference_params, base = score_reference(
-        setup.model,
-        scored,
-        compiled,
-        remembered=before.get("reference", {}),
-        between=stop.meet,
-        online=setup.online,
-        keep_base=resumed is None,
-    )
-    setup = setup.settled(record.setdefault("knowledge", known_at_start(training, objective, before, record)))
-    program = setup.program(plan)
-    _require_room(config, checkpoints, program.state)
-    if resumed is None:
-        state = first_state(program.state, base, program.optimizer)
-    else:
-        state = TrainState(**checkpoints.restore(program.state.tree(), step=resumed))
-    feed = training_feed(setup.packing, setup.objective, pairs, plan, training, online=setup.online)
-    stop.meet()
-    job = Job(
-        setup=setup,
-        record=record,
-        feed=feed,
-        total_steps=total_steps,
-        train_step=program.compiled(state, reference_params, feed),
-        reference_params=reference_params,
-        held_out=held_out,
-        samples=setup.samples(eval_sets, tokenizer, state.params),
-        checkpoints=checkpoints,
-        **_evaluations(setup, checkpoints, record, before, eval_sets, total_steps=total_steps),
-    )
-    return job, state
-
-
-def _record(
-    setup: Setup, pairs: TokenizedPairs, plan: Plan, tokenizer: PreTrainedTokenizerBase, checkpoints: Checkpoints
-) -> dict[str, Any]:
-    """Collects what every checkpoint stores of the run; a run without an id draws one."""
-    digests = {"tokenizer": tokenizer_digest(tokenizer), "weights_digest": setup.model.digest}
-    steps = setup.total_steps(plan)
-    identity = identity_of(pairs, plan, **digests, config=setup.config.model_dump(), total_steps=steps)
-    run_id = text_from_leader(checkpoints.run_id or checkpoints.recorded_run_id() or secrets.token_hex(8))
-    checkpoints.run_id = run_id
-    return {"run_id": run_id, "identity": identity, "surroundings": surroundings(setup.model.mesh)}
-
-
-def _evaluations(
-    setup: Setup,
-    checkpoints: Checkpoints,
-    record: dict[str, Any],
-    before: Mapping[str, Any],
-    eval_sets: Mapping[str, TokenizedPairs],
-    *,
-    total_steps: int,
-) -> dict[str, Any]:
-    """Takes up what the checkpoint that is resumed has measured, under the rule of the configuration: fields of Job."""
-    section, train, step = setup.config.checkpoint, setup.config.train, before.get("next_step", 0)
-    measured = [name for name in eval_sets if (section.best_metric or "").startswith(f"{name}/")]
-    data = eval_sets[max(measured, key=len)].fingerprint if measured else ""
-    patience = {"min_delta": train.early_stopping_min_delta, "patience": train.early_stopping_patience}
-    rule = Selection(section.best_metric, section.best_mode, **patience, data=data)
-    selection = selection_so_far(rule, before.get("selection"), checkpoints, strict=section.strict)
-    ended = selection.over or step >= total_steps
-    record["measured"], anew = measured_sets(before, eval_sets, step=step, ended=ended)
-    due = anew or (bool(eval_sets) and before.get("evaluation_due", False))
-    return {"selection": selection, "evaluation_due": due}
-
-
-def _require_room(config: Config, checkpoints: Checkpoints, state: TrainState) -> None:
-    """Counts the checkpoints that will stand at once: `keep`, the best one, and one more until it is verified."""
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    kept = config.checkpoint.keep + (config.checkpoint.best_metric is not None)
-    to_come = max(kept + 1 - len(checkpoints.verified_steps()), 1)
-    on_leader(lambda: require_room(checkpoints.directory, checkpoint_bytes=size, checkpoints=to_come))

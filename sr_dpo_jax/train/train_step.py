@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from sr_dpo_jax import losses
 from sr_dpo_jax.batch import CHOSEN, REJECTED, Batch
+from sr_dpo_jax.model.adapter import join
 from sr_dpo_jax.model.decoder import Params
 from sr_dpo_jax.model.logprobs import continuation_logprobs, response_logprobs
 from sr_dpo_jax.parallel.mesh import jit_on, replicated
@@ -203,26 +204,32 @@ def make_train_step(
     pairs: int,
     mesh: Mesh,
     abstract: TrainState,
-) -> Callable[[TrainState, Params | None, Batch], tuple[TrainState, dict[str, Array]]]:
-    """Makes `(state, reference params or None, batch) -> (state, metrics)`; the state passed in is consumed.
+) -> Callable[[TrainState, Params | None, Params | None, Batch], tuple[TrainState, dict[str, Array]]]:
+    """Makes `(state, base or None, reference params or None, batch) -> (state, metrics)`; the state is consumed.
 
-    `abstract` describes the state. With an online reference, pass its parameters; with a cached one, pass None: the
-    batch holds its scores. Metrics are means over the step's pairs; `grad_norm` is taken before clipping. Where loss or
-    gradient is not finite, `skipped` is 1 and the step changes nothing but its own number: parameters and optimizer
-    stay as they were.
+    `abstract` describes the state. Where adapters are trained, pass the base, which gets no gradient; where everything
+    is, None. With an online reference, pass its parameters, of which the base is no part; with a cached one, pass None:
+    the batch holds its scores. Metrics are means over the step's pairs; `grad_norm` is taken before clipping. Where
+    loss or gradient is not finite, `skipped` is 1 and the step changes nothing but its own number: parameters and
+    optimizer stay as they were.
     """
 
-    def loss_sum(params: Params, reference_params: Params | None, micro: Batch) -> tuple[Array, Any]:
-        policy = score(graph, params, micro, pairs)
+    def loss_sum(
+        params: Params, base: Params | None, reference_params: Params | None, micro: Batch
+    ) -> tuple[Array, Any]:
+        policy = score(graph, join(params, base), micro, pairs)
+        reference_params = None if reference_params is None else join(reference_params, base)
         reference = _reference_scores(graph, reference_params, micro, policy, objective, pairs)
         present = policy.tokens[:, CHOSEN] > 0
         per_pair = pair_metrics(objective, policy, reference, micro.refinement)
         per_pair = {name: jnp.where(present, value, 0.0) for name, value in per_pair.items()}
         return per_pair["loss"].sum(), (policy.tokens, per_pair)
 
-    def step(state: TrainState, reference_params: Params | None, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    def step(
+        state: TrainState, base: Params | None, reference_params: Params | None, batch: Batch
+    ) -> tuple[TrainState, dict[str, Array]]:
         def accumulate(gradients: Params, micro: Batch) -> tuple[Params, Any]:
-            more, aux = jax.grad(loss_sum, has_aux=True)(state.params, reference_params, micro)
+            more, aux = jax.grad(loss_sum, has_aux=True)(state.params, base, reference_params, micro)
             return jax.tree.map(lambda total, part: total + part.astype(total.dtype), gradients, more), aux
 
         zeros = jax.tree.map(

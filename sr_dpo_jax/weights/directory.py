@@ -29,6 +29,7 @@ from sr_dpo_jax.model.architecture import Architecture
 from sr_dpo_jax.weights import hub
 from sr_dpo_jax.weights.families import Tensor, architecture_of, require_known, tensors_of
 from sr_dpo_jax.weights.files import (
+    ADAPTER_CONFIG,
     CONFIG,
     FLOATS,
     GENERATION_CONFIG,
@@ -108,6 +109,12 @@ def open_directory(path: str, *, revision: str | None = None, weights: bool = Tr
         refuse_escape(directory, name)
     refuse_other_tokenizers(directory)
     config_path = directory / CONFIG
+    if not config_path.is_file() and (directory / ADAPTER_CONFIG).is_file():
+        base = read_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
+        raise UsageError(
+            f"model.path={path}: is a PEFT adapter, not a model; set lora.start={path}, and model.path to its base, "
+            f"{base}, or merge them first"
+        )
     if not config_path.is_file():
         raise UsageError(f"{config_path}: missing; model.path must be a Hugging Face model directory")
     raw = read_json(config_path)

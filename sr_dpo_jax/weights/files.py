@@ -18,6 +18,7 @@ from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.weights.hub import Header, blobs_of, unfinished
 
 CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",

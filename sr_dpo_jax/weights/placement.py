@@ -13,11 +13,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from sr_dpo_jax.model.adapter import ADAPTERS, Lora, adapter_weights, join, split
 from sr_dpo_jax.model.architecture import Architecture
 from sr_dpo_jax.model.attention import DENSE
 from sr_dpo_jax.model.decoder import Decoder, Params
 from sr_dpo_jax.model.paths import attention_name, attention_path
 from sr_dpo_jax.parallel.mesh import initialise, param_shardings
+from sr_dpo_jax.weights.adapters import AdapterDirectory, load_adapters
 from sr_dpo_jax.weights.directory import ModelDirectory, weights_digest
 from sr_dpo_jax.weights.layout import flatten
 from sr_dpo_jax.weights.read import load_params
@@ -36,13 +38,19 @@ class PlacedModel:
     abstract: Any
     """The tree of abstract nnx parameters."""
     shardings: Params
+    lora: Lora | None
     attention: str
     """The name of the attention path that `model.attention` resolves to, see `model/paths.py`."""
     dtype: jnp.dtype
     """The type of activations."""
     param_dtype: jnp.dtype
-    seed: int | None
-    """The seed of random weights; None where they are read from the directory."""
+    """The type of what training changes, and of norms."""
+    seed: int
+    """Draws the weights, where they are not read, and the adapters."""
+    drawn: bool = False
+    """The weights are drawn from the seed, and not read from the directory."""
+    adapter: AdapterDirectory | None = None
+    """Holds the adapters that training starts from; None: they are drawn, or there are none."""
 
     @property
     def architecture(self) -> Architecture:
@@ -51,50 +59,88 @@ class PlacedModel:
     @cached_property
     def digest(self) -> str:
         """The digest of the weights that training starts from and that the reference keeps."""
-        if self.seed is None:
-            return weights_digest(self.directory)
-        config_json = (self.directory.path / "config.json").read_bytes()
-        return hashlib.sha256(config_json + f" random {self.seed}".encode()).hexdigest()
+        digest = weights_digest(self.directory) if not self.drawn else self._drawn_digest
+        # Adapters that are drawn add nothing to what the model computes.
+        return digest if self.adapter is None else _sha256(f"{digest} {self.adapter.digest}".encode())
+
+    @property
+    def _drawn_digest(self) -> str:
+        return _sha256((self.directory.path / "config.json").read_bytes() + f" random {self.seed}".encode())
 
     @property
     def shapes(self) -> Params:
-        """Shapes, types and shardings of the parameters."""
-        return jax.tree.map(
-            lambda shape, where: jax.ShapeDtypeStruct(shape.shape, self.param_dtype, sharding=where),
-            nnx.to_pure_dict(self.abstract),
-            self.shardings,
-        )
+        """Shapes, types and shardings of the parameters; `split` parts them into what is trained and the base.
+
+        What is trained has `param_dtype`; a base beside adapters has the types of `frozen_type`.
+        """
+        shapes = nnx.to_pure_dict(self.abstract)
+        adapted = split(shapes)[1] is not None
+
+        def described(path: Any, shape: Any, where: Any) -> jax.ShapeDtypeStruct:
+            frozen = adapted and not any(key.key == ADAPTERS for key in path)
+            dtype = frozen_type(path, self.dtype, self.param_dtype) if frozen else self.param_dtype
+            return jax.ShapeDtypeStruct(shape.shape, dtype, sharding=where)
+
+        return jax.tree.map_with_path(described, shapes, self.shardings)
 
     def base_params(self) -> Params:
-        """Reads the weights of the directory, or draws them from the seed, onto the mesh in `param_dtype`."""
-        if self.seed is None:
-            return load_params(self.directory, self.abstract, self.shardings, dtype=self.param_dtype)
-        make = _decoder_maker(self.architecture, self.dtype, self.param_dtype, seed=self.seed)
-        return initialise(self.mesh, lambda: nnx.to_pure_dict(nnx.state(make())), self.shardings)
+        """Makes the parameters that training starts from, on the mesh, as `shapes` describes them.
+
+        The weights are read from the directory, or drawn from the seed; so are adapters, where there are any.
+        """
+        adapters, base = split(self.shapes)
+        if self.drawn:
+            return self._drawn(self.shapes, lambda drawn: drawn)
+        if base is None:
+            return load_params(self.directory, self.abstract, self.shapes)
+        if self.adapter is None:
+            adapters = self._drawn(adapters, lambda drawn: split(drawn)[0])
+        else:
+            adapters = load_adapters(self.adapter, self.directory, self.abstract, self.lora, adapters)
+        return join(adapters, load_params(self.directory, self.abstract, base))
+
+    def _drawn(self, shapes: Params, part: Callable[[Params], Params]) -> Params:
+        """Draws parameters from the seed; `part` picks those that `shapes` describes."""
+        make = _decoder_maker(self.architecture, self.dtype, self.param_dtype, seed=self.seed, lora=self.lora)
+
+        def draw() -> Params:
+            drawn = part(nnx.to_pure_dict(nnx.state(make())))
+            return jax.tree.map(lambda values, shape: values.astype(shape.dtype), drawn, shapes)
+
+        return initialise(self.mesh, draw, jax.tree.map(lambda shape: shape.sharding, shapes))
 
     def reference_copy(self, params: Params) -> Params:
-        """Copies the parameters for an online reference, in the type that the model computes in."""
-        return reference_copy(params, self.dtype)
+        """Copies what training changes for an online reference, in the type that the model computes in.
+
+        Of a model with adapters that is the adapters: policy and reference have the base in common.
+        """
+        return reference_copy(split(params)[0], self.dtype)
 
 
 def reference_copy(params: Params, dtype: jnp.dtype) -> Params:
-    """Copies parameters into `dtype`, the type that the model computes in.
+    """Copies parameters into the types of a frozen model that computes in `dtype`, see `frozen_type`."""
+    return jax.tree.map_with_path(
+        lambda path, param: jnp.array(param, dtype=frozen_type(path, dtype, param.dtype), copy=True), params
+    )
 
-    Norms stay as they are: they are applied in float32, all else is cast to `dtype` where it is used, so the copy gives
-    the same numbers as the original.
+
+def frozen_type(path: Any, dtype: jnp.dtype, norm_dtype: jnp.dtype) -> jnp.dtype:
+    """Gives the type of a parameter that is not trained, where the model computes in `dtype`.
+
+    Norms keep `norm_dtype`: they are applied in float32. All else is cast to `dtype` where it is used, so a copy in
+    these types gives the same numbers as the original.
     """
-
-    def narrow(path: Any, param: jax.Array) -> jax.Array:
-        is_norm = any("norm" in key.key for key in path)
-        return jnp.array(param, dtype=param.dtype if is_norm else dtype, copy=True)
-
-    return jax.tree.map_with_path(narrow, params)
+    return norm_dtype if any("norm" in key.key for key in path) else dtype
 
 
-def abstract_params(architecture: Architecture) -> Any:
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def abstract_params(architecture: Architecture, lora: Lora | None = None) -> Any:
     """Gives the tree of abstract nnx parameters, float32, with their logical axes; touches no device."""
     float32 = jnp.dtype("float32")
-    return nnx.state(nnx.eval_shape(_decoder_maker(architecture, float32, float32)))
+    return nnx.state(nnx.eval_shape(_decoder_maker(architecture, float32, float32, lora=lora)))
 
 
 def place_model(
@@ -105,7 +151,10 @@ def place_model(
     param_dtype: str,
     remat: str,
     attention: str,
-    seed: int | None,
+    seed: int,
+    drawn: bool,
+    lora: Lora | None = None,
+    adapter: AdapterDirectory | None = None,
 ) -> PlacedModel:
     """Lays a model out on a mesh, whose devices may be described ones that are not attached; makes no parameters.
 
@@ -116,7 +165,10 @@ def place_model(
       param_dtype: type of the parameters.
       remat: what the backward pass recomputes, see `Decoder`.
       attention: the way to compute attention, or `auto`.
-      seed: the seed of random weights; None: they are read from the directory.
+      seed: draws weights and adapters where they are not read.
+      drawn: whether the weights are drawn from the seed; else they are read from the directory.
+      lora: the adapters; None: there are none, and all parameters are trained.
+      adapter: holds the adapters that training starts from; None: they are drawn.
 
     Raises:
       UsageError: parameters do not divide over the mesh, or the attention path does not run here.
@@ -124,13 +176,15 @@ def place_model(
     architecture, types = directory.architecture, (jnp.dtype(dtype), jnp.dtype(param_dtype))
     name = attention_name(attention, mesh, architecture, types[0])
     path = attention_path(name, mesh, architecture, types[0])
-    make = _decoder_maker(architecture, *types, remat=remat, attention=path)
+    make = _decoder_maker(architecture, *types, remat=remat, attention=path, lora=lora)
     graph, abstract = nnx.split(nnx.eval_shape(make))
     shardings = nnx.to_pure_dict(param_shardings(mesh, abstract))
     axes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     count = sum(np.prod(param.shape) for param in flatten(abstract).values())
-    log.info(f"{directory.model_type} on {axes}: {count:,} parameters, attention {name}, activations {dtype}")
-    return PlacedModel(directory, mesh, graph, abstract, shardings, name, *types, seed)
+    trained = adapter_weights(nnx.to_pure_dict(abstract))
+    beside = f", {trained:,} of them in adapters of rank {lora.rank}" if lora is not None else ""
+    log.info(f"{directory.model_type} on {axes}: {count:,} parameters{beside}, attention {name}, activations {dtype}")
+    return PlacedModel(directory, mesh, graph, abstract, shardings, lora, name, *types, seed, drawn, adapter)
 
 
 def _decoder_maker(
@@ -141,6 +195,12 @@ def _decoder_maker(
     remat: str = "none",
     attention: Any = DENSE,
     seed: int = 0,
+    lora: Lora | None = None,
 ) -> Callable[[], Decoder]:
-    types = {"dtype": dtype, "param_dtype": param_dtype}
-    return lambda: Decoder(architecture, **types, remat=remat, attention=attention, rngs=nnx.Rngs(seed))
+    options = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat, "attention": attention, "lora": lora}
+
+    def make() -> Decoder:
+        of_adapters = jax.random.fold_in(jax.random.key(seed), 1)  # so that adapters do not move the weights' draws
+        return Decoder(architecture, **options, rngs=nnx.Rngs(seed, adapters=of_adapters))
+
+    return make

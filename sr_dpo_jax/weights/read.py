@@ -8,7 +8,7 @@ import contextlib
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,60 +29,76 @@ ALIGNMENT_BYTES = 64
 """A CPU device adopts a buffer that starts on a multiple of this address, and copies any other."""
 
 
-def load_params(directory: ModelDirectory, abstract: Any, shardings: Any, *, dtype: np.dtype) -> Params:
+def load_params(directory: ModelDirectory, abstract: Any, shapes: Params) -> Params:
     """Reads the weights onto the mesh; a shard that several devices of this host hold is read once.
 
     Args:
       directory: from `open_directory`.
       abstract: tree of abstract nnx parameters; metadata `axes` names each one's axes.
-      shardings: the sharding of each parameter, the same tree.
-      dtype: the type of the parameters on the mesh; every tensor is converted from its own type.
+      shapes: shape, type and sharding of each parameter that the files hold; every tensor is converted from its own
+        type.
 
     Returns:
       The tree of sharded parameters, as nested dicts.
 
     Raises:
-      UsageError: as in `check`, or a tensor holds numbers that are not finite in `dtype`.
+      UsageError: as in `check`, or a tensor holds numbers that are not finite in its type.
     """
     file_of = check(directory, abstract)
-    flat_abstract, flat_shardings = flatten(abstract), flatten(shardings)
+    flat_abstract, flat_shapes = flatten(abstract), flatten(shapes)
     loaded, pending = {}, []
     with contextlib.ExitStack() as opened:
         files = {path: opened.enter_context(safe_open(path, framework="numpy")) for path in set(file_of.values())}
-        _report_types(directory, file_of, dtype)
+        _report_types(directory, file_of, {leaf.dtype for leaf in flat_shapes.values()})
         for tensor in directory.tensors:
             blocks = blocks_of(tensor, flat_abstract)
             names = names_of(tensor, directory.architecture.layers)
             pieces: dict[str, list[jax.Array]] = {param: [] for param in tensor.params}
-            for bounds, devices in _distinct_shards(tensor.params, flat_abstract, flat_shardings):
-                buffers = _read_shard(files, file_of, names, blocks, bounds, dtype)
+            for bounds, devices in _distinct_shards({param: flat_shapes[param] for param in tensor.params}):
+                buffers = _read_shard(files, file_of, names, blocks, bounds, flat_shapes[tensor.params[0]].dtype)
                 jax.block_until_ready(pending)  # frees the buffers of the shard before this one
                 for param, buffer in buffers.items():
                     pieces[param] += [jax.device_put(buffer, device) for device in devices]
                 pending = [pieces[param][-1] for param in buffers]
                 del buffers, buffer
             for param in tensor.params:
-                shape, sharding = flat_abstract[param].shape, flat_shardings[param]
+                shape, sharding = flat_shapes[param].shape, flat_shapes[param].sharding
                 loaded[param] = jax.make_array_from_single_device_arrays(shape, sharding, pieces[param])
     return unflatten_dict(loaded, sep=".")
 
 
-def _distinct_shards(
-    params: Sequence[str], abstract: Mapping[str, Any], shardings: Mapping[str, Any]
-) -> Iterator[tuple[dict[str, Bounds], list[jax.Device]]]:
+def read_groups(directory: ModelDirectory, abstract: Any, dtype: np.dtype) -> Iterator[dict[str, np.ndarray]]:
+    """Yields, for each row of the family's table, its parameters by path, all layers stacked, in host memory.
+
+    Args:
+      directory, abstract: as for `load_params`.
+      dtype: the type of what is yielded.
+
+    Raises:
+      UsageError: as `load_params`.
+    """
+    file_of, flat = check(directory, abstract), flatten(abstract)
+    with contextlib.ExitStack() as opened:
+        files = {path: opened.enter_context(safe_open(path, framework="numpy")) for path in set(file_of.values())}
+        for tensor in directory.tensors:
+            names = names_of(tensor, directory.architecture.layers)
+            whole = {param: tuple((0, size) for size in flat[param].shape) for param in tensor.params}
+            yield _read_shard(files, file_of, names, blocks_of(tensor, flat), whole, dtype)
+
+
+def _distinct_shards(shapes: Mapping[str, Any]) -> Iterator[tuple[dict[str, Bounds], list[jax.Device]]]:
     """Yields each distinct shard of a tensor's parameters on this process's devices, with the devices that hold it."""
     shards: dict[tuple[Bounds, ...], list[jax.Device]] = {}
-    shapes = {param: abstract[param].shape for param in params}
-    indices = {param: shardings[param].addressable_devices_indices_map(shapes[param]) for param in params}
-    for device in indices[params[0]]:
+    indices = {param: leaf.sharding.addressable_devices_indices_map(leaf.shape) for param, leaf in shapes.items()}
+    for device in next(iter(indices.values())):
         bounds = tuple(
             # jax writes a whole axis as slice(None)
-            tuple(side.indices(size)[:2] for side, size in zip(indices[param][device], shapes[param], strict=True))
-            for param in params
+            tuple(side.indices(size)[:2] for side, size in zip(indices[param][device], leaf.shape, strict=True))
+            for param, leaf in shapes.items()
         )
         shards.setdefault(bounds, []).append(device)
     for bounds, devices in shards.items():
-        yield dict(zip(params, bounds, strict=True)), devices
+        yield dict(zip(shapes, bounds, strict=True)), devices
 
 
 def _read_shard(
@@ -111,14 +127,16 @@ def _read_shard(
     return buffers
 
 
-def _report_types(directory: ModelDirectory, file_of: Mapping[str, Path], dtype: np.dtype) -> None:
-    """Logs the types of the tensors in the files, and those that `dtype` rounds."""
+def _report_types(directory: ModelDirectory, file_of: Mapping[str, Path], dtypes: Collection[np.dtype]) -> None:
+    """Logs the types of the tensors in the files, the types that the parameters get, and those that this rounds."""
     headers = read_headers(sorted(set(file_of.values()))).values()
     types = Counter(kind for header in headers for name, (_, kind) in header.items() if name in file_of)
-    rounded = [kind for kind in sorted(types) if not np.can_cast(FLOATS[kind], dtype)]
+    narrowest = min(dtypes, key=lambda dtype: dtype.itemsize)
+    rounded = [kind for kind in sorted(types) if not np.can_cast(FLOATS[kind], narrowest)]
     counts = ", ".join(f"{number} {kind}" for kind, number in sorted(types.items()))
-    rounding = f" (model.param_dtype), to which {', '.join(rounded)} is rounded" if rounded else ""
-    log.info(f"{directory.path}: tensors by type: {counts}; held in {np.dtype(dtype).name}{rounding}")
+    key = "model.param_dtype" if len(dtypes) == 1 else "model.dtype, norms in model.param_dtype"
+    rounding = f" ({key}), to which {', '.join(rounded)} is rounded" if rounded else ""
+    log.info(f"{directory.path}: tensors by type: {counts}; held in {narrowest.name}{rounding}")
 
 
 def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:

@@ -255,12 +255,12 @@ def compile_steps(setup: Setup, pairs: TokenizedPairs) -> tuple[dict[str, Compil
     plan, model = setup.plan(pairs, ()), setup.model
     step = first_step(setup, pairs, plan, augmented=True)
     device = model.mesh.devices.flat[0]
-    train_step, (state, reference, batch) = train_step_of(setup, plan, step)
-    unscored = dataclasses.replace(batch, reference=None, reference_augmented=None)
+    train_step, arguments = train_step_of(setup, plan, step)
+    unscored = dataclasses.replace(arguments[-1], reference=None, reference_augmented=None)
     score_step = make_score_step(model.graph, pairs=plan.shape.pairs, mesh=model.mesh)
     return {
-        "train": compiled(device, train_step, state, reference, batch),
-        "score": compiled(device, score_step, state.params, unscored),
+        "train": compiled(device, train_step, *arguments),
+        "score": compiled(device, score_step, model.shapes, unscored),
     }, plan.shape
 
 

@@ -321,7 +321,8 @@ def run_jax(row: str, options: argparse.Namespace) -> dict:
     from sr_dpo_jax.config.load import config_from_dict
     from sr_dpo_jax.durable.preemption import StopSignal
     from sr_dpo_jax.train import reference
-    from sr_dpo_jax.train.setup import prepare, read_model, read_training, set_up
+    from sr_dpo_jax.train.prepare import prepare
+    from sr_dpo_jax.train.setup import read_model, read_training, set_up
 
     config = config_from_dict(jax_settings(row, options), where=row)
     directory, tokenizer = read_model(config)
@@ -345,7 +346,7 @@ def run_jax(row: str, options: argparse.Namespace) -> dict:
     clock, first_loss, real = Stopwatch(options.warm_up), None, []
     work = setup.work(pairs)
     for host_step, batch in job.feed.batches(0):
-        state, metrics = job.train_step(state, job.reference_params, batch)
+        state, metrics = job.train_step(state, job.base, job.reference_params, batch)
         numbers = jax.device_get(metrics)
         clock.step_done()
         first_loss = float(numbers["loss"]) if first_loss is None else first_loss

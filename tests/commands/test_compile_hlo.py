@@ -182,7 +182,7 @@ def traced_step(attention, objective, remat="none", *, online=False):
     refined = objective == "sr_dpo"
     batch = Batch(rows(128, 0), rows(144, 16) if refined else None, scores, scores if refined else None)
     reference = model.shapes if online else None
-    return traced_flops(step.trace(model.abstract_state(optimizer), reference, batch).jaxpr.jaxpr), batch
+    return traced_flops(step.trace(model.abstract_state(optimizer), None, reference, batch).jaxpr.jaxpr), batch
 
 
 def parts(length):

@@ -409,7 +409,7 @@ def test_p7_nothing_compiles_after_the_first_step_and_another_shape_is_an_error(
         batch = next(job.feed.batches(0))[1]
         longer = jax.tree.map(lambda array: jnp.concatenate([array, array], axis=-1), batch)
         with pytest.raises(TypeError, match="compiled"):
-            job.train_step(state, job.reference_params, longer)
+            job.train_step(state, job.base, job.reference_params, longer)
         return job, state
 
     monkeypatch.setattr(loop.StepLog, "add", watched)

@@ -30,7 +30,9 @@ from tiny import NEOX, Batch, LayerKind, build, make_mesh, objective_of, rope
 
 from sr_dpo_jax.batch import Rows
 from sr_dpo_jax.commands.compile.traced_flops import traced_flops
-from sr_dpo_jax.train.flops import body_weights
+from sr_dpo_jax.model.adapter import Lora, adapter_weights, split
+from sr_dpo_jax.train.flops import body_weights, matrix_flops
+from sr_dpo_jax.train.state import abstract_state
 from sr_dpo_jax.train.train_step import make_train_step
 from sr_dpo_jax.weights.directory import open_directory
 
@@ -93,7 +95,7 @@ def step_of(architecture, name, remat, plain, augmented):
     )
     scores = jax.ShapeDtypeStruct((PAIRS, 2), jnp.float32)
     batch = Batch(plain, augmented, scores, None if augmented is None else scores)
-    return step, (model.abstract_state(optimizer), None, batch)
+    return step, (model.abstract_state(optimizer), None, None, batch)
 
 
 @pytest.fixture
@@ -148,3 +150,22 @@ def test_a_step_of_a_real_shape(tmp_path, name, over_b7, remat):
         assert total - 3 * body == pytest.approx(4 * head, rel=1e-6)
     if remat in over_b7:
         assert 100 * (total / (3 * body + 3 * head + repeats) - 1) == pytest.approx(over_b7[remat], abs=0.1)
+
+
+def test_adapters_save_the_gradient_of_the_base(unrolled):
+    """As compiled: of the base's matrices, the vocabulary's too, only the gradient of their inputs is computed."""
+    a, mesh, optimizer = architecture(), make_mesh(), optax.sgd(lambda _: 1.0)
+    model = build(a, mesh, lora=Lora(16, 32.0))
+    adapters, base = split(model.shapes)
+    abstract = abstract_state(adapters, optimizer, mesh)
+    schedule, objective = (lambda step: jnp.float32(1.0)), objective_of("dpo")
+    step = make_train_step(model.graph, optimizer, schedule, objective, pairs=PAIRS, mesh=mesh, abstract=abstract)
+    scores = jax.ShapeDtypeStruct((PAIRS, 2), jnp.float32)
+    arguments = (abstract, base, None, Batch(rows(LENGTH, 0), None, scores, None))
+    flops = step.lower(*arguments).compile().cost_analysis()["flops"]
+    (body, head), tokens = forward(LENGTH), ROWS * LENGTH
+    saved = matrix_flops(a, prompt_tokens=tokens - ROWS * SCORED, response_tokens=ROWS * SCORED)
+    thin = 2 * adapter_weights(model.shapes) * tokens
+    # Unrolled, the first layer's inputs need no gradient either; a scan computes it.
+    unneeded = 2 * (3 * a.hidden * a.hidden + a.hidden * a.mlp) * tokens
+    assert flops == pytest.approx(3 * body + 4 * head - saved + 3 * thin - unneeded, rel=0.02)

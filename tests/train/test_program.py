@@ -52,9 +52,9 @@ def rates_of(setup, pairs):
         pairs, plan, augmented=True, with_rejected=True, reference=np.zeros((40, 2, 2), np.float32)
     )
     state = first_state(program.state, params, program.optimizer)
-    step, rates = program.compiled(state, None, feed), []
+    step, rates = program.compiled(state, None, None, feed), []
     for _, batch in feed.batches(0):
-        state, metrics = step(state, None, batch)
+        state, metrics = step(state, None, None, batch)
         rates.append(float(metrics["learning_rate"]))
     assert setup.total_steps(plan) == len(rates)
     return rates
@@ -79,8 +79,9 @@ def test_the_schedule_ends_with_the_plan(made):
     ],
 )
 def test_a_run_that_cannot_learn_is_warned_of(caplog, numbers, said):
-    *sizes, dtype = numbers
-    warn_of_no_learning(*sizes, jnp.dtype(dtype))
+    rate, warmup, steps, dtype = numbers
+    optimizer = {"learning_rate": rate, "warmup_steps": warmup, "warmup_ratio": None}
+    warn_of_no_learning(optimizer, steps, jnp.dtype(dtype))
     assert [record.getMessage().startswith(said or "") for record in caplog.records] == ([True] if said else [])
 
 

@@ -192,7 +192,7 @@ def test_the_step_costs_what_dpos_costs(world, tmp_path):
             zeros = jax.numpy.zeros((plan.shape.pairs, 2), jax.numpy.float32)
             augmented = None if batch.augmented is None else zeros
             batch = type(batch)(**{**vars(batch), "reference": zeros, "reference_augmented": augmented})
-        flops[name] = program.step.lower(program.state, None, batch).compile().cost_analysis()["flops"]
+        flops[name] = program.step.lower(program.state, None, None, batch).compile().cost_analysis()["flops"]
     assert flops["reference"] == pytest.approx(flops["dpo"], rel=5e-3)
     assert flops["policy"] > 1.2 * flops["dpo"]
 

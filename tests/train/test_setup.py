@@ -10,7 +10,8 @@ from runs import make_config, model_directory, preference_file, tiny_setup
 from sr_dpo_jax.durable.preemption import StopSignal
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.train.loop import train
-from sr_dpo_jax.train.setup import prepare, read_held_out
+from sr_dpo_jax.train.prepare import prepare
+from sr_dpo_jax.train.setup import read_held_out
 
 
 @pytest.fixture(scope="module")

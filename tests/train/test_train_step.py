@@ -64,7 +64,7 @@ def test_every_objective_of_a_configuration_takes_steps(name):
     state, batch = model.state(OPTIMIZER), tiny.place(make_batch(1, reference_scores()), model.mesh)
     step, metrics = compile_step(model, objective=objective), []
     for _ in range(3):
-        state, of_step = step(state, None, batch)
+        state, of_step = step(state, None, None, batch)
         metrics.append(jax.device_get(of_step))
     assert all(line["skipped"] == 0 and line["grad_norm"] > 0 for line in metrics), metrics
     assert len({float(line["loss"]) for line in metrics}) == 3
@@ -83,7 +83,7 @@ def test_online_and_cached_reference_and_one_compilation():
     online_step, cached_step = compile_step(model), compile_step(model)
     online, cached = model.state(OPTIMIZER), model.state(OPTIMIZER)
     for _ in range(3):
-        online, online_metrics = online_step(online, reference, batch)
+        online, online_metrics = online_step(online, None, reference, batch)
         cached, cached_metrics = cached_step(cached, None, cached_batch)
         for name, value in cached_metrics.items():
             np.testing.assert_allclose(online_metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=name)

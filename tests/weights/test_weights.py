@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import ml_dtypes
@@ -25,6 +26,10 @@ from sr_dpo_jax.weights.read import load_params
 from sr_dpo_jax.weights.write import plan_files
 
 TYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32, "float64": np.float64}
+
+
+def in_type(shapes, dtype):
+    return jax.tree.map(lambda leaf: leaf.update(dtype=np.dtype(dtype)), shapes)
 
 
 def written(tmp_path, family, *, shard_bytes=10**9):
@@ -48,7 +53,7 @@ def test_out_and_in_is_bit_for_bit_on_any_mesh(tmp_path, family, shape):
     directory, _, params = written(tmp_path, family, shard_bytes=20_000)
     assert len(list(directory.path.glob("model-*.safetensors"))) > 3
     model = tiny.build(directory.architecture, tiny.make_mesh(*shape))
-    loaded = load_params(directory, model.abstract, model.shardings, dtype=np.dtype("float32"))
+    loaded = load_params(directory, model.abstract, model.shapes)
     assert jax.tree.structure(loaded) == jax.tree.structure(params)
     for ours, theirs, sharding in zip(
         jax.tree.leaves(loaded), jax.tree.leaves(params), jax.tree.leaves(model.shardings), strict=True
@@ -71,7 +76,7 @@ def test_in_and_out_is_bit_for_bit(tmp_path, family, dtype):
             given[name] = np.where(np.isfinite(number), number, TYPES[dtype](-0.0))
     save_file(given, file)
     model = tiny.build(directory.architecture, tiny.make_mesh(1, 4, 2))
-    loaded = load_params(directory, model.abstract, model.shardings, dtype=np.dtype("float32"))
+    loaded = load_params(directory, model.abstract, model.shapes)
     out = tmp_path / "out"
     out.mkdir()
     tiny.save_weights(loaded, directory, model.abstract, out, dtype=dtype, shard_bytes=30_000)
@@ -95,7 +100,7 @@ def test_each_tensor_is_read_in_its_own_type(tmp_path):
     for dtype in ("float32", "bfloat16"):
         out = tmp_path / dtype
         out.mkdir()
-        loaded = load_params(directory, model.abstract, model.shardings, dtype=np.dtype(dtype))
+        loaded = load_params(directory, model.abstract, in_type(model.shapes, dtype))
         assert {leaf.dtype for leaf in jax.tree.leaves(loaded)} == {np.dtype(dtype)}
         tiny.save_weights(loaded, directory, model.abstract, out, dtype=dtype)
         for name, array in tensors_in(out).items():
@@ -119,7 +124,7 @@ def test_types_are_said_and_those_that_are_rounded(tmp_path, caplog, kind, dtype
     tensors = load_file(file)
     save_file({name: tensor.astype(TYPES[kind]) for name, tensor in tensors.items()}, file)
     with caplog.at_level("INFO"):
-        load_params(directory, model.abstract, model.shardings, dtype=np.dtype(dtype))
+        load_params(directory, model.abstract, in_type(model.shapes, dtype))
     (line,) = [record.message for record in caplog.records if "tensors by type" in record.message]
     assert f"held in {dtype}" in line and f": {len(tensors)} " in line
     assert (f"to which {rounded} is rounded" in line) if rounded else ("rounded" not in line)
@@ -136,7 +141,7 @@ def test_numbers_that_are_not_finite_are_refused_by_tensor(tmp_path, value, kind
     tensors[name][-1, 3] = value
     save_file(tensors, file)
     with pytest.raises(UsageError, match=rf"{file.name}: {name} holds numbers that are not finite in float32"):
-        load_params(directory, model.abstract, model.shardings, dtype=np.dtype("float32"))
+        load_params(directory, model.abstract, model.shapes)
 
 
 def abstract_of(**shapes):
@@ -225,11 +230,16 @@ def test_a_host_reads_what_its_devices_hold(tmp_path, monkeypatch, family, shape
     """Two of eight devices: a quarter of the bytes, or half where the mesh keeps two copies; biases are small."""
     directory, _, params = written(tmp_path, family, shard_bytes=20_000)
     model = tiny.build(directory.architecture, tiny.make_mesh(*shape))
-    mine = jax.tree.map(lambda sharding: OfProcess(sharding, first, first + 2), model.shardings)
+    mine = jax.tree.map(
+        lambda leaf: SimpleNamespace(
+            shape=leaf.shape, dtype=leaf.dtype, sharding=OfProcess(leaf.sharding, first, first + 2)
+        ),
+        model.shapes,
+    )
     monkeypatch.setattr(read, "safe_open", Counting)
     monkeypatch.setattr(Counting, "bytes_read", 0)
     monkeypatch.setattr(jax, "make_array_from_single_device_arrays", lambda shape, sharding, pieces: pieces)
-    loaded = flatten(load_params(directory, model.abstract, mine, dtype=np.dtype("float32")))
+    loaded = flatten(load_params(directory, model.abstract, mine))
     total = sum(array.nbytes for array in tensors_in(directory.path).values())
     assert share * total <= Counting.bytes_read < (share + 0.02) * total
     whole, shardings = flatten(jax.device_get(params)), flatten(model.shardings)
@@ -245,7 +255,7 @@ def test_replicas_are_read_once(tmp_path, monkeypatch):
     model = tiny.build(directory.architecture, tiny.make_mesh(8, 1, 1))
     monkeypatch.setattr(read, "safe_open", Counting)
     monkeypatch.setattr(Counting, "bytes_read", 0)
-    load_params(directory, model.abstract, model.shardings, dtype=np.dtype("float32"))
+    load_params(directory, model.abstract, model.shapes)
     assert Counting.bytes_read == sum(array.nbytes for array in tensors_in(directory.path).values())
 
 
@@ -501,6 +511,7 @@ def test_weights_are_checked_before_any_device_is_touched(tmp_path):
     directory, *_ = written(tmp_path, "gpt_neox")
     program = """
 import sys
+from types import SimpleNamespace
 from jax._src import xla_bridge
 from sr_dpo_jax.config.load import config_from_dict
 from sr_dpo_jax.train.setup import read_model

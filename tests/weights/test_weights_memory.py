@@ -107,7 +107,7 @@ from sr_dpo_jax.weights.read import load_params
 def load(path):
     directory = open_directory(path)
     model = tiny.build(directory.architecture, tiny.make_mesh(fsdp=8))
-    params = load_params(directory, model.abstract, model.shardings, dtype=np.dtype("float32"))
+    params = load_params(directory, model.abstract, model.shapes)
     return jax.block_until_ready(params)
 
 load(sys.argv[1])
@@ -141,7 +141,7 @@ from sr_dpo_jax.weights.read import load_params
 for root in sys.argv[1:3]:
     directory = open_directory(root + "/model")
     model = tiny.build(directory.architecture, tiny.make_mesh(fsdp=8))
-    params = load_params(directory, model.abstract, model.shardings, dtype=np.dtype("float32"))
+    params = load_params(directory, model.abstract, model.shapes)
     checkpoints = Checkpoints(root)
     state = {"step": jnp.int32(3), "params": params, "optimizer_state": {"moments": params}}
     checkpoints.save(3, state, position={}, config={})
@@ -204,7 +204,7 @@ jax.distributed.initialize(address, 2, number)
 directory = open_directory(path)
 model = tiny.build(directory.architecture, tiny.make_mesh(fsdp=8))
 read.safe_open = Counting
-params = read.load_params(directory, model.abstract, model.shardings, dtype=np.dtype("float32"))
+params = read.load_params(directory, model.abstract, model.shapes)
 held = {}
 for keys, leaf in jax.tree.leaves_with_path(params):
     for shard in leaf.addressable_shards:
@@ -223,7 +223,7 @@ def test_two_real_processes_read_half_each(tmp_path):
     processes = run(TWO, path, address, devices=4, processes=2)
     directory = open_directory(str(path))
     model = tiny.build(directory.architecture, tiny.make_mesh())
-    whole = load_params(directory, model.abstract, model.shardings, dtype=np.dtype("float32"))
+    whole = load_params(directory, model.abstract, model.shapes)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(whole))
     held = {}
     for process in processes:

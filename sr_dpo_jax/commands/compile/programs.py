@@ -12,6 +12,7 @@ import math
 import re
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ from sr_dpo_jax.data.dataset import TokenizedPairs
 from sr_dpo_jax.data.pipeline import HostStep, pair_sizes
 from sr_dpo_jax.data.plan import Plan, Shape, scoring_plan
 from sr_dpo_jax.errors import RunError, UsageError
+from sr_dpo_jax.model.adapter import split
 from sr_dpo_jax.model.architecture import Architecture
 from sr_dpo_jax.model.attention import Visible
 from sr_dpo_jax.model.kernels.splash import padded_length, tables_of
@@ -36,7 +38,7 @@ from sr_dpo_jax.parallel.chips import GIB, TPUS, Chip, chip_of
 from sr_dpo_jax.train.setup import Setup, set_up_on
 from sr_dpo_jax.train.train_step import make_score_step
 from sr_dpo_jax.weights.directory import ModelDirectory
-from sr_dpo_jax.weights.placement import PlacedModel
+from sr_dpo_jax.weights.placement import PlacedModel, reference_copy
 
 RUNTIME_SHARE = 0.05
 """The share of a chip's memory that is left to the runtime, for its own buffers and for fragments."""
@@ -247,20 +249,20 @@ def _abstract_batch(mesh: Mesh, step: HostStep, *, augmented: bool, scores: bool
 def train_program(setup: Setup, plan: Plan, step: HostStep, visited: dict[str, float]) -> Program:
     """Compiles the train step."""
     program, arguments = train_step_of(setup, plan, step)
-    models = 1 if arguments[1] is None else 2
+    models = 1 if arguments[2] is None else 2
     return _compile("train step", setup.model, program, arguments, visited=visited, models=models)
 
 
 def train_step_of(setup: Setup, plan: Plan, step: HostStep) -> tuple[Any, tuple[Any, ...]]:
-    """Gives the jitted train step and the shapes of its arguments: state, online reference or None, batch."""
+    """Gives the jitted train step and the shapes of its arguments, with None for a base or a reference that is none."""
     if setup.objective.unsettled:  # a λ is a number in the program, and any number costs the same
         setup = dataclasses.replace(setup, objective=setup.objective.settled(1.0))
     program, kind = setup.program(plan), setup.objective.kind
     scores = kind.needs_reference and not setup.online
     in_step, before = setup.objective.judged_in_step, setup.objective.judged_before
     batch = _abstract_batch(setup.model.mesh, step, augmented=in_step, scores=scores, shift=before)
-    reference = _abstract_reference(setup.model, program.state.params) if setup.online else None
-    return program.step, (program.state, reference, batch)
+    reference = _abstract_reference(setup.model) if setup.online else None
+    return program.step, (program.state, split(setup.model.shapes)[1], reference, batch)
 
 
 def _score_program(setup: Setup, plan: Plan, step: HostStep, visited: dict[str, float]) -> Program:
@@ -271,14 +273,15 @@ def _score_program(setup: Setup, plan: Plan, step: HostStep, visited: dict[str, 
     if setup.config.data.held_out:
         resident = meshes.bytes_a_chip(state.optimizer_state)
         if setup.config.reference.mode == "online":
-            resident += meshes.bytes_a_chip(_abstract_reference(model, state.params))
+            resident += meshes.bytes_a_chip(_abstract_reference(model))
     score_step = make_score_step(model.graph, pairs=plan.shape.pairs, mesh=model.mesh)
-    return _compile("scoring step", model, score_step, (state.params, batch), visited=visited, resident=resident)
+    return _compile("scoring step", model, score_step, (model.shapes, batch), visited=visited, resident=resident)
 
 
-def _abstract_reference(model: PlacedModel, params: Any) -> Any:
-    shapes = jax.eval_shape(model.reference_copy, params)
-    return jax.tree.map(lambda shape, param: shape.update(sharding=param.sharding), shapes, params)
+def _abstract_reference(model: PlacedModel) -> Any:
+    trained = split(model.shapes)[0]
+    shapes = jax.eval_shape(partial(reference_copy, dtype=model.dtype), trained)
+    return jax.tree.map(lambda shape, param: shape.update(sharding=param.sharding), shapes, trained)
 
 
 def _compile(

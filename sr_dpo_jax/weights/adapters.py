@@ -1,0 +1,353 @@
+"""PEFT adapter directories <-> the adapters of a decoder, both ways.
+
+    adapter_config.json          rank r, lora_alpha, target_modules
+    adapter_model.safetensors    for each module lora_A.weight [r, inputs] and lora_B.weight [outputs, r]
+
+Where a family keeps several matrices in one module, such as GPT-NeoX's query_key_value, the decoder has an adapter for
+each of n. As one module they are an adapter of rank n·r with the A's stacked and the B's on a block diagonal, which is
+how they are written; its own alpha keeps the scale. Read is that form too, and one A of rank r that serves all of them.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import unflatten_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.model.adapter import ADAPTERS, TARGETS, Lora
+from sr_dpo_jax.weights.directory import ModelDirectory
+from sr_dpo_jax.weights.families import Tensor
+from sr_dpo_jax.weights.files import ADAPTER_CONFIG, FLOATS, read_json, refuse_escape
+from sr_dpo_jax.weights.layout import blocks_of, file_shape, flatten
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "bias": ("none",),
+    "use_dora": (False,),
+    "fan_in_fan_out": (False,),
+    "modules_to_save": (None, []),
+    "layers_to_transform": (None, []),
+    "layer_replication": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "target_parameters": (None, []),
+    "lora_bias": (False,),
+    "megatron_config": (None,),
+}
+"""Fields of adapter_config.json that ask for more than two thin matrices, with the values that ask for nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterDirectory:
+    """A PEFT directory that holds LoRA adapters."""
+
+    path: Path
+    fields: Mapping[str, Any]
+    """adapter_config.json."""
+    digest: str
+    """The sha256 (hex) of both files."""
+
+    def scale_of(self, module: str) -> tuple[int, float]:
+        """Gives rank and scale of a module, by its last name or its whole one."""
+
+        def of(pattern: str, default: float) -> float:
+            found = self.fields.get(pattern) or {}
+            return found.get(module, found.get(module.rpartition(".")[2], default))
+
+        rank, alpha = int(of("rank_pattern", self.fields["r"])), of("alpha_pattern", self.fields["lora_alpha"])
+        return rank, alpha / (math.sqrt(rank) if self.fields.get("use_rslora") else rank)
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """A module of the family that has adapters: one row of the family's table."""
+
+    tensor: Tensor
+    params: tuple[str, ...]
+    """Those of the row's matrices that have an adapter, by path."""
+
+    def name(self, layer: int) -> str:
+        return self.tensor.name.removesuffix(".weight").format(layer=layer)
+
+    def file_name(self, layer: int, factor: str) -> str:
+        return f"base_model.model.{self.name(layer)}.lora_{factor.upper()}.weight"
+
+
+def open_adapter(path: str) -> AdapterDirectory:
+    """Opens a PEFT directory and reads its configuration.
+
+    Raises:
+      UsageError: it is no directory of LoRA adapters, or one that needs more than two thin matrices a module.
+    """
+    directory = Path(path)
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        refuse_escape(directory, name)
+        if not (directory / name).is_file():
+            raise UsageError(
+                f"lora.start={path}: has no {name}; give a PEFT directory with safetensors, as sr-dpo export or PEFT's "
+                "save_pretrained writes it"
+            )
+    fields = read_json(directory / ADAPTER_CONFIG)
+    if fields.get("peft_type") != "LORA":
+        raise UsageError(f"{directory / ADAPTER_CONFIG}: peft_type={fields.get('peft_type')!r}: only LORA is supported")
+    for field, neutral in NEUTRAL.items():
+        if field in fields and fields[field] not in neutral:
+            raise UsageError(
+                f"{directory / ADAPTER_CONFIG}: {field}={fields[field]!r} is not supported; train an adapter without it"
+            )
+    whole = {name: isinstance(fields.get(name), kind) for name, kind in (("r", int), ("lora_alpha", int | float))}
+    if not all(whole.values()) or not 0 < fields["r"] < 10**6:
+        raise UsageError(f"{directory / ADAPTER_CONFIG}: r and lora_alpha must be numbers; restore the file")
+    digest = hashlib.sha256()
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        digest.update((directory / name).read_bytes())
+    return AdapterDirectory(directory, fields, digest.hexdigest())
+
+
+def modules_of(directory: ModelDirectory, lora: Lora) -> tuple[Module, ...]:
+    """Lists the modules of a family that have adapters, in the order of its table."""
+    modules = []
+    for tensor in directory.tensors:
+        matrices = tensor.name.endswith(".weight") and tensor.name.startswith(("model.layers", "gpt_neox.layers"))
+        params = tuple(param for param in tensor.params if matrices and param.rpartition(".")[2] in lora.targets)
+        if params:
+            modules.append(Module(tensor, params))
+    return tuple(modules)
+
+
+def require_fit(adapter: AdapterDirectory, directory: ModelDirectory, lora: Lora) -> None:
+    """Refuses adapters of another rank, scale or place than the configuration asks for; reads no numbers.
+
+    Raises:
+      UsageError: names what differs, and the keys that would fit.
+    """
+    with _opened(adapter) as file:
+        held = {name.removeprefix("base_model.model.") for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    by_name = {module.name(0): module for module in modules_of(directory, dataclasses.replace(lora, targets=TARGETS))}
+    first = {name.rpartition(".lora_")[0] for name in held}
+    targets, chosen = (
+        [name for name in TARGETS if any(param.endswith(f".{name}") for module in modules for param in module.params)]
+        for modules in ([by_name[name] for name in by_name if name in first], modules_of(directory, lora))
+    )
+    rank, alpha = adapter.fields["r"], adapter.fields["lora_alpha"]
+    rslora = bool(adapter.fields.get("use_rslora", False))
+    if (rank, float(alpha), rslora) != (lora.rank, lora.alpha, lora.rslora) or targets != chosen:
+        form = f"lora.rank={rank} lora.alpha={alpha:g} lora.rslora={str(rslora).lower()}"
+        raise UsageError(
+            f"lora.start={adapter.path}: is of another form than the section lora asks for; to use it set {form} "
+            f"'lora.targets=[{','.join(targets)}]'"
+        )
+    expected = {
+        module.file_name(layer, factor).removeprefix("base_model.model.")
+        for module in modules_of(directory, lora)
+        for layer in range(directory.architecture.layers)
+        for factor in "ab"
+    }
+    wrong = [f"{name}: missing" for name in expected - held] + [f"{name}: has no place" for name in held - expected]
+    if wrong:
+        listed = "\n  ".join(sorted(wrong)[:10])
+        raise UsageError(f"{adapter.path / ADAPTER_WEIGHTS}: does not fit model.path:\n  {listed}")
+
+
+def read_adapters(
+    adapter: AdapterDirectory, directory: ModelDirectory, abstract: Any, lora: Lora
+) -> dict[str, np.ndarray]:
+    """Reads all adapters into host memory, stacked over the layers, by their paths in the tree of parameters.
+
+    Args:
+      adapter: from `open_adapter`.
+      directory: the base model, whose table names the modules.
+      abstract: tree of abstract nnx parameters, with adapters.
+      lora: their form.
+
+    Raises:
+      UsageError: they do not fit `lora` or the model, or a number is not finite.
+    """
+    require_fit(adapter, directory, lora)
+    flat, found = flatten(abstract), {}
+    with _opened(adapter) as file:
+        for module in modules_of(directory, lora):
+            layers = []
+            for layer in range(directory.architecture.layers):
+                a, b = (_finite(file, module.file_name(layer, factor)) for factor in "ab")
+                rank, scale = adapter.scale_of(module.name(layer))
+                if not math.isclose(scale, lora.scale, rel_tol=1e-9) or a.shape[0] != rank or b.shape[1:] != (rank,):
+                    raise UsageError(
+                        f"{adapter.path}: {module.name(layer)} has rank {a.shape[0]} and scale {scale:g}, and "
+                        f"{ADAPTER_CONFIG} or lora.rank={lora.rank} another; restore the file, or train a new adapter"
+                    )
+                layers.append(_own(module, a, b, flat, lora, where=f"{adapter.path}: {module.name(layer)}"))
+            for path in layers[0]:
+                found[path] = np.stack([of_layer[path] for of_layer in layers])
+    return found
+
+
+def load_adapters(
+    adapter: AdapterDirectory, directory: ModelDirectory, abstract: Any, lora: Lora, shapes: Any
+) -> dict[str, Any]:
+    """Reads adapters onto the mesh, with the types and shardings of `shapes`; otherwise as `read_adapters`."""
+    arrays, flat = read_adapters(adapter, directory, abstract, lora), flatten(shapes)
+    placed = {}
+    for path, leaf in flat.items():
+        whole = arrays[path].astype(leaf.dtype)
+        placed[path] = jax.make_array_from_callback(leaf.shape, leaf.sharding, whole.__getitem__)
+    return unflatten_dict(placed, sep=".")
+
+
+def save_adapters(
+    arrays: Mapping[str, np.ndarray],
+    directory: ModelDirectory,
+    abstract: Any,
+    lora: Lora,
+    out: Path,
+    *,
+    base: str,
+    dtype: np.dtype,
+) -> None:
+    """Writes adapters as PEFT reads them.
+
+    Args:
+      arrays: adapters by path, stacked over the layers.
+      directory: the base model, whose table names the modules.
+      abstract: tree of abstract nnx parameters, with adapters.
+      lora: their form.
+      out: an existing directory.
+      base: the name of the base model for adapter_config.json.
+      dtype: the type of the numbers in the file.
+
+    Raises:
+      UsageError: a number is not finite in `dtype`.
+    """
+    flat, tensors, fused = flatten(abstract), {}, {}
+    for module in modules_of(directory, lora):
+        count = len(module.params)
+        if len(module.tensor.params) > 1:
+            fused[module.name(0).rpartition(".")[2]] = count
+        for layer in range(directory.architecture.layers):
+            own = {path: arrays[path][layer] for param in module.params for path in _paths(param).values()}
+            for factor, array in zip("ab", _as_one_module(module, own, flat, lora), strict=True):
+                name, narrowed = module.file_name(layer, factor), array.astype(dtype)
+                if not np.isfinite(narrowed).all():
+                    raise UsageError(f"{name}: holds numbers that are not finite in {dtype}; choose another --step")
+                tensors[name] = np.ascontiguousarray(narrowed)
+    save_file(tensors, out / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    alpha_grows = math.sqrt if lora.rslora else float
+    fields = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha if lora.alpha % 1 else int(lora.alpha),
+        "use_rslora": lora.rslora,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "target_modules": sorted({module.name(0).rpartition(".")[2] for module in modules_of(directory, lora)}),
+        "rank_pattern": {name: count * lora.rank for name, count in fused.items()},
+        "alpha_pattern": {name: alpha_grows(count) * lora.alpha for name, count in fused.items()},
+    }
+    (out / ADAPTER_CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def merged(
+    groups: Iterator[dict[str, np.ndarray]], arrays: Mapping[str, np.ndarray], lora: Lora
+) -> Iterator[dict[str, np.ndarray]]:
+    """Adds s·A·B to each matrix that has an adapter, in float32, one group of the base's parameters at a time.
+
+    Args:
+      groups: from `weights.read.read_groups`, in float32.
+      arrays: adapters by path, stacked over the layers.
+      lora: their form.
+    """
+    for group in groups:
+        for param, weight in group.items():
+            paths = _paths(param)
+            if paths["a"] in arrays:
+                for layer in range(len(weight)):
+                    a, b = (np.asarray(arrays[path][layer], np.float32) for path in paths.values())
+                    weight[layer] += np.float32(lora.scale) * np.tensordot(a, b, axes=1)
+        yield group
+
+
+def _paths(param: str) -> dict[str, str]:
+    """Gives the paths of the two factors of a matrix's adapter."""
+    part, _, name = param.rpartition(".")
+    return {factor: f"{part}.{ADAPTERS}.{name}.{factor}" for factor in "ab"}
+
+
+def _as_one_module(
+    module: Module, own: Mapping[str, np.ndarray], flat: Mapping[str, Any], lora: Lora
+) -> tuple[np.ndarray, np.ndarray]:
+    """Makes the two factors of a module, A `[n·r, inputs]` and B `[outputs, n·r]`, from the adapters of one layer."""
+    some = own[_paths(module.params[0])["a"]]
+    rank, count = lora.rank, len(module.params)
+    outputs, inputs = file_shape(blocks_of(module.tensor, flat))
+    a, b = np.empty((count * rank, inputs), some.dtype), np.zeros((outputs, count * rank), some.dtype)
+    for number, param in enumerate(module.params):
+        columns = slice(number * rank, (number + 1) * rank)
+        factors = _paths(param)
+        a[columns] = own[factors["a"]].reshape(inputs, rank).T
+        b[_row_numbers(module, param, flat), columns] = own[factors["b"]].reshape(rank, -1).T
+    return a, b
+
+
+def _own(
+    module: Module, a: np.ndarray, b: np.ndarray, flat: Mapping[str, Any], lora: Lora, *, where: str
+) -> dict[str, np.ndarray]:
+    """Makes the adapters of one layer from the two factors of a module; the inverse of `_as_one_module`."""
+    rank, count = lora.rank, len(module.params)
+    outputs, inputs = file_shape(blocks_of(module.tensor, flat))
+    if a.shape[1] != inputs or b.shape[0] != outputs or len(a) not in (rank, count * rank):
+        raise UsageError(f"{where}: factors of {a.shape} and {b.shape} do not fit the model's matrix {outputs, inputs}")
+    found, rest = {}, b.copy()
+    for number, param in enumerate(module.params):
+        columns = slice(number * rank, (number + 1) * rank) if len(a) == count * rank else slice(None)
+        rows = _row_numbers(module, param, flat)
+        factors, shapes = _paths(param), {factor: flat[path].shape[1:] for factor, path in _paths(param).items()}
+        found[factors["a"]] = a[columns].T.reshape(shapes["a"])
+        found[factors["b"]] = b[rows, columns].T.reshape(shapes["b"])
+        rest[rows, columns] = 0
+    if rest.any():
+        raise UsageError(
+            f"{where}: lora_B is not a block for each of {', '.join(module.params)}, so it is not an adapter of each; "
+            "set lora.targets to all of them"
+        )
+    return found
+
+
+def _row_numbers(module: Module, param: str, flat: Mapping[str, Any]) -> np.ndarray:
+    """Gives the rows of a module's matrix that hold a parameter's outputs, in the parameter's own order."""
+    (block,) = [block for block in blocks_of(module.tensor, flat) if param in block.own_axes]
+    outer = block.dimensions[0]
+    own_axes = {name: tuple(axis for axis in axes if axis in outer) for name, axes in block.own_axes.items()}
+    of_rows = dataclasses.replace(block, dimensions=(outer,), own_axes=own_axes)
+    whole = {axis: (0, block.sizes[axis]) for axis in outer}
+    return of_rows.parts(np.arange(block.start, block.stop), whole)[param].reshape(-1)
+
+
+def _opened(adapter: AdapterDirectory) -> Any:
+    try:
+        return safe_open(adapter.path / ADAPTER_WEIGHTS, framework="numpy")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UsageError(
+            f"{adapter.path / ADAPTER_WEIGHTS}: damaged or unreadable safetensors file ({error}); fetch it again"
+        ) from error
+
+
+def _finite(file: Any, name: str) -> np.ndarray:
+    kind = file.get_slice(name).get_dtype()
+    if kind not in FLOATS:
+        raise UsageError(f"{name}: is of type {kind}; only {', '.join(FLOATS)} are read")
+    values = file.get_tensor(name)
+    if not np.isfinite(values).all():
+        raise UsageError(f"{name}: holds numbers that are not finite; the file is damaged, or training broke it")
+    return values
