@@ -212,13 +212,13 @@ def test_no_import_runs_upward(file):
     assert seen & rooms - {room_of(file), "__init__"} <= SEES[room_of(file)]
 
 
-def test_the_configuration_ends_in_setup_and_loop():
+def test_the_configuration_ends_where_a_run_is_set_up():
     """Below, the core takes arrays and keyword numbers."""
     holders = {
         file for file in FILES if any(name.startswith("sr_dpo_jax.config") for name in imports_of(tree_of(file)))
     }
     core = {file for file in holders if room_of(file) not in ("config", "commands", "cli", "__init__")}
-    assert core == {"train/setup.py", "train/loop.py"}
+    assert core == {"train/setup.py", "train/prepare.py", "train/loop.py"}
 
 
 def test_nobody_asks_for_the_name_of_an_objective():

@@ -80,18 +80,13 @@ def export(
       UsageError: run_dir is no run or has no checkpoint, the step or a best one is not there, out_dir exists, a weight
         is not finite in `dtype`, or there is nothing to merge or nothing to merge it with.
     """
-    if not (run_dir / "checkpoints").is_dir():
-        raise UsageError(f"{run_dir}: has no checkpoints; name the output_dir of a run of sr-dpo train")
-    if out_dir.exists() or out_dir.is_symlink():
-        raise UsageError(f"{out_dir}: exists already; name a new directory")
     if shard_bytes <= 0:
         raise UsageError(f"--shard-bytes {shard_bytes}: must be positive")
-    config, origin = load_config(run_dir / "config.yaml"), _read_manifest(run_dir / "manifest.json")
-    _check_merge(config, run_dir, merge=merge)
-    lora, section = lora_of(config), config.model
+    config, origin = _run_of(run_dir, out_dir, merge=merge)
+    section = config.model
     # The commit that the run resolved, whatever a branch has become since.
     directory = open_directory(section.path, revision=origin.revision, weights=merge)
-    abstract = abstract_params(directory.architecture, lora)
+    abstract = abstract_params(directory.architecture, lora_of(config))
     dtype = dtype or (section.dtype if merge else section.param_dtype)
     with contextlib.closing(Checkpoints(run_dir, read_only=True)) as checkpoints:
         step = checkpoints.best() if best else checkpoints.existing(step)
@@ -101,26 +96,33 @@ def export(
             card = model_card(config, origin, name=out_dir.name, step=step, dtype=dtype, merged=merge)
             (out / "README.md").write_text(card, encoding="utf-8")
             _write_tokenizer(directory, out)
-            if lora is not None:
-                adapters = checkpoints.read_params(list(trained), step=step)
-            if lora is not None and not merge:
-                save_adapters(adapters, directory, abstract, lora, out, base=section.path, dtype=np.dtype(dtype))
-                return
-            _write_configs(directory, out, dtype)
-            if lora is None:
+            if config.lora is None:
                 groups = (checkpoints.read_params(tensor.params, step=step) for tensor in directory.tensors)
             else:
-                groups = merged_groups(read_groups(directory, abstract, np.dtype(np.float32)), adapters, lora)
+                adapters = checkpoints.read_params(list(trained), step=step)
+                form = {"lora": lora_of(config), "dtype": np.dtype(dtype)}
+                if not merge:
+                    save_adapters(adapters, directory, abstract, out, base=section.path, **form)
+                    return
+                groups = merged_groups(read_groups(directory, abstract, np.dtype(np.float32)), adapters, form["lora"])
+            _write_configs(directory, out, dtype)
             save_params(groups, directory, abstract, out, dtype=np.dtype(dtype), shard_bytes=shard_bytes)
 
 
-def _check_merge(config: Config, run_dir: Path, *, merge: bool) -> None:
+def _run_of(run_dir: Path, out_dir: Path, *, merge: bool) -> tuple[Config, Origin]:
+    """Reads configuration and origin of a run, after checking that it can be exported so and to there."""
+    if not (run_dir / "checkpoints").is_dir():
+        raise UsageError(f"{run_dir}: has no checkpoints; name the output_dir of a run of sr-dpo train")
+    if out_dir.exists() or out_dir.is_symlink():
+        raise UsageError(f"{out_dir}: exists already; name a new directory")
+    config = load_config(run_dir / "config.yaml")
     if merge and config.lora is None:
         raise UsageError(f"--merge: {run_dir} trained no adapters, so that there is nothing to merge; leave it out")
     if merge and config.model.init == "random":
         raise UsageError(
             f"--merge: the weights of {run_dir} were drawn anew (model.init=random) and are in no file; leave it out"
         )
+    return config, _read_manifest(run_dir / "manifest.json")
 
 
 OWNER = ".owner.json"

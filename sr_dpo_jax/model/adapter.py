@@ -2,8 +2,6 @@
 
 A model with adapters has them in the tree of its parameters, under `adapters` beside the matrices of a layer. Where
 there are any, training changes them alone and everything else is the base, which stays as it was read.
-
-Next: `train/train_step.py`, which takes the gradient of the part that `split` says is trained.
 """
 
 import dataclasses

@@ -23,7 +23,7 @@ from sr_dpo_jax.durable.checkpoint import Checkpoints
 from sr_dpo_jax.durable.files import require_room
 from sr_dpo_jax.durable.preemption import StopSignal
 from sr_dpo_jax.durable.selection import Selection
-from sr_dpo_jax.model.adapter import join, split
+from sr_dpo_jax.model.adapter import join
 from sr_dpo_jax.model.decoder import Params
 from sr_dpo_jax.parallel.processes import on_leader, require_same, text_from_leader
 from sr_dpo_jax.train.identity import identity_of, resume_point, surroundings
@@ -87,7 +87,7 @@ def prepare(
         covering = covering_plan(plan, *pair_sizes(pairs, with_rejected=True))
         training = setup.scored_set("training", pairs, plan=covering, augmented=objective.scored_with_p)
         scored.insert(0, training)
-    record["reference"], reference_params, base = score_reference(
+    record["reference"], reference_params, (trained, frozen) = score_reference(
         setup.model,
         scored,
         compiled,
@@ -99,7 +99,6 @@ def prepare(
     setup = setup.settled(record.setdefault("knowledge", known_at_start(training, objective, before, record)))
     program = setup.program(plan)
     _require_room(config, checkpoints, program.state)
-    trained, frozen = (None, None) if base is None else split(base)
     if resumed is None:
         state = first_state(program.state, trained, program.optimizer)
     else:

@@ -20,6 +20,7 @@ from sr_dpo_jax.data.dataset import TokenizedPairs
 from sr_dpo_jax.data.pipeline import Feed, Packing, pair_sizes
 from sr_dpo_jax.data.plan import Plan, Shape, scoring_plan, scoring_shape
 from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.model.adapter import split
 from sr_dpo_jax.model.decoder import Params
 from sr_dpo_jax.parallel.processes import from_leader
 from sr_dpo_jax.train.knowledge import knowledge_of, lines_of, settled_lam
@@ -262,7 +263,7 @@ def score_reference(
     between: Callable[[], None],
     online: bool,
     keep_base: bool,
-) -> tuple[dict[str, str], Params | None, Params | None]:
+) -> tuple[dict[str, str], Params | None, tuple[Params | None, Params | None]]:
     """Checks and completes the reference's scores, and copies its parameters where it stays on the mesh.
 
     Args:
@@ -272,10 +273,12 @@ def score_reference(
       remembered: digest of each set's scores in the checkpoint that is resumed: those are believed.
       between: called after each step of scoring.
       online: the reference stays on the mesh.
-      keep_base: training starts from the base parameters, so that they are wanted in any case.
+      keep_base: training starts from the base parameters, or has them beside its adapters, so that they are wanted in
+        any case.
 
     Returns:
-      Digest of the scores by set, the online reference's parameters or None, and the base parameters or None.
+      Digest of the scores by set, the online reference's parameters or None, and the base parameters as `split` parts
+      them, None and None where they are not wanted.
     """
     known = {held.name: held.reference for held in sets if held.reference is not None}
     doubted = [held for held in sets if held.name in known and remembered.get(held.name) != known[held.name].digest]
@@ -285,7 +288,7 @@ def score_reference(
         if not held.reference.complete:
             held.fill_reference(base, between)
     copy = model.reference_copy(base) if online else None
-    return {name: scores.digest for name, scores in known.items()}, copy, base if keep_base else None
+    return {name: scores.digest for name, scores in known.items()}, copy, split(base) if keep_base else (None, None)
 
 
 def make_scored_set(

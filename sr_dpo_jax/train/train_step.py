@@ -29,6 +29,9 @@ from sr_dpo_jax.train.optim import Schedule, updates_done
 from sr_dpo_jax.train.state import TrainState
 
 Array = jax.Array
+Metrics = dict[str, Array]
+Fixed = Params | None
+"""Parameters that are not trained, where there are any."""
 
 SAME_ROUNDING = {"xla_allow_excess_precision": False}
 """XLA may keep a bfloat16 value in float32 where it fuses, and it fuses differently in a program with a backward pass.
@@ -204,7 +207,7 @@ def make_train_step(
     pairs: int,
     mesh: Mesh,
     abstract: TrainState,
-) -> Callable[[TrainState, Params | None, Params | None, Batch], tuple[TrainState, dict[str, Array]]]:
+) -> Callable[[TrainState, Fixed, Fixed, Batch], tuple[TrainState, Metrics]]:
     """Makes `(state, base or None, reference params or None, batch) -> (state, metrics)`; the state is consumed.
 
     `abstract` describes the state. Where adapters are trained, pass the base, which gets no gradient; where everything
@@ -214,9 +217,7 @@ def make_train_step(
     optimizer stay as they were.
     """
 
-    def loss_sum(
-        params: Params, base: Params | None, reference_params: Params | None, micro: Batch
-    ) -> tuple[Array, Any]:
+    def loss_sum(params: Params, base: Fixed, reference_params: Fixed, micro: Batch) -> tuple[Array, Any]:
         policy = score(graph, join(params, base), micro, pairs)
         reference_params = None if reference_params is None else join(reference_params, base)
         reference = _reference_scores(graph, reference_params, micro, policy, objective, pairs)
@@ -225,9 +226,7 @@ def make_train_step(
         per_pair = {name: jnp.where(present, value, 0.0) for name, value in per_pair.items()}
         return per_pair["loss"].sum(), (policy.tokens, per_pair)
 
-    def step(
-        state: TrainState, base: Params | None, reference_params: Params | None, batch: Batch
-    ) -> tuple[TrainState, dict[str, Array]]:
+    def step(state: TrainState, base: Fixed, reference_params: Fixed, batch: Batch) -> tuple[TrainState, Metrics]:
         def accumulate(gradients: Params, micro: Batch) -> tuple[Params, Any]:
             more, aux = jax.grad(loss_sum, has_aux=True)(state.params, base, reference_params, micro)
             return jax.tree.map(lambda total, part: total + part.astype(total.dtype), gradients, more), aux

@@ -206,9 +206,9 @@ def save_adapters(
     arrays: Mapping[str, np.ndarray],
     directory: ModelDirectory,
     abstract: Any,
-    lora: Lora,
     out: Path,
     *,
+    lora: Lora,
     base: str,
     dtype: np.dtype,
 ) -> None:
@@ -218,8 +218,8 @@ def save_adapters(
       arrays: adapters by path, stacked over the layers.
       directory: the base model, whose table names the modules.
       abstract: tree of abstract nnx parameters, with adapters.
-      lora: their form.
       out: an existing directory.
+      lora: their form.
       base: the name of the base model for adapter_config.json.
       dtype: the type of the numbers in the file.
 
