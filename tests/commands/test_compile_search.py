@@ -43,6 +43,7 @@ def compiled_of(program, **mesh):
         device_kind="TPU v5 lite",
         mesh=sizes,
         parameters=10**9,
+        adapters=0,
         attention="splash",
         shape=Shape(64, 8, 1024, 512),
         augmented_length=1152,
@@ -145,7 +146,21 @@ def test_a_state_that_stays_too_large_ends_the_search():
         1,
         lambda overrides: Attempt(overrides, compiled_of(STATE_TOO_LARGE), None),
     )
-    assert [attempt.overrides for attempt in attempts] == [{"mesh.fsdp": -1}]
+    lora = [{"lora.rank": 16}, {"lora.rank": 16, "model.remat": "full"}]
+    assert [attempt.overrides for attempt in attempts] == [{"mesh.fsdp": -1}, *lora]
+
+
+def test_adapters_are_the_last_resort():
+    whole, lora = compiled_of(STATE_TOO_LARGE), "lora.rank=16"
+    for fitting in (lora, f"{lora} model.remat=full"):
+        names, remedy = outcomes(config_of(), whole, fitting)
+        assert names == [lora, fitting][: 1 + ("remat" in fitting)] and arguments_text(remedy.overrides) == fitting
+    names, remedy = outcomes(config_of(), compiled_of(TOO_LARGE), lora)
+    assert names[-1] == lora and "mesh.tensor=8" in names[-2] and remedy.overrides == {"lora.rank": 16}
+    report = dataclasses.replace(report_of(whole), attempts=(Attempt(remedy.overrides, compiled_of(FITS), None),))
+    assert aot_print._verdict(report).endswith("lora.rank=16; it trains LoRA adapters in place of all weights")
+    names, remedy = outcomes(config_of(lora={"rank": 4}), whole)
+    assert (names, remedy) == ([], None)
 
 
 def test_every_change_is_a_configuration():

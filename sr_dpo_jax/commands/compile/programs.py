@@ -29,7 +29,7 @@ from sr_dpo_jax.data.dataset import TokenizedPairs
 from sr_dpo_jax.data.pipeline import HostStep, pair_sizes
 from sr_dpo_jax.data.plan import Plan, Shape, scoring_plan
 from sr_dpo_jax.errors import RunError, UsageError
-from sr_dpo_jax.model.adapter import split
+from sr_dpo_jax.model.adapter import adapter_weights, split
 from sr_dpo_jax.model.architecture import Architecture
 from sr_dpo_jax.model.attention import Visible
 from sr_dpo_jax.model.kernels.splash import padded_length, tables_of
@@ -85,6 +85,8 @@ class Compiled:
     device_kind: str
     mesh: dict[str, int]
     parameters: int
+    adapters: int
+    """The parameters of LoRA adapters, which alone are trained; 0 without them."""
     attention: str
     shape: Shape
     augmented_length: int | None
@@ -150,6 +152,7 @@ def compile_for(
         device_kind=devices[0].device_kind,
         mesh=dict(mesh.shape),
         parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(setup.model.shapes)),
+        adapters=adapter_weights(setup.model.shapes),
         attention=setup.model.attention,
         shape=plan.shape,
         augmented_length=None if step.augmented is None else step.augmented["tokens"].shape[-1],

@@ -2,7 +2,7 @@
 
 Changes are tried in the order of what they cost in time: recomputing less, then more; more, smaller micro-batches;
 shorter rows; a mesh that splits parameters or activations further. They add up until it fits; then each of them that
-the last has made needless is taken back.
+the last has made needless is taken back. Where none helps, LoRA adapters in place of all weights are tried.
 
 `show.py` prints the result.
 """
@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 TYPICAL_P_TOKENS = 50
 """The paper's p in common vocabularies."""
 LEAST_EFFORT = -1.0
+LORA = {"lora.rank": 16}
+"""The last resort: adapters are trained, and no longer all weights."""
 REMAT_AFTER = {"none": ("dots", "full"), "dots": ("full",), "full": ()}
 
 
@@ -136,6 +138,11 @@ def search(
             smaller = {key: value for key, value in kept.items() if _part(key) != part}
             attempts.append(attempt(smaller))
             kept = smaller if attempts[-1].fits else kept
+    elif config.lora is None:
+        for remat in dict.fromkeys((config.model.remat, "full")):
+            attempts.append(attempt({**LORA, **({"model.remat": remat} if remat != config.model.remat else {})}))
+            if attempts[-1].fits:
+                break
     return attempts
 
 
@@ -206,7 +213,7 @@ def _attempt(
     raw = config.model_dump(mode="json")
     for path, value in overrides.items():
         section, key = path.split(".")
-        raw[section][key] = value
+        raw[section] = {**(raw[section] or {}), key: value}
     try:
         changed = config_from_dict(raw, where=named)
         return Attempt(overrides, compile_for(devices, changed, directory, pairs, eval_sets), None)

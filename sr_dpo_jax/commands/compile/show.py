@@ -7,7 +7,7 @@ from rich.table import Table
 
 from sr_dpo_jax.commands import console
 from sr_dpo_jax.commands.compile.programs import RUNTIME_SHARE, Program
-from sr_dpo_jax.commands.compile.search import Report, arguments_text
+from sr_dpo_jax.commands.compile.search import LORA, Report, arguments_text
 from sr_dpo_jax.parallel.chips import GIB, chip_of
 
 NOTES = (
@@ -74,10 +74,11 @@ def _facts(report: Report) -> Table:
     if attention == "splash":
         visited = ", ".join(f"{share:.0%} in {kind} rows" for kind, share in compiled.blocks_visited.items())
         attention += f"; blocks visited: {visited}"
+    in_adapters = f", {compiled.adapters:,} of them in LoRA adapters" if compiled.adapters else ""
     rows = {
         "topology": f"{report.topology}{slices}: {compiled.chips} chips {chip_of(compiled.device_kind).name}, {hosts}",
         "mesh": " × ".join(f"{name} {size}" for name, size in compiled.mesh.items()),
-        "parameters": f"{compiled.parameters:,}",
+        "parameters": f"{compiled.parameters:,}{in_adapters}",
         "attention": attention,
         "step": f"{shape.pairs} pairs in {shape.rows} rows of {shape.row_length} tokens{with_p}, {shape.scored} of "
         f"them scored; {compiled.padding:.1%} padding",
@@ -143,5 +144,7 @@ def _verdict(report: Report) -> str:
     if report.compiled.fits:
         return f"Fits, with {RUNTIME_SHARE:.0%} of the memory left to the runtime."
     if report.remedy is not None:
-        return f"Does not fit. This does: {arguments_text(report.remedy.overrides)}"
+        instead = "; it trains LoRA adapters in place of all weights"
+        other = instead if LORA.keys() <= report.remedy.overrides.keys() else ""
+        return f"Does not fit. This does: {arguments_text(report.remedy.overrides)}{other}"
     return "Does not fit, and no change that was tried makes it fit: take more chips, or chips with more memory."

@@ -25,6 +25,8 @@ from sr_dpo_jax.data.rows import BadRow, Message, Pair
 from sr_dpo_jax.data.tokenizer_fit import misfits
 from sr_dpo_jax.data.tokens import PairEncoder, load_tokenizer, uses_bos
 from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.model.adapter import Lora, split
+from sr_dpo_jax.model.architecture import Architecture
 from sr_dpo_jax.parallel import mesh as meshes
 from sr_dpo_jax.train.optim import OPTIMIZERS
 from sr_dpo_jax.train.state import abstract_state
@@ -37,6 +39,8 @@ from sr_dpo_jax.weights.placement import abstract_params, reference_copy
 
 PARTS = ("embedding", "attention", "mlp", "norms", "unembedding")
 PARAM_DTYPES = ("float32", "bfloat16")
+LORA = Lora(rank=16, alpha=32.0)
+"""The adapters whose memory is shown: those that `lora: {}` asks for."""
 NOT_FETCHED = (
     "the numbers of the weights, and whether their files are whole: of a hub name only the headers of the files are "
     "fetched; --digest fetches all"
@@ -79,6 +83,8 @@ class Memory:
     """The state of each optimizer."""
     online_reference_bytes: int
     """The frozen reference in bfloat16, its norms in the type of the parameters; none with reference.mode=cached."""
+    lora_bytes: int
+    """All of it where adapters of LORA are trained with AdamW beside a base in bfloat16, whatever the reference."""
 
     def total_bytes(self, optimizer: str, *, online: bool) -> int:
         """Sums up all of it, with one optimizer; the reference counts where it is `online`."""
@@ -150,7 +156,7 @@ def inspect_model(path: str, *, revision: str | None, mesh: Mapping[str, int], p
         tokenizer=_tokenizer_facts(tokenizer) if tokenizer is not None else None,
         placements=_placements(tokenizer, prompt) if tokenizer is not None else {},
         mesh=dict(mesh),
-        memory=_memory(params, meshes.abstract_mesh(**mesh), problems),
+        memory=_memory(directory.architecture, params, meshes.abstract_mesh(**mesh), problems),
         not_looked_at=not_looked_at,
         problems=tuple(problems),
     )
@@ -272,7 +278,7 @@ def _placement(
     return Placement(None, len(tokens.head), len(tokens.augmentation), *texts)
 
 
-def _memory(params: Any, mesh: AbstractMesh, problems: list[str]) -> dict[str, Memory]:
+def _memory(architecture: Architecture, params: Any, mesh: AbstractMesh, problems: list[str]) -> dict[str, Memory]:
     """Counts the memory for each type of the parameters; none where an axis does not divide over the mesh.
 
     Every parameter that does not divide is added to the problems.
@@ -283,27 +289,36 @@ def _memory(params: Any, mesh: AbstractMesh, problems: list[str]) -> dict[str, M
         _collecting(problems, meshes.sharding, mesh, axes, param.shape, name)
     if len(problems) > before:
         return {}
-    shardings = nnx.to_pure_dict(meshes.param_shardings(mesh, params))
-    return {name: _memory_of(nnx.to_pure_dict(params), shardings, mesh, jnp.dtype(name)) for name in PARAM_DTYPES}
+    adapted = abstract_params(architecture, LORA)
+    return {name: _memory_of(params, adapted, mesh, jnp.dtype(name)) for name in PARAM_DTYPES}
 
 
-def _memory_of(shapes: Any, shardings: Any, mesh: AbstractMesh, dtype: jnp.dtype) -> Memory:
-    def in_dtype(dtype: jnp.dtype) -> Any:
-        return jax.tree.map(
-            lambda shape, where: jax.ShapeDtypeStruct(shape.shape, dtype, sharding=where), shapes, shardings
-        )
-
-    params = in_dtype(dtype)
-    moments = {}
-    for name in OPTIMIZERS:
-        numbers = {} if name == "rmsprop" else {"weight_decay": 0.0, "b1": 0.9, "b2": 0.999, "first_moment_dtype": None}
-        optimizer = OPTIMIZERS[name](lambda step: 0.0 * step, max_grad_norm=1.0, **numbers)
-        moments[name] = meshes.bytes_a_chip(abstract_state(params, optimizer, mesh).optimizer_state)
-    reference = jax.eval_shape(partial(reference_copy, dtype=jnp.dtype("bfloat16")), params)
-    reference = jax.tree.map(lambda shape, param: shape.update(sharding=param.sharding), reference, params)
+def _memory_of(params: Any, adapted: Any, mesh: AbstractMesh, dtype: jnp.dtype) -> Memory:
+    """Counts the memory of abstract nnx parameters in this type; `adapted` are those with the adapters of LORA."""
+    wide = jnp.promote_types(dtype, jnp.float32)
+    whole, adapters = _placed(params, mesh, dtype), split(_placed(adapted, mesh, dtype))[0]
+    reference = jax.eval_shape(partial(reference_copy, dtype=jnp.dtype("bfloat16")), whole)
+    reference = jax.tree.map(lambda shape, param: shape.update(sharding=param.sharding), reference, whole)
+    beside = meshes.bytes_a_chip(split(_placed(adapted, mesh, wide))[0]) + meshes.bytes_a_chip(reference)
     return Memory(
-        parameters_bytes=meshes.bytes_a_chip(params),
-        gradients_bytes=meshes.bytes_a_chip(in_dtype(jnp.promote_types(dtype, jnp.float32))),
-        moments_bytes=moments,
+        parameters_bytes=meshes.bytes_a_chip(whole),
+        gradients_bytes=meshes.bytes_a_chip(_placed(params, mesh, wide)),
+        moments_bytes={name: _moments(name, whole, mesh) for name in OPTIMIZERS},
         online_reference_bytes=meshes.bytes_a_chip(reference),
+        lora_bytes=meshes.bytes_a_chip(adapters) + _moments("adamw", adapters, mesh) + beside,
     )
+
+
+def _placed(params: Any, mesh: AbstractMesh, dtype: jnp.dtype) -> Any:
+    shardings = nnx.to_pure_dict(meshes.param_shardings(mesh, params))
+    return jax.tree.map(
+        lambda shape, where: jax.ShapeDtypeStruct(shape.shape, dtype, sharding=where),
+        nnx.to_pure_dict(params),
+        shardings,
+    )
+
+
+def _moments(name: str, params: Any, mesh: AbstractMesh) -> int:
+    numbers = {} if name == "rmsprop" else {"weight_decay": 0.0, "b1": 0.9, "b2": 0.999, "first_moment_dtype": None}
+    optimizer = OPTIMIZERS[name](lambda step: 0.0 * step, max_grad_norm=1.0, **numbers)
+    return meshes.bytes_a_chip(abstract_state(params, optimizer, mesh).optimizer_state)

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from sr_dpo_jax.commands import console
 from sr_dpo_jax.commands.console import size
-from sr_dpo_jax.commands.inspect.inspect import OPTIMIZERS, Inspection
+from sr_dpo_jax.commands.inspect.inspect import LORA, OPTIMIZERS, Inspection
 from sr_dpo_jax.parallel.chips import GIB, TPUS
 
 LISTED = 8
@@ -114,6 +114,8 @@ def _memory(inspection: Inspection) -> Table | None:
         for name in OPTIMIZERS:
             totals = (size(memory.total_bytes(name, online=mode == "online")) for memory in memories)
             console.row(table, f"all, {name}, reference {mode}", *totals)
+    adapters = (size(memory.lora_bytes) for memory in memories)
+    console.row(table, f"all, adamw, LoRA of rank {LORA.rank} beside bfloat16", *adapters)
     return table
 
 
