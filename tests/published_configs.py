@@ -13,6 +13,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 OBJECTIVES = ("dpo", "ipo", "sr_dpo", "sr_ipo")
 NAMES = sorted(
     ["pythia_2.8b_hh_sft", "llama3_8b_ultrafeedback_sr_dpo", "llama3_70b_sr_dpo", "qwen3_8b_sr_dpo"]
+    + ["llama3_8b_lora_sr_dpo", "llama3_70b_lora_sr_dpo"]
     + [f"{start}_{name}" for start in ("pythia_2.8b_hh", "zephyr_7b_ultrafeedback") for name in OBJECTIVES]
 )
 

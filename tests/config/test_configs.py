@@ -21,7 +21,7 @@ from sr_dpo_jax.config.schema import PAPER_INSTRUCTION
 from sr_dpo_jax.data import dataset
 from sr_dpo_jax.data.rows import FORMATS
 from sr_dpo_jax.parallel.chips import chip_of
-from sr_dpo_jax.train.flops import pair_flops
+from sr_dpo_jax.train.flops import body_weights, pair_flops
 from sr_dpo_jax.train.setup import set_up_on
 from sr_dpo_jax.weights.directory import open_directory
 
@@ -49,7 +49,16 @@ def expected_time(root: Path, name: str) -> str:
         pair_flops(directory.architecture, **sizes, prefix_tokens=tokens).mean() for tokens in (0, TYPICAL_P_TOKENS)
     )
     steps = len(pairs) // config.batch.pairs_per_step
-    step = config.batch.pairs_per_step * (3 * plain + refined * with_p)
+    saved = 0.0
+    if config.lora is not None:  # the base's matrices have no gradient; adapters add to every pass
+        tokens = pairs.prompt_tokens + sizes["chosen_tokens"] + sizes["rejected_tokens"]
+        a = directory.architecture
+        thin = 2 * lora_weights(a, config.lora.rank) * tokens.mean()
+        saved = (
+            2 * body_weights(a) * tokens + 2 * a.vocabulary_tokens * a.hidden * (tokens - pairs.prompt_tokens)
+        ).mean()
+        plain, with_p = plain + thin, with_p + thin
+    step = config.batch.pairs_per_step * (3 * plain - saved + refined * with_p)
     held_out = HELD_OUT_PAIRS[config.data.format]
     beside = held_out * plain if sft else len(pairs) * (plain + refined * with_p) + 2 * held_out * (plain + with_p)
     chip, _, chips = given.topology.partition(":")
@@ -71,6 +80,14 @@ def expected_time(root: Path, name: str) -> str:
         "model flops a step; loading, compiling and saving come on top. The first command below prints the compiler's "
         f"own lower bound{bound}."
     )
+
+
+def lora_weights(architecture, rank: int) -> int:
+    """The weights of adapters beside all matrices of the layers."""
+    a = architecture
+    heads, kv_heads = a.heads * a.head_dim, a.kv_heads * a.head_dim
+    sides = [(a.hidden, heads), (a.hidden, kv_heads), (a.hidden, kv_heads), (heads, a.hidden)] + 3 * [(a.hidden, a.mlp)]
+    return a.layers * rank * sum(inputs + outputs for inputs, outputs in sides)
 
 
 def test_the_files_are_those_that_are_promised():
@@ -125,8 +142,9 @@ def test_the_protocol_is_the_papers(name):
     assert getattr(config.objective, "beta", 0.1) == 0.1
     assert (config.batch.pairs_per_step, config.train.epochs) == (64, 1)
     optimizer = config.optimizer
-    assert (optimizer.name, optimizer.learning_rate, optimizer.warmup_steps) == ("rmsprop", 5e-7, 150)
-    assert (optimizer.schedule, optimizer.max_grad_norm) == ("constant", 10.0)
+    if config.lora is None:
+        assert (optimizer.name, optimizer.learning_rate, optimizer.warmup_steps) == ("rmsprop", 5e-7, 150)
+        assert (optimizer.schedule, optimizer.max_grad_norm) == ("constant", 10.0)
     assert config.refinement.prompt == PAPER_INSTRUCTION
     assert (config.model.dtype, config.model.param_dtype) == ("bfloat16", "float32")
     assert getattr(config.objective, "lam", 0.1) in (0.1, 0.3, 0.5, 1.0)

@@ -123,7 +123,8 @@ def tuned(request, tmp_path_factory):
     drawn = make_config(root / "first", root / "drawn", root / "train.jsonl", train={"max_steps": 1})
     assert train(drawn) == 0
     export(root / "first" / "run", root / "model")
-    config = on_weights(root, root / "lora", lora=LORA)
+    samples = {"train": {"samples": 2}, "generation": {"max_new_tokens": 8, "slots": 8}}
+    config = on_weights(root, root / "lora", lora=LORA, **samples)
     assert train(config) == 0
     export(root / "lora" / "run", root / "adapter")
     export(root / "lora" / "run", root / "merged", merge=True)
@@ -146,6 +147,22 @@ def test_merged_weights_give_the_numbers_of_the_adapters(tuned):
     assert main(["eval", str(written_config(tuned / "eval", merged))]) == 0
     theirs = json.loads((tuned / "eval" / "run" / "eval.json").read_text())
     assert theirs["eval/logps/chosen"] == pytest.approx(ours["eval/logps/chosen"], rel=1e-5)
+
+
+def test_responses_are_those_of_merged_weights(tuned, tmp_path):
+    """`sr-dpo generate` with the adapters of a run, and samples while it trained."""
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "reverse: a b {n}"}}\n' for n in range(3)))
+    few = {"generation": {"max_new_tokens": 8, "slots": 8}}
+    adapted = on_weights(tuned, tuned / "lora", lora=LORA, **few)
+    merged = on_weights(tuned, tmp_path / "merged", model="merged", **few)
+    texts = []
+    for name, config in (("adapted", adapted), ("merged", merged)):
+        path, out = written_config(tmp_path / name, config), tmp_path / f"{name}.jsonl"
+        assert main(["generate", str(path), "--prompts", str(tmp_path / "prompts.jsonl"), "--output", str(out)]) == 0
+        texts.append(out.read_text())
+    assert texts[0] == texts[1] and texts[0].count("response_tokens") == 3
+    samples = [json.loads(line) for line in (tuned / "lora" / "run" / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 2 and all(line["step"] == 5 for line in samples)
 
 
 def written_config(root, config):
