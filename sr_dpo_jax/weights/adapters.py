@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,19 +31,18 @@ from sr_dpo_jax.weights.files import ADAPTER_CONFIG, FLOATS, read_json, refuse_e
 from sr_dpo_jax.weights.layout import blocks_of, file_shape, flatten
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "bias": ("none",),
-    "use_dora": (False,),
-    "fan_in_fan_out": (False,),
-    "modules_to_save": (None, []),
-    "layers_to_transform": (None, []),
-    "layer_replication": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "target_parameters": (None, []),
-    "lora_bias": (False,),
-    "megatron_config": (None,),
-}
-"""Fields of adapter_config.json that ask for more than two thin matrices, with the values that ask for nothing."""
+UNDERSTOOD = ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights")
+"""Fields of adapter_config.json that are read here."""
+WITHOUT_EFFECT = (
+    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *("target_modules", "exclude_modules", "layers_pattern", "lora_dropout", "megatron_core", "runtime_config"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
+)
+"""Fields that change nothing of what adapters compute once they are trained: the file says where they stand."""
+NEUTRAL = (None, False, "none", [], {})
+"""The values with which any other field asks for nothing."""
+OF_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Starts for which PEFT changes the weights of the base too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,14 +56,14 @@ class AdapterDirectory:
     """The sha256 (hex) of both files."""
 
     def scale_of(self, module: str) -> tuple[int, float]:
-        """Gives rank and scale of a module, by its last name or its whole one."""
+        """Gives rank and scale of a module; a name in a pattern stands for all modules whose names end with it."""
 
         def of(pattern: str, default: float) -> float:
             found = self.fields.get(pattern) or {}
-            return found.get(module, found.get(module.rpartition(".")[2], default))
+            return next((value for name, value in found.items() if f".{module}".endswith(f".{name}")), default)
 
-        rank, alpha = int(of("rank_pattern", self.fields["r"])), of("alpha_pattern", self.fields["lora_alpha"])
-        return rank, alpha / (math.sqrt(rank) if self.fields.get("use_rslora") else rank)
+        rank, alpha = of("rank_pattern", self.fields["r"]), of("alpha_pattern", self.fields["lora_alpha"])
+        return int(rank), alpha / (math.sqrt(rank) if self.fields.get("use_rslora") else rank)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,20 +96,33 @@ def open_adapter(path: str) -> AdapterDirectory:
                 "save_pretrained writes it"
             )
     fields = read_json(directory / ADAPTER_CONFIG)
-    if fields.get("peft_type") != "LORA":
-        raise UsageError(f"{directory / ADAPTER_CONFIG}: peft_type={fields.get('peft_type')!r}: only LORA is supported")
-    for field, neutral in NEUTRAL.items():
-        if field in fields and fields[field] not in neutral:
-            raise UsageError(
-                f"{directory / ADAPTER_CONFIG}: {field}={fields[field]!r} is not supported; train an adapter without it"
-            )
-    whole = {name: isinstance(fields.get(name), kind) for name, kind in (("r", int), ("lora_alpha", int | float))}
-    if not all(whole.values()) or not 0 < fields["r"] < 10**6:
-        raise UsageError(f"{directory / ADAPTER_CONFIG}: r and lora_alpha must be numbers; restore the file")
+    if reason := _fault(fields):
+        raise UsageError(f"{directory / ADAPTER_CONFIG}: {reason}")
     digest = hashlib.sha256()
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         digest.update((directory / name).read_bytes())
     return AdapterDirectory(directory, fields, digest.hexdigest())
+
+
+def _fault(fields: Mapping[str, Any]) -> str | None:
+    """Says why a configuration of PEFT's does not describe plain LoRA adapters; None where it does."""
+    if fields.get("peft_type") != "LORA":
+        return f"peft_type={fields.get('peft_type')!r} is not supported, only LORA; train a LoRA adapter"
+    for field, value in fields.items():
+        if field not in UNDERSTOOD + WITHOUT_EFFECT and value not in NEUTRAL:
+            return f"{field}={value!r} is not supported; train an adapter without it"
+    start = fields.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(OF_THE_BASE):
+        return f"init_lora_weights={start!r} changes the base's weights; save it with PEFT's conversion to plain LoRA"
+    numbers = [fields.get("r"), fields.get("lora_alpha")]
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        named = fields.get(pattern) or {}
+        if not isinstance(named, dict) or not all(re.fullmatch(r"[\w.]+", name) for name in named):
+            return f"{pattern} has more in it than names of modules; give each module a name of its own there"
+        numbers += named.values()
+    if not all(isinstance(number, int | float) and 0 < number < 10**6 for number in numbers):
+        return "r, lora_alpha and their patterns must be positive numbers; restore the file"
+    return None
 
 
 def modules_of(directory: ModelDirectory, lora: Lora) -> tuple[Module, ...]:

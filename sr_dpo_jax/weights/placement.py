@@ -88,16 +88,20 @@ class PlacedModel:
 
         The weights are read from the directory, or drawn from the seed; so are adapters, where there are any.
         """
-        adapters, base = split(self.shapes)
-        if self.drawn:
-            return self._drawn(self.shapes, lambda drawn: drawn)
+        trained, base = split(self.shapes)
         if base is None:
-            return load_params(self.directory, self.abstract, self.shapes)
+            return self._weights(trained)
         if self.adapter is None:
-            adapters = self._drawn(adapters, lambda drawn: split(drawn)[0])
+            adapters = self._drawn(trained, lambda drawn: split(drawn)[0])
         else:
-            adapters = load_adapters(self.adapter, self.directory, self.abstract, self.lora, adapters)
-        return join(adapters, load_params(self.directory, self.abstract, base))
+            adapters = load_adapters(self.adapter, self.directory, self.abstract, self.lora, trained)
+        return join(adapters, self._weights(base))
+
+    def _weights(self, shapes: Params) -> Params:
+        """Makes all parameters but the adapters."""
+        if self.drawn:
+            return self._drawn(shapes, lambda drawn: split(drawn)[1] or drawn)
+        return load_params(self.directory, self.abstract, shapes)
 
     def _drawn(self, shapes: Params, part: Callable[[Params], Params]) -> Params:
         """Draws parameters from the seed; `part` picks those that `shapes` describes."""

@@ -1,6 +1,7 @@
 """Training of LoRA adapters: the base never changes, the reference is the model without them, resume is exact."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -187,6 +188,15 @@ def test_training_goes_on_from_a_peft_directory(tuned, tmp_path, monkeypatch):
     assert (tmp_path / "adapter" / file).read_bytes() == (tuned / "adapter" / file).read_bytes()
 
 
+def test_weights_that_are_drawn_can_have_adapters_from_a_file(tuned, tmp_path, monkeypatch):
+    seen = watched(monkeypatch)
+    form = {**LORA, "start": str(tuned / "adapter")}
+    config = make_config(tmp_path, tuned / "drawn", tuned / "train.jsonl", lora=form, train={"max_steps": 1})
+    assert train(config) == 0
+    given, held = stored_params(on_weights(tuned, tuned / "lora")), flatten_dict(seen["start"], sep=".")
+    assert all(given[name].tobytes() == value.tobytes() for name, value in held.items())
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
@@ -215,13 +225,23 @@ def test_what_the_other_commands_say(tuned, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("use_dora", True), ("bias", "all"), ("peft_type", "IA3"), ("r", "four"), ("lora_alpha", 9)]
+    ("field", "value"),
+    [
+        ("use_dora", True),
+        ("bias", "all"),
+        ("peft_type", "IA3"),
+        ("r", "four"),
+        ("lora_alpha", 9),
+        ("rank_pattern", {"^down": 3}),
+        ("alpha_pattern", {"layers.1": -1}),
+        ("init_lora_weights", "pissa_niter_4"),
+        ("of_a_later_version", {"some": 1}),
+    ],
 )
 def test_adapters_that_need_more_are_refused_by_field(tuned, tmp_path, field, value):
-    import shutil
-
     shutil.copytree(tuned / "adapter", tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), field: value}))
-    with pytest.raises(UsageError, match=r"r and lora_alpha" if field == "r" else field.removeprefix("lora_")):
+    said = {"r": "r, lora_alpha", "lora_alpha": r"lora\.alpha=9", "alpha_pattern": "positive numbers"}
+    with pytest.raises(UsageError, match=said.get(field, field)):
         read_model(on_weights(tuned, tmp_path, lora={**LORA, "start": str(tmp_path / "adapter")}))
