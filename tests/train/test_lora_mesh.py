@@ -49,7 +49,7 @@ def losses(world, root, mesh, *, init, dtype):
         model={"dtype": dtype},
         data=data,
         objective={"name": "dpo", "lam": None},
-        optimizer={"learning_rate": 3e-3 if init == "zero_a" else 1e-2, "warmup_steps": 0},
+        optimizer={"learning_rate": 3e-3 if init == "zero_a" else 5e-3, "warmup_steps": 0},
         batch={"pairs_per_step": PAIRS, "row_length": 512},
         lora={"rank": 8, "alpha": 16.0, "init": init},
         train={"epochs": STEPS},
