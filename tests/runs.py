@@ -53,7 +53,7 @@ TASKS = {
     "First and last": lambda words: [words[0], words[-1]],
 }
 
-IMPORTED = ("sr_dpo_jax.train.loop", "pyarrow.parquet")
+IMPORTED = ("sr_dpo_jax.train.loop", "pyarrow.parquet", "scipy.optimize")
 """What a forked process has imported before it is one."""
 _STARTED = itertools.count()
 TIMES = ("pairs_per_second", "tokens_per_second", "tokens_per_second_per_chip", "step_time_s")

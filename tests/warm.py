@@ -2,8 +2,9 @@
 
 A start costs seconds of imports, and the suites start some hundred processes. A fork has its own pid, signals, files,
 environment, standard output and exit code, and ends as Python ends; the backend of jax, which has threads, starts in
-the fork. What is read from the environment at import is that of the process that imported: so where a test changes a
-variable, it gets an ordinary process (`runs.run_process`).
+the fork. Each of several that join may store what it compiles (`keep_compiled`). What is read from the environment at
+import is that of the process that imported: so where a test changes a variable, it gets an ordinary process
+(`runs.run_process`).
 
     python tests/warm.py FD MODULE...    imports the modules; then one fork for each request that the socket FD brings
 """
@@ -163,6 +164,27 @@ def serve(requests: socket.socket) -> dict[str, Any] | None:
                 os.close(running.pop(pid))
 
 
+def keep_compiled() -> None:
+    """Lets every process of several store the programs that it compiles.
+
+    jax lets process 0 alone write to the compilation cache. On CPUs the key of a program tells the processes apart, so
+    the others would find none of theirs there, however often they start.
+    """
+    from jax._src import compiler, distributed  # jax has no public way
+
+    write = compiler._cache_write
+
+    def written(*given: Any) -> None:
+        state = distributed.global_state
+        number, state.process_id = state.process_id, 0
+        try:
+            write(*given)
+        finally:
+            state.process_id = number
+
+    compiler._cache_write = written
+
+
 def main() -> None:
     """Returns at the end of the last request; in a fork, ends as the program does."""
     for module in sys.argv[2:]:
@@ -174,6 +196,8 @@ def main() -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["cwd"])
+    if "jax" in sys.modules:
+        keep_compiled()
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()  # Python's own generator does so itself
     place, *arguments = request["program"]
