@@ -3,9 +3,9 @@
 A file may hold more on the same fault than the table names; `tests/soak.py` is run by hand.
 
     fault                                           test
-    SIGTERM to any host                             test_faults_processes.test_p1_sigterm_to_one_of_two_saves_one_step_on_both_and_p3_resumes_bitwise
+    SIGTERM to any host                             test_faults_processes.test_p1_sigterm_and_sigkill_of_one_of_two_and_p3_resumes_bitwise
                                                     test_faults_processes.test_p1_a_second_sigterm_ends_a_single_process_at_once
-    SIGKILL in a step                               test_faults_processes.test_p1_sigkill_of_either_ends_the_other_and_p3_resumes_bitwise
+    SIGKILL in a step                               test_faults_processes.test_p1_sigterm_and_sigkill_of_one_of_two_and_p3_resumes_bitwise
     SIGKILL in a save                               test_faults_processes.test_p1_sigkill_between_commit_and_verification
                                                     soak.main
     half-written and foreign step directories       test_faults_checkpoints.test_p2_half_written_and_foreign_directories_are_ignored

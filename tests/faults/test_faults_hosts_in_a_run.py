@@ -9,7 +9,7 @@ import pytest
 from runs import model_directory, preference_file, raw_config, run_processes, state_of, verified_steps, written
 from safetensors.numpy import load_file, save_file
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("same_programs")]
 
 START_S, STEPS, EVERY = 400, 12, 4
 
@@ -21,7 +21,8 @@ def world(tmp_path_factory):
 
 
 def command(world, root, **sections):
-    raw = raw_config(root, *world, train={"epochs": 2}, checkpoint={"every_steps": EVERY}, **sections)
+    cache = str(world[0].parent / "cache")  # the reference is scored once for all runs
+    raw = raw_config(root, *world, train={"epochs": 2}, checkpoint={"every_steps": EVERY}, cache_dir=cache, **sections)
     return ["train", written(root, raw)]
 
 

