@@ -31,6 +31,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("longest") is None)
 
 
+@pytest.fixture(autouse=True)
+def compiled_as_before():
+    """What `sr-dpo compile` sets for its own process ends with the test: no compilation cache, the least effort."""
+    names = ("jax_enable_compilation_cache", "jax_exec_time_optimization_effort")
+    before = {name: getattr(jax.config, name) for name in names}
+    yield
+    for name, value in before.items():
+        if getattr(jax.config, name) != value:
+            jax.config.update(name, value)
+
+
 @pytest.fixture
 def float64():
     """64-bit jax arrays for the length of one test."""

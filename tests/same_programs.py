@@ -1,9 +1,9 @@
-"""Programs that runs of one test file have in common are traced and lowered once.
+"""Programs that runs of tests have in common are traced, lowered and compiled once a session.
 
 Most of the time of a tiny run in this process goes to that, and every run makes its programs anew. Here the makers give
-the jitted function that they gave before for equal arguments. A trap: a test that changes what is traced, or that
-watches what is compiled, must not share; and where a file says that a start anew gives the same numbers, at least one
-of its tests must trace anew (`anew`).
+the jitted function that they gave before for equal arguments, and a function gives what it compiled before for equal
+shapes. A trap: a test that changes what is traced, or that watches what is compiled, must not share; and where a file
+says that a start anew gives the same numbers, at least one of its tests must trace anew (`anew`).
 """
 
 import contextlib
@@ -16,8 +16,13 @@ import jax
 import pytest
 
 from sr_dpo_jax.generation import generator
+from sr_dpo_jax.parallel.mesh import jit_on
 from sr_dpo_jax.train import scored_set, setup
+from sr_dpo_jax.train.program import Program
+from sr_dpo_jax.weights import placement
 
+_all: dict[Any, Any] = {}
+"""Everything that this session has made while programs were shared."""
 _kept: list[dict[Any, Any]] = []
 """One dictionary while programs are shared, none otherwise."""
 
@@ -25,7 +30,7 @@ _kept: list[dict[Any, Any]] = []
 def _layout(tree: Any) -> Any:
     """What jax compiles for: the structure, shapes, types and shardings of a tree."""
     leaves, structure = jax.tree.flatten(tree)
-    return structure, tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves)
+    return structure, tuple((leaf.shape, leaf.dtype, getattr(leaf, "sharding", None)) for leaf in leaves)
 
 
 def _key(given: Any) -> Any:
@@ -39,25 +44,82 @@ def _key(given: Any) -> Any:
     return _layout(given) if isinstance(given, generator.State) else given
 
 
+class _Jitted:
+    """A jitted function that remembers what it has lowered and compiled ahead of time."""
+
+    def __init__(self, function: Any):
+        self._function, self._lowered = function, {}
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._function(*arguments)
+
+    def lower(self, *arguments: Any) -> "_Lowered":
+        key = _layout(arguments)
+        if key not in self._lowered:
+            self._lowered[key] = _Lowered(self._function.lower(*arguments))
+        return self._lowered[key]
+
+
+class _Lowered:
+    """A lowered program that is compiled once."""
+
+    def __init__(self, lowered: Any):
+        self._lowered, self._compiled = lowered, None
+
+    def compile(self) -> Any:
+        if self._compiled is None:
+            self._compiled = self._lowered.compile()
+        return self._compiled
+
+
+def _remembering(made: Any) -> Any:
+    """The maker's result, with `_Jitted` in the place of its functions."""
+    if isinstance(made, Program):
+        return dataclasses.replace(made, step=_Jitted(made.step))
+    return tuple(map(_Jitted, made)) if isinstance(made, tuple) else _Jitted(made)
+
+
 def _once(make: Any) -> Any:
     def made(*arguments: Any, **named: Any) -> Any:
         if not _kept:
             return make(*arguments, **named)
         key = (make, *map(_key, arguments), *((name, _key(value)) for name, value in sorted(named.items())))
         if key not in _kept[-1]:
-            _kept[-1][key] = make(*arguments, **named)
+            _kept[-1][key] = _remembering(make(*arguments, **named))
         return _kept[-1][key]
 
     return made
 
 
+def _drawn_once(base_params: Any) -> Any:
+    """Draws the weights of one model and seed by one program, anew each time."""
+
+    def drawn(model: placement.PlacedModel) -> Any:
+        if not _kept or model.seed is None:
+            return base_params(model)
+        key = ("base_params", *_key(model), model.seed)
+
+        def initialise(mesh: Any, make: Any, shardings: Any) -> Any:
+            if key not in _kept[-1]:
+                _kept[-1][key] = jit_on(mesh, make, out_shardings=shardings)
+            return _kept[-1][key]()
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(placement, "initialise", initialise)
+            return base_params(model)
+
+    return drawn
+
+
 @contextlib.contextmanager
 def shared() -> Iterator[None]:
-    """Shares programs from here on."""
+    """Shares programs from here on, also with those who shared before."""
     with pytest.MonkeyPatch.context() as patch:
         for module, name in ((setup, "make_program"), (scored_set, "make_score_step"), (generator, "make_programs")):
             patch.setattr(module, name, _once(getattr(module, name)))
-        _kept.append({})
+        base_params = placement.PlacedModel.base_params
+        patch.setattr(placement.PlacedModel, "base_params", _drawn_once(base_params))
+        _kept.append(_all)
         try:
             yield
         finally:

@@ -8,6 +8,8 @@ from runs import REPOSITORY, make_config, model_directory, preference_file
 
 import sr_dpo_jax
 
+pytestmark = pytest.mark.usefixtures("same_programs")
+
 USER = """
 from pathlib import Path
 

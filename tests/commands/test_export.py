@@ -24,6 +24,8 @@ from sr_dpo_jax.durable.checkpoint import Checkpoints
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.train.loop import train
 
+pytestmark = pytest.mark.usefixtures("same_programs")
+
 KILLED = """
 import os, pathlib, signal, sys
 from sr_dpo_jax.commands.export import _new_directory

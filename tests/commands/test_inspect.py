@@ -23,6 +23,8 @@ from sr_dpo_jax.train.optim import OPTIMIZERS
 from sr_dpo_jax.weights import directory as weights
 from sr_dpo_jax.weights.placement import reference_copy
 
+pytestmark = pytest.mark.usefixtures("same_programs")
+
 FIELDS = {"num_key_value_heads": 2, "head_dim": 24, "attention_bias": True, "tie_word_embeddings": True}
 
 

@@ -14,7 +14,7 @@ from sr_dpo_jax.cli import main
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.train.loop import train
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("same_programs")]
 
 FLOAT32 = ["model.dtype=float32", "batch.row_multiple=8", "generation.slots=8", "batch.pairs_per_step=16"]
 CONTEXT_TOKENS = 96

@@ -14,6 +14,8 @@ from sr_dpo_jax.cli import main
 from sr_dpo_jax.commands.tune import candidates, choose
 from sr_dpo_jax.errors import UsageError
 
+pytestmark = pytest.mark.usefixtures("same_programs")
+
 ACCURACY, LOSS = "eval/rewards/accuracies", "eval/loss"
 
 

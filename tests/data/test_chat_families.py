@@ -14,6 +14,8 @@ from sr_dpo_jax.data.rows import BadRow, Message, Pair
 from sr_dpo_jax.data.tokens import PairEncoder, PairTokens, load_tokenizer, uses_bos
 from sr_dpo_jax.train.loop import train
 
+pytestmark = pytest.mark.usefixtures("same_programs")
+
 P = "Please be useful. Query:"
 FAMILIES = tuple(toy.CHAT_FAMILIES)
 SYSTEM_REFUSED = {"gemma2"}

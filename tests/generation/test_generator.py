@@ -16,6 +16,8 @@ from sr_dpo_jax.cli import main
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.generation.decode import Sampling, draw, make_programs, make_state
 
+pytestmark = pytest.mark.usefixtures("same_programs")
+
 SEPARATED = {"response": "a\u2028b\u0085c", "response_tokens": 5, "finish_reason": "end"}
 GREEDY = Sampling(0.0, None, None, end_tokens=(0,))
 

@@ -24,7 +24,7 @@ from sr_dpo_jax.train.loop import train
 from sr_dpo_jax.train.train_step import score
 from sr_dpo_jax.weights import directory as weights
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("same_programs")]
 
 
 @pytest.fixture

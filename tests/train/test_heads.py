@@ -18,6 +18,8 @@ from sr_dpo_jax.train.loop import train
 from sr_dpo_jax.train.program import plan_training, require_short_rows, work_of
 from sr_dpo_jax.train.reference import cache_files
 
+pytestmark = pytest.mark.usefixtures("same_programs")
+
 SYSTEM = (None, "Be kind.", "Answer as a sailor of the old navy would.")
 LOW = "Answer badly, please: "
 CONTRAST = {"form": "contrast", "judge": "policy", "against": LOW}

@@ -12,6 +12,8 @@ from sr_dpo_jax.model.kernels.splash import LONGEST_ROW
 from sr_dpo_jax.train.program import COARSE_RATE, plan_training, require_short_rows, warn_of_no_learning, work_of
 from sr_dpo_jax.train.state import first_state
 
+pytestmark = pytest.mark.usefixtures("same_programs")
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):

@@ -6,6 +6,8 @@ from runs import model_directory, preference_file, tiny_setup
 
 from sr_dpo_jax.train.reference import KINDS, _save, cache_files
 
+pytestmark = pytest.mark.usefixtures("same_programs")
+
 PAIRS = 19
 
 

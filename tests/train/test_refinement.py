@@ -22,6 +22,8 @@ from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.train.loop import train
 from sr_dpo_jax.train.scored_set import training_feed
 
+pytestmark = pytest.mark.usefixtures("same_programs")
+
 LOW = "Answer badly, please: "
 CONTRAST = {"form": "contrast", "judge": "reference"}
 

@@ -5,6 +5,8 @@ from runs import model_directory, preference_file, tiny_setup
 
 from sr_dpo_jax.train.setup import read_held_out
 
+pytestmark = pytest.mark.usefixtures("same_programs")
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):

@@ -8,6 +8,8 @@ from runs import model_directory, preference_file, tiny_setup
 from sr_dpo_jax.train.objective import Objective
 from sr_dpo_jax.train.scored_set import compiled_sets
 
+pytestmark = pytest.mark.usefixtures("same_programs")
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):

@@ -8,6 +8,8 @@ from runs import make_config, model_directory, preference_file, tiny_setup
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.train.loop import train
 
+pytestmark = pytest.mark.usefixtures("same_programs")
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):

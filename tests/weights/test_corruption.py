@@ -18,6 +18,8 @@ from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.train.setup import read_model
 from sr_dpo_jax.weights import directory as weights
 
+pytestmark = pytest.mark.usefixtures("same_programs")
+
 INDEX = "model.safetensors.index.json"
 CANARY = b"canary"
 

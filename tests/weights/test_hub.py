@@ -19,6 +19,8 @@ from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.weights import directory as weights
 from sr_dpo_jax.weights import hub
 
+pytestmark = pytest.mark.usefixtures("same_programs")
+
 FIRST, SECOND = "0123456789abcdef" * 2 + "01234567", "f" * 40
 TOKEN = "hf_canary_0123456789"
 
