@@ -9,10 +9,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit what the session has set
     _KEPT = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in flag]
     # Tests compile far longer than they compute. Without LLVM's optimisations that takes half of the time, and less
-    # again without fusion emitters (jaxlib 0.12 does not know the flag, and ends the process at it).
+    # again without fusion emitters, and in one part where 32 parts would be compiled beside each other (another jaxlib
+    # may not know these flags, as 0.12 does not know the first, and then ends the process).
     _FAST_COMPILE = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
     if importlib.metadata.version("jaxlib").startswith("0.10."):
-        _FAST_COMPILE.append("--xla_cpu_use_fusion_emitters=false")
+        _FAST_COMPILE += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
     os.environ["XLA_FLAGS"] = " ".join([*_FAST_COMPILE, *_KEPT, "--xla_force_host_platform_device_count=8"])
     # The same program is compiled once for all tests and all their processes, also in sessions to come. jax knows a
     # program by its content, its versions and its flags; pytest --cache-clear removes the directory.

@@ -92,12 +92,12 @@ def _once(make: Any) -> Any:
 
 
 def _drawn_once(base_params: Any) -> Any:
-    """Draws the weights of one model and seed by one program, anew each time."""
+    """Draws the weights of one model and seed, or its adapters, by one program, anew each time."""
 
     def drawn(model: placement.PlacedModel) -> Any:
-        if not _kept or model.seed is None:
+        if not _kept:
             return base_params(model)
-        key = ("base_params", *_key(model), model.seed)
+        key = ("base_params", *_key(model), model.architecture, model.lora, model.drawn, model.seed)
 
         def initialise(mesh: Any, make: Any, shardings: Any) -> Any:
             if key not in _kept[-1]:

@@ -35,7 +35,7 @@ TINY = {
     "name": "tiny",
     "base_steps": 60,
     "seeds": 2,
-    "arms": ["dpo", "sr_dpo-0.5", "dpo-more", "dpo-shuffled", "sr_dpo-0.5-more", "sr_dpo-0.5-shuffled"],
+    "arms": ["dpo", "sr_dpo-0.5", "dpo-more", "dpo-shuffled", "sr_dpo-0.5-more"],
     "held_out_pairs": 32,
     "more_factor": 2,
     "evaluations": 2,

@@ -13,7 +13,7 @@ from sr_dpo_jax.cli import main
 from sr_dpo_jax.commands.export import export
 from sr_dpo_jax.train.loop import train
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("same_programs")]
 
 LORA = {"rank": 4, "alpha": 8.0}
 FAMILIES = {"llama": {"num_key_value_heads": 2}, "gpt_neox": {}, "phi3": {"num_key_value_heads": 2, "pad_token_id": 0}}

@@ -270,21 +270,16 @@ class Killed(BaseException):
 
 
 CUTS = ["between saves", "after an evaluation, before its save", "in the samples"]
-AFTER_THE_BEST = [(when, (3, 1, 3)) for when in CUTS]
-"""Steps of three cuts, the first counted from the start, the others from the best step."""
 
 
-@pytest.mark.parametrize(
-    ("when", "cuts"),
-    [(CUTS[0], (3, 3)), *(pytest.param(*case, marks=pytest.mark.slow) for case in AFTER_THE_BEST)],
-)
-def test_a_run_that_is_cut_off_is_the_run_that_is_not(world, golden, tmp_path, monkeypatch, when, cuts, request):
-    """Cut once before the best and then while it waits for a better one: the same state, lines, samples and end."""
+@pytest.mark.slow
+@pytest.mark.parametrize("when", CUTS)
+def test_a_run_that_is_cut_off_is_the_run_that_is_not(world, golden, tmp_path, monkeypatch, when, request):
+    """Cut once before the best and twice while it waits for a better one: the same state, lines, samples and end."""
     if when == CUTS[0]:
         request.getfixturevalue("programs_anew")
     config, best = config_of(world, tmp_path), first_best(golden[0])
-    first, *waiting = cuts
-    for step in (first, *(best + after for after in waiting)):
+    for step in (3, best + 1, best + 3):
         with monkeypatch.context() as patched:
             kill(patched, when, step)
             with pytest.raises(Killed):

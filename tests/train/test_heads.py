@@ -122,7 +122,7 @@ def test_a_contrast_of_two_instructions_by_the_policy_begins_as_the_reference_s(
     assert live[0]["loss"] == pytest.approx(frozen[0]["loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("p", [" Trimmed:", "  "])
+@pytest.mark.parametrize("p", [" Trimmed:", pytest.param("  ", marks=pytest.mark.slow)])
 def test_p_that_cannot_stand_matters_to_those_who_use_it_alone(world, tmp_path, p):
     dpo, refinement = {"name": "dpo", "lam": None}, {"refinement": {"prompt": p}}
     lines = run(world, tmp_path / "dpo", objective=dpo, **refinement)

@@ -10,6 +10,8 @@ from sr_dpo_jax.durable.preemption import StopSignal
 from sr_dpo_jax.train.prepare import prepare
 from sr_dpo_jax.train.setup import read_held_out
 
+pytestmark = pytest.mark.usefixtures("same_programs")
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):

@@ -28,6 +28,11 @@ LOW = "Answer badly, please: "
 CONTRAST = {"form": "contrast", "judge": "reference"}
 
 
+def slow(*values):
+    """A case of the slow suite: the quick loop runs another of the same test."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Model directory, training file, held-out file and a file with ratings."""
@@ -73,7 +78,7 @@ def logistic(logit):
     return np.logaddexp(0, -logit)
 
 
-@pytest.mark.parametrize("name", ["sr_dpo", "sr_ipo", "sr_ipo_mean"])
+@pytest.mark.parametrize("name", [*map(slow, ["sr_dpo", "sr_ipo"]), "sr_ipo_mean"])
 def test_contrast_by_the_reference_shifts_by_lam_times_c(world, tmp_path, name):
     lines = run(world, tmp_path, objective={"name": name, "beta": 0.1, "lam": 0.7}, refinement=CONTRAST)
     columns, first = scored(world, tmp_path), pairs_of_first_step(world, tmp_path)
@@ -100,7 +105,7 @@ def test_contrast_by_the_policy_begins_as_the_references_and_moves(world, tmp_pa
     assert live[0]["augmented/margin"] == pytest.approx(0, abs=1e-6), "m̂ of a policy that is still the reference"
 
 
-@pytest.mark.parametrize("judge", ["reference", "policy"])
+@pytest.mark.parametrize("judge", [slow("reference"), "policy"])
 def test_contrast_against_a_second_instruction(world, tmp_path, judge):
     refinement = {"form": "contrast", "judge": judge, "against": LOW}
     lines = run(world, tmp_path, objective={"name": "sr_dpo", "lam": 1.0}, refinement=refinement)
@@ -115,7 +120,7 @@ def test_contrast_against_a_second_instruction(world, tmp_path, judge):
     np.testing.assert_allclose(preference(mirrored, "_augmented"), preference(columns, "_against"), atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", ["cached", "online"])
+@pytest.mark.parametrize("mode", [slow("cached"), "online"])
 def test_lam_zero_is_the_plain_run(world, tmp_path, mode):
     """To float order: the loss is the plain one bit for bit (test_losses.py), its program another one."""
     plain = {"objective": {"name": "dpo", "lam": None}, "reference": {"mode": mode}}
@@ -127,7 +132,7 @@ def test_lam_zero_is_the_plain_run(world, tmp_path, mode):
             assert mine[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
 
 
-@pytest.mark.parametrize(("offset", "shift"), [("log", np.log), ("linear", lambda gap: gap)])
+@pytest.mark.parametrize(("offset", "shift"), [("log", np.log), slow("linear", lambda gap: gap)])
 def test_ratings_shift_by_their_difference(world, tmp_path, offset, shift):
     refinement = {"judge": "ratings", "alpha": 0.25, **({"offset": offset} if offset != "log" else {})}
     lines = run(world, tmp_path, pairs=world[3], objective={"name": "sr_dpo", "lam": 2.0}, refinement=refinement)
