@@ -11,8 +11,9 @@ from sr_dpo_jax.config.schema import Config
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 OBJECTIVES = ("dpo", "ipo", "sr_dpo", "sr_ipo")
+CONTRAST = "pythia_2.8b_hh_sr_dpo_contrast"
 NAMES = sorted(
-    ["pythia_2.8b_hh_sft", "llama3_8b_ultrafeedback_sr_dpo", "llama3_70b_sr_dpo", "qwen3_8b_sr_dpo"]
+    ["pythia_2.8b_hh_sft", CONTRAST, "llama3_8b_ultrafeedback_sr_dpo", "llama3_70b_sr_dpo", "qwen3_8b_sr_dpo"]
     + ["llama3_8b_lora_sr_dpo", "llama3_70b_lora_sr_dpo"]
     + [f"{start}_{name}" for start in ("pythia_2.8b_hh", "zephyr_7b_ultrafeedback") for name in OBJECTIVES]
 )

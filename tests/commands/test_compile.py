@@ -23,8 +23,6 @@ from sr_dpo_jax.commands.compile.machine import only_one
 from sr_dpo_jax.config.load import load_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SHARED = {"ipo": "dpo", "sr_ipo": "sr_dpo"}
-"""Objectives whose programs are those of another, but for a few operations on one number a pair."""
 WORKER = """
 import contextlib, io, json, logging, sys, traceback
 from sr_dpo_jax import cli
@@ -39,6 +37,30 @@ for line in sys.stdin:
                 traceback.print_exc()
                 code = 1
         print(json.dumps([code, said.getvalue()]), file=answers, flush=True)
+"""
+COSTS = """
+import json, sys
+from sr_dpo_jax.commands.compile import hlo, programs, typical
+from sr_dpo_jax.commands.compile.machine import devices_of
+from sr_dpo_jax.config.load import load_config
+from sr_dpo_jax.parallel.mesh import make_mesh
+from sr_dpo_jax.train.setup import set_up_on
+from sr_dpo_jax.weights.directory import open_directory
+
+path, topology, *objectives = sys.argv[1:]
+devices = devices_of(topology, 1)
+for overrides in map(json.loads, objectives):
+    config = load_config(path, overrides)
+    mesh = make_mesh(**config.mesh.model_dump(), devices=devices)
+    setup = set_up_on(mesh, config, open_directory(config.model.path, weights=False))
+    lengths = {"max_length": config.data.max_length, "max_prompt_length": config.data.max_prompt_length}
+    pairs = typical.typical_pairs("hh_rlhf", least_pairs=640, head_tokens=0, augmentation_tokens=50, **lengths)
+    plan = setup.plan(pairs, ())
+    step = programs.first_step(setup, pairs, plan, augmented=setup.objective.judged_in_step)
+    program, arguments = programs.train_step_of(setup, plan, step)
+    compiled = program.lower(*arguments).compile()
+    flops, cycles = compiled.cost_analysis()["flops"], hlo.read(compiled.as_text()).cycles
+    print("costs", json.dumps([flops, cycles]), flush=True)
 """
 LONG_ROWS = ["data.max_length=20000", "data.max_prompt_length=10000", "batch.row_length=65536"]
 COMMANDS = [(name, number) for name in NAMES for number in range(len(commands(name, "compile")))]
@@ -102,8 +124,8 @@ def compiled(tmp_path_factory, model_root, run):
     root, kept = tmp_path_factory.mktemp("compiled"), {}
 
     def compile_once(name: str, number: int) -> Result:
-        objective = load(name).objective.name
-        name = f"{name.removesuffix(objective)}{SHARED.get(objective, objective)}"
+        if name.endswith("ipo"):  # the program is DPO's, but for a few operations on one number a pair
+            name = f"{name.removesuffix('ipo')}dpo"
         if (name, number) not in kept:
             arguments = commands(name, "compile")[number]
             arguments[2:2] = [f"model.path={model_root / known_model(name)}"]
@@ -196,6 +218,32 @@ def test_splash_attention_with_windows_and_caps_compiles(tmp_path, run, topology
         assert program["kernel_cycles"] > 0 and program["unknown_kernels"] == 0
     assert set(report["blocks_visited"]) == {"plain", "augmented"}
     assert all(0 < share < 1 for share in report["blocks_visited"].values())
+
+
+def test_the_contrast_by_the_reference_costs_what_dpo_costs(tmp_path):
+    """XLA's own flops of one chip's step and its estimated cycles, at the compiler's full effort.
+
+    The worker of the other tests holds libtpu's own lock for as long as it lives.
+    """
+    _, path = tiny_config(tmp_path, "llama", hidden_size=1024, intermediate_size=2816, num_attention_heads=16)
+    objectives = {
+        "dpo": ["objective.name=dpo", "objective.lam=null"],
+        "contrast": ["refinement.form=contrast", "refinement.judge=reference", "objective.lam=auto"],
+        "contrast by the policy": ["refinement.form=contrast"],
+    }
+    process = start(
+        ["-c", COSTS, path, "v5e:2x2", *map(json.dumps, objectives.values())], ALLOW_MULTIPLE_LIBTPU_LOAD="1"
+    )
+    said, _ = process.communicate(timeout=1800)
+    assert process.returncode == 0, said
+    lines = [json.loads(line.removeprefix("costs ")) for line in said.splitlines() if line.startswith("costs ")]
+    costs = dict(zip(objectives, lines, strict=True))
+    (flops, cycles), (dpo_flops, dpo_cycles) = costs["contrast"], costs["dpo"]
+    print({name: (line[0] / dpo_flops, line[1] / dpo_cycles) for name, line in costs.items()})
+    assert flops == pytest.approx(dpo_flops, rel=5e-3)
+    assert cycles == pytest.approx(dpo_cycles, rel=2e-2)
+    by_policy = costs["contrast by the policy"]
+    assert by_policy[0] > 1.1 * dpo_flops and by_policy[1] > 1.1 * dpo_cycles
 
 
 def test_what_does_not_fit_comes_with_a_change_that_does(tmp_path, model_root, run):

@@ -11,7 +11,7 @@ import jax.extend
 import known_models
 import pytest
 import tiny
-from published_configs import CONFIGS, NAMES, OBJECTIVES, commands, head, known_model, load, options
+from published_configs import CONFIGS, CONTRAST, NAMES, OBJECTIVES, commands, head, known_model, load, options
 
 from sr_dpo_jax.commands.compile.programs import first_step, train_step_of
 from sr_dpo_jax.commands.compile.search import TYPICAL_P_TOKENS
@@ -22,7 +22,7 @@ from sr_dpo_jax.data import dataset
 from sr_dpo_jax.data.rows import FORMATS
 from sr_dpo_jax.parallel.chips import chip_of
 from sr_dpo_jax.train.flops import body_weights, pair_flops
-from sr_dpo_jax.train.setup import set_up_on
+from sr_dpo_jax.train.setup import objective_of, set_up_on
 from sr_dpo_jax.weights.directory import open_directory
 
 HELD_OUT_PAIRS = {"hh_rlhf": 8_552, "ultrafeedback": 2_000}
@@ -42,7 +42,7 @@ def expected_time(root: Path, name: str) -> str:
     given = options(commands(name, "compile")[0])
     config, pairs = load(name), typical(load(name).data.format)
     directory = open_directory(str(known_models.model_directory(root, known_model(name))), weights=False)
-    sft, refined = config.objective.name == "sft", config.objective.name.startswith("sr_")
+    sft, objective = config.objective.name == "sft", objective_of(config)
     sizes = {"prompt_tokens": pairs.prompt_tokens, "chosen_tokens": pairs.chosen_tokens}
     sizes["rejected_tokens"] = 0 * pairs.rejected_tokens if sft else pairs.rejected_tokens
     plain, with_p = (
@@ -58,9 +58,13 @@ def expected_time(root: Path, name: str) -> str:
             2 * body_weights(a) * tokens + 2 * a.vocabulary_tokens * a.hidden * (tokens - pairs.prompt_tokens)
         ).mean()
         plain, with_p = plain + thin, with_p + thin
-    step = config.batch.pairs_per_step * (3 * plain - saved + refined * with_p)
+    step = config.batch.pairs_per_step * (3 * plain - saved + objective.judged_in_step * with_p)
     held_out = HELD_OUT_PAIRS[config.data.format]
-    beside = held_out * plain if sft else len(pairs) * (plain + refined * with_p) + 2 * held_out * (plain + with_p)
+    beside = (
+        held_out * plain
+        if sft
+        else len(pairs) * (plain + objective.scored_with_p * with_p) + 2 * held_out * (plain + with_p)
+    )
     chip, _, chips = given.topology.partition(":")
     peak = given.slices * math.prod(map(int, chips.split("x"))) * chip_of(f"TPU {chip}").bfloat16_flops
 
@@ -147,7 +151,8 @@ def test_the_protocol_is_the_papers(name):
         assert (optimizer.schedule, optimizer.max_grad_norm) == ("constant", 10.0)
     assert config.refinement.prompt == PAPER_INSTRUCTION
     assert (config.model.dtype, config.model.param_dtype) == ("bfloat16", "float32")
-    assert getattr(config.objective, "lam", 0.1) in (0.1, 0.3, 0.5, 1.0)
+    paper = config.refinement.form == "margin"
+    assert getattr(config.objective, "lam", 0.1) in (0.1, 0.3, 0.5, 1.0) if paper else config.objective.lam == "auto"
 
 
 @pytest.mark.parametrize("start", ["pythia_2.8b_hh", "zephyr_7b_ultrafeedback"])
@@ -160,6 +165,13 @@ def test_objectives_of_one_experiment_differ_in_nothing_else(start):
     assert all(rest(name) == rest("dpo") for name in OBJECTIVES)
     assert [load(f"{start}_{name}").objective.name for name in OBJECTIVES] == list(OBJECTIVES)
     assert load(f"{start}_sr_dpo").objective.lam == load(f"{start}_sr_ipo").objective.lam
+
+
+def test_the_contrast_differs_from_sr_dpo_in_the_refinement_alone():
+    contrast, paper = load(CONTRAST), load("pythia_2.8b_hh_sr_dpo")
+    exclude = {"output_dir": True, "objective": {"lam"}, "refinement": {"form", "judge"}}
+    assert contrast.model_dump(exclude=exclude) == paper.model_dump(exclude=exclude)
+    assert (contrast.refinement.form, contrast.refinement.judge) == ("contrast", "reference")
 
 
 def equations(jaxpr: jax.extend.core.Jaxpr) -> Counter:
@@ -200,5 +212,5 @@ def test_programs_that_differ_by_the_loss_alone(tmp_path, start, name, other):
 
 def test_alignment_starts_from_the_exported_sft_model():
     run_dir, out_dir = load("pythia_2.8b_hh_sft").output_dir, load("pythia_2.8b_hh_dpo").model.path
-    for name in ("sft", *OBJECTIVES):
+    for name in ("sft", *OBJECTIVES, CONTRAST.removeprefix("pythia_2.8b_hh_")):
         assert f"sr-dpo export {run_dir} {out_dir}" in " ".join(head(f"pythia_2.8b_hh_{name}"))
