@@ -15,6 +15,7 @@ from runs import (
     without_times,
     written,
 )
+from safetensors.numpy import load_file
 
 from sr_dpo_jax.cli import main
 from sr_dpo_jax.config.load import config_from_dict
@@ -49,7 +50,7 @@ def run(world, root, *, pairs=None, **sections):
     """Trains two steps and gives their metrics; the reference is scored once for all runs."""
     model, usual, _, _ = world
     sections = {"train": {"max_steps": 2}, "optimizer": {"warmup_steps": 0}, **sections}
-    config = make_config(root, model, pairs or usual, cache_dir=str(model.parent / "cache"), **sections)
+    config = make_config(root, model, pairs or usual, **{"cache_dir": str(model.parent / "cache"), **sections})
     assert train(config) == 0
     return without_times(metrics_of(config.output_dir))
 
@@ -93,6 +94,27 @@ def test_contrast_by_the_reference_shifts_by_lam_times_c(world, tmp_path, name):
     assert lines[0]["loss"] == pytest.approx(expected.mean(), rel=1e-6)
     assert np.abs(contrast).max() > 1e-3, "a contrast of nothing would prove nothing"
     assert not any("augmented/margin" in line for line in lines), "no rows with p in the step"
+
+
+def test_the_first_step_in_bfloat16_has_the_loss_of_the_contrast_alone(world, tmp_path):
+    """Policy and reference round alike, so margins are 0, and the loss is the mean of −log σ(−λc), to 1e-6.
+
+    c is taken in float64 from the scores that stand in the cache; in float32 they are other ones.
+    """
+    cache = tmp_path / "cache"
+    sections = {"cache_dir": str(cache), "refinement": CONTRAST, "model": {"dtype": "bfloat16"}}
+    lines = run(world, tmp_path, objective={"name": "sr_dpo", "lam": 0.7}, **sections)
+    plain, with_p = (
+        load_file(*cache.glob(f"reference-{kind}-*"))["scores"].astype(np.float64) for kind in ("plain", "augmented")
+    )
+    contrast = (with_p - plain) @ [1, -1]
+    first = contrast[pairs_of_first_step(world, tmp_path)]
+    assert lines[0]["margin"] == 0
+    assert lines[0]["refinement"] == pytest.approx(first.mean(), rel=1e-6, abs=1e-7)
+    assert lines[0]["loss"] == pytest.approx(logistic(-0.7 * first).mean(), rel=1e-6)
+    wide = scored(world, tmp_path / "float32")
+    in_float32 = preference(wide, "_augmented") - preference(wide)
+    assert 1e-4 < np.abs(in_float32 - contrast).max() < 0.1, "the types differ, and mean the same"
 
 
 def test_contrast_by_the_policy_begins_as_the_references_and_moves(world, tmp_path):
