@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from sr_dpo_jax.formulas.margins import discopop, exo_pair, hinge, orpo, robust, shifted, simpo, smoothed
 from sr_dpo_jax.formulas.responses import aot, aot_unpaired, apo_down, apo_zero, bco_pair, nca_pair, sppo_hard
-from sr_dpo_jax.formulas.scores import divergence_score, log_odds
+from sr_dpo_jax.formulas.scores import divergence_score, log_odds, on_policy_weight
 
 Array = jax.Array
 
@@ -40,6 +40,7 @@ __all__ = [
     "ipo",
     "log_odds",
     "nca_pair",
+    "on_policy_weight",
     "orpo",
     "refinement",
     "robust",

@@ -88,6 +88,12 @@ def score_command(config: Config, output: Path | None, *, knowledge: bool = Fals
     data, section = config.data, config.refinement
     if knowledge and not section.prompt:
         raise UsageError("--knowledge: compares log-probs with p and without; remove refinement.prompt=null")
+    ld_alpha = getattr(config.objective, "ld_alpha", None) if knowledge else None
+    if output is not None and ld_alpha is not None:
+        raise UsageError(
+            f"--output, --knowledge: objective.ld_alpha={ld_alpha:g} weighs the tokens of the table, and the file "
+            "holds whole log-probs; ask for one of them, and then for the other"
+        )
     directory, tokenizer = read_model(config)
     instructions = {"instruction": section.prompt, "against": section.against}
     pairs = read_pairs_of(config, data.path, data.split, tokenizer, directory.architecture, **instructions)
@@ -95,7 +101,8 @@ def score_command(config: Config, output: Path | None, *, knowledge: bool = Fals
     with contextlib.nullcontext() if output is None else Lease.of_file(output) as lease:
         if lease is not None:
             on_leader(lease.take)
-        scored = make_scored_set("score", pairs, setup.model, setup.packing, None, cache_dir=config.cache_path)
+        options = {"cache_dir": config.cache_path, "ld_alpha": ld_alpha}
+        scored = make_scored_set("score", pairs, setup.model, setup.packing, None, **options)
         with Progress("score", total=len(scored.feed.source), active=jax.process_index() == 0) as progress:
             scores = scored.scores(setup.model.base_params(), progress.update)
         require_finite(pairs, scores, config)

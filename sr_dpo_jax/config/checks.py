@@ -21,7 +21,7 @@ GAINS = ("margin", "margins", "accuracies")
 """Metrics whose names end so are better when they are higher."""
 RESERVED = {
     *(measure.partition("/")[0] for measure in (*MEASURES, *PAIR_MEASURES, *AUGMENTED_MEASURES)),
-    *("augmented_margin", "eval", "loss_per_token", "pairs", "rated_pairs", "rating_gap", "refinement"),
+    *("augmented_margin", "eval", "loss_per_token", "pairs", "rated_pairs", "rating_gap", "refinement", "weight"),
 }
 """Metrics under `eval/` begin so: a held-out set of one of these names could not be told from a metric."""
 
@@ -35,6 +35,8 @@ def evaluation_metrics(config: Config) -> list[str]:
             measures += AUGMENTED_MEASURES
         if isinstance(config.objective, RefinedObjective):
             measures.append("refinement")
+        if getattr(config.objective, "use_weighting", False):
+            measures.append("weight")
     else:
         measures.append("loss_per_token")
     return [f"{name}/{measure}" for name, _ in config.data.held_out for measure in measures]

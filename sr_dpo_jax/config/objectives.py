@@ -31,11 +31,27 @@ class PairObjective(Section):
     arXiv:2404.19733)."""
 
 
+class ReferenceObjective(PairObjective):
+    """An objective of log-ratios, policy over reference."""
+
+    ld_alpha: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Length desensitisation (LD-DPO, arXiv:2409.06411): tokens beyond the length of the pair's shorter response count
+    with this weight in every log-prob, with p too; 0 leaves them out. Null counts all tokens alike."""
+
+
+class WeightingObjective(ReferenceObjective):
+    """An objective whose losses belong to pairs, so that these can have weights."""
+
+    use_weighting: bool = False
+    """Multiplies a pair's loss by how much its two responses are the policy's own (WPO, arXiv:2406.11827), under
+    stop_gradient: the product of exp of the mean over tokens of log π(y_t) − log Σ_v π(v)²."""
+
+
 class MarginObjective(PairObjective):
     """An objective whose loss has a margin that Δ can shift: each of its names stands for `sr_NAME` too."""
 
 
-class DivergenceObjective(MarginObjective):
+class DivergenceObjective(MarginObjective, WeightingObjective):
     """An objective whose margin may be that of another divergence from the reference."""
 
     divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
@@ -71,8 +87,8 @@ class DiscopopObjective(DivergenceObjective):
     """τ of the gate σ(β·m/τ) between the logistic and the exponential loss (arXiv:2406.08414)."""
 
 
-class AotObjective(MarginObjective):
-    """Sorts over the pairs of the whole step: for `batch.accumulation_steps: 1` alone."""
+class AotObjective(MarginObjective, ReferenceObjective):
+    """Sorts over the pairs of the whole step: for `batch.accumulation_steps: 1` alone. Its losses are of ranks."""
 
     name: Literal["aot", "aot_unpaired"]
     """Alignment by optimal transport (arXiv:2406.05882): policy against reference, or chosen against rejected."""
@@ -80,12 +96,12 @@ class AotObjective(MarginObjective):
     """ε, the assumed share of flipped labels."""
 
 
-class AnchoredObjective(MarginObjective):
+class AnchoredObjective(MarginObjective, WeightingObjective):
     name: Literal["apo_down"]
     """Lowers both responses, the rejected one more (arXiv:2408.06266). Δ shifts the term with the margin."""
 
 
-class SidesObjective(PairObjective):
+class SidesObjective(WeightingObjective):
     """An objective of both log-ratios apart: there is no margin for Δ to shift."""
 
     name: Literal["apo_zero", "nca_pair", "bco_pair", "sppo_hard"]

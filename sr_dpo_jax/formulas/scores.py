@@ -1,4 +1,4 @@
-"""These functions turn a log-ratio, or a log-prob, into the score of which the margin is taken."""
+"""These functions turn a log-ratio, or a log-prob, into the score of which the margin is taken, or into a weight."""
 
 import math
 
@@ -57,3 +57,21 @@ def log_odds(mean_logprob: Array) -> Array:
     """
     bounded = jnp.minimum(mean_logprob, -1e-12)
     return bounded - jnp.log(-jnp.expm1(bounded))
+
+
+def on_policy_weight(logprob: Array, log_squares: Array, tokens: Array) -> Array:
+    """`exp((1/|y|) Σ_t [log π(y_t) − log Σ_v π(v)²])`, under stop_gradient: how much a response is the policy's own.
+
+    A token counts as 1 where its probability is the mean one of tokens that the policy itself would draw there.
+
+    Args:
+      logprob: log π(y|x), float32 of any shape, nats.
+      log_squares: Σ_t log Σ_v π(v)², with v the whole vocabulary, of the same shape.
+      tokens: |y| ≥ 1, of the same shape.
+
+    Returns:
+      Float32 of the shape of `logprob`, above 0.
+
+    Reference: arXiv:2406.11827 eq. 2, with sampled alignment.
+    """
+    return jnp.exp(jax.lax.stop_gradient(logprob - log_squares) / tokens)

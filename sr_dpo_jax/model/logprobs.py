@@ -7,6 +7,7 @@ sharded vocabulary matrix is gathered block by block.
 Next: `train/objective.py`, which says what each objective makes of them.
 """
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -22,10 +23,32 @@ Array = jax.Array
 VOCABULARY_BLOCK = 4096
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ResponseSums:
+    """Sums over the tokens of both responses of every pair, `[B, 2]`; axis 1 is the side, 0 chosen and 1 rejected."""
+
+    logprobs: Array
+    """Float32, nats; what stands beyond the shorter response's length counts with `ld_alpha`."""
+    tokens: Array
+    """Int32, how many tokens a response has."""
+    whole: Array | None
+    """The log-probs with every token counted in full; None where `logprobs` are these."""
+    log_squares: Array | None
+    """Float32, Σ_t log Σ_v π(v)² with v the whole vocabulary; None if not asked for. It has no gradient."""
+
+
 def response_logprobs(
-    hidden: Array, vocabulary_matrix: Array, rows: Rows, *, pairs: int, cap: float | None
-) -> tuple[Array, Array]:
-    """`log π(y|x) = Σ_t log softmax(h_t · Wᵀ)[y_t]` of both responses of every pair.
+    hidden: Array,
+    vocabulary_matrix: Array,
+    rows: Rows,
+    *,
+    pairs: int,
+    cap: float | None,
+    ld_alpha: float | None = None,
+    squares: bool = False,
+) -> ResponseSums:
+    """`log π(y|x) = Σ_t w_t · log softmax(h_t · Wᵀ)[y_t]` of both responses of every pair.
 
     Args:
       hidden: `[R, T, d]` after the final norm.
@@ -33,16 +56,30 @@ def response_logprobs(
       rows: where responses are scored, fields `[R, ...]`.
       pairs: B; pairs that stand in other rows get zeros.
       cap: logits z become `cap · tanh(z / cap)`; None leaves them.
+      ld_alpha: w of the tokens beyond the length of the pair's shorter response; None, as 1, counts all alike.
+      squares: asks for `log_squares`.
 
-    Returns:
-      Log-probabilities `[B, 2]` float32 in nats, and how many tokens each sums over, `[B, 2]` int32; axis 1 is the
-      side, 0 chosen and 1 rejected.
-
-    Source: arXiv:2405.21040, section 2: sums over response tokens, end-of-sequence included.
+    Source: arXiv:2405.21040, section 2: sums over response tokens, end-of-sequence included; w of arXiv:2409.06411.
     """
-    per_token = token_logprobs(_scored(hidden, rows), vocabulary_matrix, rows.target, cap)
-    tokens = jnp.ones(rows.slot.shape, jnp.int32)
-    return _sums_by_response(per_token, rows, pairs), _sums_by_response(tokens, rows, pairs)
+    per_token, log_squares = token_scores(_scored(hidden, rows), vocabulary_matrix, rows.target, cap, squares)
+    tokens = _sums_by_response(jnp.ones(rows.slot.shape, jnp.int32), rows, pairs)
+    whole = _sums_by_response(per_token, rows, pairs)
+    log_squares = None if log_squares is None else _sums_by_response(log_squares, rows, pairs)
+    if ld_alpha is None:
+        return ResponseSums(whole, tokens, None, log_squares)
+    counted = jnp.where(_beyond_the_shorter(rows, tokens), ld_alpha, 1.0)
+    return ResponseSums(_sums_by_response(counted * per_token, rows, pairs), tokens, whole, log_squares)
+
+
+def _beyond_the_shorter(rows: Rows, tokens: Array) -> Array:
+    """Tells the scored positions, `[R, M]`, that stand beyond the length of their pair's shorter response.
+
+    The positions of a response stand side by side in one row, its first token first.
+    """
+    slots, place = SIDES * len(tokens) + 1, jnp.arange(rows.slot.shape[-1])
+    first = jax.vmap(lambda slot: jax.ops.segment_min(place, slot, slots)[slot])(rows.slot)
+    shorter = jnp.append(jnp.repeat(tokens.min(axis=1), SIDES), 0)
+    return place - first >= shorter[rows.slot]
 
 
 def continuation_logprobs(
@@ -56,7 +93,7 @@ def continuation_logprobs(
       Log-probabilities `[B]` float32 in nats, and how many tokens were not the likeliest, `[B]` int32: 0 where the
       whole of the response is greedy. A token that ties with another one counts as likeliest.
     """
-    largest, normaliser, at_target = _scan(_scored(hidden, rows), vocabulary_matrix, rows.target, cap)
+    largest, normaliser, at_target, _ = _scan(_scored(hidden, rows), vocabulary_matrix, rows.target, cap)
     sums = _sums_by_response(at_target - normaliser, rows, pairs)
     misses = _sums_by_response((at_target < largest).astype(jnp.int32), rows, pairs)
     return sums[:, CHOSEN], misses[:, CHOSEN]
@@ -74,7 +111,6 @@ def _sums_by_response(values: Array, rows: Rows, pairs: int) -> Array:
     return jax.ops.segment_sum(values.reshape(-1), rows.slot.reshape(-1), slots)[:-1].reshape(pairs, SIDES)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
 def token_logprobs(hidden: Array, vocabulary_matrix: Array, target: Array, cap: float | None) -> Array:
     """`log softmax(h · Wᵀ)[target]`, keeping no logits for the backward pass.
 
@@ -87,38 +123,58 @@ def token_logprobs(hidden: Array, vocabulary_matrix: Array, target: Array, cap: 
     Returns:
       `[R, M]` float32, nats (float64 for float64 hidden states).
     """
-    return _forward(hidden, vocabulary_matrix, target, cap)[0]
+    return token_scores(hidden, vocabulary_matrix, target, cap, False)[0]
 
 
-def _forward(hidden: Array, matrix: Array, target: Array, cap: float | None) -> tuple[Array, tuple[Array, ...]]:
-    _, normaliser, at_target = _scan(hidden, matrix, target, cap)
-    return at_target - normaliser, (hidden, matrix, target, normaliser)
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def token_scores(
+    hidden: Array, vocabulary_matrix: Array, target: Array, cap: float | None, squares: bool
+) -> tuple[Array, Array | None]:
+    """Gives `token_logprobs` and, with `squares`, log Σ_v π(v)² at each position too, `[R, M]`, without a gradient."""
+    return _forward(hidden, vocabulary_matrix, target, cap, squares)[0]
 
 
-def _scan(hidden: Array, matrix: Array, target: Array, cap: float | None) -> tuple[Array, Array, Array]:
-    """Finds the largest logit of the vocabulary, log Σ exp of all, and the target's logit for each scored position."""
+def _forward(
+    hidden: Array, matrix: Array, target: Array, cap: float | None, squares: bool
+) -> tuple[tuple[Array, Array | None], tuple[Array, ...]]:
+    _, normaliser, at_target, log_squares = _scan(hidden, matrix, target, cap, squares=squares)
+    return (at_target - normaliser, log_squares), (hidden, matrix, target, normaliser)
+
+
+def _scan(
+    hidden: Array, matrix: Array, target: Array, cap: float | None, *, squares: bool = False
+) -> tuple[Array, Array, Array, Array | None]:
+    """Finds the largest logit of the vocabulary, log Σ exp of all, and the target's logit for each scored position.
+
+    With `squares` also log Σ_v π(v)², else None in its place.
+    """
     dtype = at_least_float32(hidden.dtype)
 
-    def block(carry: tuple[Array, Array, Array], part: tuple[Array, Array]) -> tuple[tuple[Array, Array, Array], None]:
-        largest, total, at_target = carry
+    def block(carry: tuple[Array, ...], part: tuple[Array, Array]) -> tuple[tuple[Array, ...], None]:
+        largest, total, at_target, *squared = carry
         logits, hit = _logits(hidden, part, target, matrix.shape[0], cap)
         larger = jnp.maximum(largest, logits.max(axis=-1))
-        total = total * jnp.exp(largest - larger) + jnp.exp(logits - larger[..., None]).sum(axis=-1)
+        scaled, shrunk = jnp.exp(logits - larger[..., None]), jnp.exp(largest - larger)
+        total = total * shrunk + scaled.sum(axis=-1)
         at_target += jnp.where(hit, logits, 0).sum(axis=-1)
-        return (larger, total, at_target), None
+        squared = [sums * jnp.square(shrunk) + jnp.square(scaled).sum(axis=-1) for sums in squared]
+        return (larger, total, at_target, *squared), None
 
     zeros = jnp.zeros(target.shape, dtype)
-    start = (jnp.full(target.shape, -jnp.inf, dtype), zeros, zeros)
-    (largest, total, at_target), _ = jax.lax.scan(block, start, _blocks(matrix))
-    return largest, largest + jnp.log(total), at_target
+    start = (jnp.full(target.shape, -jnp.inf, dtype), zeros, zeros, *[zeros] * squares)
+    (largest, total, at_target, *squared), _ = jax.lax.scan(block, start, _blocks(matrix))
+    log_squares = jnp.log(squared[0]) - 2 * jnp.log(total) if squares else None
+    return largest, largest + jnp.log(total), at_target, log_squares
 
 
-def _backward(cap: float | None, kept: tuple[Array, ...], cotangent: Array) -> tuple[Array, Array, np.ndarray]:
+def _backward(
+    cap: float | None, squares: bool, kept: tuple[Array, ...], cotangents: tuple[Array, Array | None]
+) -> tuple[Array, Array, np.ndarray]:
     """∂logp/∂logits = onehot(target) − softmax, made block by block from h, W and the kept normaliser.
 
     A capped logit passes 1 − (z / cap)² of that on.
     """
-    hidden, matrix, target, normaliser = kept
+    (hidden, matrix, target, normaliser), (cotangent, _) = kept, cotangents
 
     def block(hidden_gradient: Array, part: tuple[Array, Array]) -> tuple[Array, Array]:
         logits, hit = _logits(hidden, part, target, matrix.shape[0], cap)
@@ -137,7 +193,7 @@ def _backward(cap: float | None, kept: tuple[Array, ...], cotangent: Array) -> t
     return hidden_gradient.astype(hidden.dtype), matrix_gradient, np.zeros(target.shape, jax.dtypes.float0)
 
 
-token_logprobs.defvjp(_forward, _backward)
+token_scores.defvjp(_forward, _backward)
 
 
 def _blocks(matrix: Array) -> tuple[Array, Array]:

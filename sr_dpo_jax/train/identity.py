@@ -40,7 +40,7 @@ PATHS = ("data.path", "data.eval_path", "data.eval_sets", "model.path", "lora.st
 """Keys of files: their content is compared, and where it lies is each process's own affair."""
 NAMES = ("objective.name", "optimizer.name")
 """The keys that decide which other keys their sections have."""
-NOTHING = {"sft_weight": 0.0, "divergence": "reverse_kl"}
+NOTHING = {"sft_weight": 0.0, "divergence": "reverse_kl", "use_weighting": False}
 """Keys of an objective that ask for nothing with these values."""
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore")
 

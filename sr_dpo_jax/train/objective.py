@@ -43,7 +43,8 @@ class Kind:
 
         `numbers` are the keys of the section `objective`.
         """
-        return None if self.at_zero is None or numbers.get("sft_weight") else self.at_zero(numbers)
+        weights_decide = numbers.get("sft_weight") or numbers.get("use_weighting")
+        return None if self.at_zero is None or weights_decide else self.at_zero(numbers)
 
 
 def _always(loss: float) -> Callable[[Mapping[str, Any]], float]:
@@ -134,6 +135,10 @@ class Objective:
     divergence_alpha: float | None = None
     sft_weight: float = 0.0
     """The weight of −log π per token of the chosen response, which is added to the loss."""
+    ld_alpha: float | None = None
+    """The weight of tokens beyond the length of the shorter response, in every log-prob; None: 1."""
+    use_weighting: bool = False
+    """A pair's loss is multiplied by how much both responses are the policy's own."""
 
     @classmethod
     def of(
@@ -144,6 +149,8 @@ class Objective:
         divergence: str = "reverse_kl",
         divergence_alpha: float | None = None,
         sft_weight: float = 0.0,
+        ld_alpha: float | None = None,
+        use_weighting: bool = False,
         **numbers: Any,
     ) -> "Objective":
         """Takes the keys of the configuration's section `objective`.
@@ -157,7 +164,7 @@ class Objective:
                 f"objective.beta={numbers['beta']:g}: the loss of {name} begins at {begins_at(numbers):.2g}, "
                 "too large for float32; raise objective.beta"
             )
-        return cls(name, numbers, refinement, divergence, divergence_alpha, sft_weight)
+        return cls(name, numbers, refinement, divergence, divergence_alpha, sft_weight, ld_alpha, use_weighting)
 
     @property
     def kind(self) -> Kind:

@@ -1,9 +1,9 @@
 """Scores of the frozen reference, computed once before training and cached by content.
 
 A cache entry is one safetensors file of float32 `[N, 2]`, nats, NaN where a pair is not scored yet. Its name is a
-digest of all that the numbers depend on: weights, token ids (with p for the augmented scores), compute type and the
-version of this code; not of training arguments, so runs with other objectives share it. A killed scoring run
-continues where it stopped.
+digest of all that the numbers depend on: weights, token ids (with p for the augmented scores), compute type, the
+weight of tokens beyond the shorter response, and the version of this code; not of other training arguments, so runs
+with other objectives share it. A killed scoring run continues where it stopped.
 """
 
 import hashlib
@@ -41,10 +41,18 @@ KINDS = ("plain", "augmented", "against")
 
 
 def cache_files(
-    cache_dir: Path, pairs: TokenizedPairs, *, weights_digest: str, dtype: str, augmented: bool, against: bool = False
+    cache_dir: Path,
+    pairs: TokenizedPairs,
+    *,
+    weights_digest: str,
+    dtype: str,
+    augmented: bool,
+    against: bool = False,
+    ld_alpha: float | None = None,
 ) -> tuple[Path, ...]:
     """Names the cache file of the plain scores and, if asked for, those with p and with the second instruction."""
-    plain = hashlib.sha256(f"{CODE_VERSION} {weights_digest} {dtype}".encode())
+    lengths = "" if ld_alpha is None else f" ld_alpha {ld_alpha!r}"  # without it the key is that of earlier versions
+    plain = hashlib.sha256(f"{CODE_VERSION} {weights_digest} {dtype}{lengths}".encode())
     for array in (pairs.tokens, pairs.offsets):
         plain.update(np.ascontiguousarray(array).tobytes())
     digests = [plain.hexdigest()]

@@ -61,16 +61,15 @@ class ScoredSet:
         """Scores all pairs with these parameters; `progress` is called with the number of steps done.
 
         Returns:
-          Scores with `[N, 2]` NumPy arrays, in the order of the data; None where the set has no rows of that kind.
+          Scores with `[N, 2]` NumPy arrays, in the order of the data; None where the scoring step gives none.
         """
-        count, source = len(self.pairs), self.feed.source
-        tokens, blank = np.zeros((count, 2), np.int32), partial(np.full, (count, 2), np.nan, np.float32)
-        found = Scores(
-            blank(), blank() if source.augmented else None, tokens, against=blank() if source.against else None
-        )
+        count, found = len(self.pairs), None
         for done, (pair, scores) in enumerate(self.feed.results(partial(self.score_step, params)), 1):
+            if found is None:
+                found = jax.tree.map(lambda part: np.zeros((count, *part.shape[1:]), part.dtype), scores)
             jax.tree.map(partial(_put, pair), found, scores)
             progress(done)
+        assert found is not None, "a set has pairs"
         return found
 
     def metrics(self, objective: Objective, policy: Scores) -> dict[str, float]:
@@ -302,6 +301,7 @@ def make_scored_set(
     shape: Shape | None = None,
     plan: Plan | None = None,
     augmented: bool | None = None,
+    ld_alpha: float | None = None,
 ) -> ScoredSet:
     """Plans a set and looks up what the cache has of its reference scores.
 
@@ -312,6 +312,7 @@ def make_scored_set(
       shape: the compiled shape to plan in; None chooses one for these pairs.
       plan: a plan that holds every pair once; None makes one.
       augmented: whether the rows with p are scored too; None: if both sides are scored and the pairs have p.
+      ld_alpha: as for `response_logprobs`, of a set without an objective, which else says it.
     """
     with_rejected = objective is None or objective.kind.needs_rejected
     sizes = pair_sizes(pairs, with_rejected=with_rejected)
@@ -328,11 +329,15 @@ def make_scored_set(
             pairs,
             weights_digest=model.digest,
             dtype=f"{model.dtype.name} {model.param_dtype.name}",
+            ld_alpha=objective.ld_alpha,
             augmented=augmented,
             against=against,
         )
         reference = ReferenceScores(files, feed)
     if objective is not None and objective.kind.refined and objective.refinement.judge == "ratings":
         rating_offsets(pairs, objective.refinement)  # refused here, and not at the first evaluation
-    score_step = make_score_step(model.graph, pairs=plan.shape.pairs, mesh=model.mesh)
+    numbers = {"ld_alpha": ld_alpha}
+    if objective is not None:
+        numbers = {"ld_alpha": objective.ld_alpha, "squares": objective.use_weighting}
+    score_step = make_score_step(model.graph, pairs=plan.shape.pairs, mesh=model.mesh, **numbers)
     return ScoredSet(name, pairs, feed, score_step, reference)

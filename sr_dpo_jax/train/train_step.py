@@ -50,6 +50,15 @@ class Scores:
     """`[B, 2]` int32, scored tokens; 0 where a pair was absent."""
     against: Array | None = None
     """The same with a second instruction in the place of p; None where there is none."""
+    whole: Array | None = None
+    """`plain` with every token counted in full; None where it is that."""
+    log_squares: Array | None = None
+    """`[B, 2]` float32, Σ log Σ_v π(v)² over the scored tokens, for the pairs' weights; None where there are none."""
+
+    @property
+    def logprobs(self) -> Array:
+        """The log-probs of the responses themselves, whatever the objective makes of their length."""
+        return self.plain if self.whole is None else self.whole
 
 
 def pair_metrics(
@@ -68,8 +77,8 @@ def pair_metrics(
     """
     kind, beta = objective.kind, objective.numbers.get("beta", 1.0)
     sides = {"chosen": CHOSEN, "rejected": REJECTED} if kind.needs_rejected else {"chosen": CHOSEN}
-    logps = {f"logps/{name}": policy.plain[:, side] for name, side in sides.items()}
-    arrays = {f"{name}_logprob": policy.plain[:, side] for name, side in sides.items()}
+    logps = {f"logps/{name}": policy.logprobs[:, side] for name, side in sides.items()}
+    arrays = {f"{name}_logprob": policy.logprobs[:, side] for name, side in sides.items()}
     if not kind.needs_rejected:
         return {"loss": pair_losses(objective, arrays), **logps}
     tokens = jnp.maximum(policy.tokens, 1)  # absent pairs have none, and their losses are dropped
@@ -99,7 +108,11 @@ def pair_metrics(
         arrays["refinement"] = metrics["refinement"] = refinement
     loss = pair_losses(objective, arrays)
     if objective.sft_weight:
-        loss += objective.sft_weight * losses.sft(policy.plain[:, CHOSEN]) / tokens[:, CHOSEN]
+        loss += objective.sft_weight * losses.sft(policy.logprobs[:, CHOSEN]) / tokens[:, CHOSEN]
+    if policy.log_squares is not None:
+        weights = losses.on_policy_weight(policy.logprobs, policy.log_squares, tokens)
+        metrics["weight"] = weights[:, CHOSEN] * weights[:, REJECTED]
+        loss *= metrics["weight"]
     return {"loss": loss, **metrics}
 
 
@@ -153,22 +166,41 @@ def pair_losses(objective: Objective, arrays: dict[str, Array]) -> Array:
     return function(*(arrays[name] for name in objective.kind.arguments), **objective.numbers)
 
 
-def score(graph: nnx.GraphDef, params: Params, batch: Batch, pairs: int) -> Scores:
-    """Scores one micro-batch (rows without the axis A); pairs that stand in other micro-batches get zeros."""
+def score(
+    graph: nnx.GraphDef,
+    params: Params,
+    batch: Batch,
+    pairs: int,
+    *,
+    ld_alpha: float | None = None,
+    squares: bool = False,
+) -> Scores:
+    """Scores one micro-batch (rows without the axis A); pairs that stand in other micro-batches get zeros.
+
+    `ld_alpha` is as for `response_logprobs`, `squares` likewise, of the rows without p.
+    """
     model = nnx.merge(graph, params)
     others = [rows for rows in (batch.augmented, batch.against) if rows is not None]
     hidden, *frozen = model(batch.plain, *others)
     matrix = model.vocabulary_matrix
-    logprobs_of = partial(response_logprobs, pairs=pairs, cap=model.architecture.logit_cap)
-    plain, tokens = logprobs_of(hidden, matrix, batch.plain)
+    sums_of = partial(response_logprobs, pairs=pairs, cap=model.architecture.logit_cap, ld_alpha=ld_alpha)
+    plain = sums_of(hidden, matrix, batch.plain, squares=squares)
     matrix = jax.lax.stop_gradient(matrix)
-    scores = [logprobs_of(states, matrix, rows)[0] for states, rows in zip(frozen, others, strict=True)]
-    return Scores(plain, scores[0] if scores else None, tokens, against=None if len(scores) < 2 else scores[1])
+    augmented, against, *_ = [
+        *(sums_of(states, matrix, rows).logprobs for states, rows in zip(frozen, others, strict=True)),
+        *(None, None),
+    ]
+    return Scores(plain.logprobs, augmented, plain.tokens, against, plain.whole, plain.log_squares)
 
 
-def make_score_step(graph: nnx.GraphDef, *, pairs: int, mesh: Mesh) -> Callable[[Params, Batch], Scores]:
-    """Makes `(params, batch) -> Scores`, whole on every device: for the reference, evaluation and `sr-dpo score`."""
-    return _summed(mesh, lambda params, micro: score(graph, params, micro, pairs))
+def make_score_step(
+    graph: nnx.GraphDef, *, pairs: int, mesh: Mesh, ld_alpha: float | None = None, squares: bool = False
+) -> Callable[[Params, Batch], Scores]:
+    """Makes `(params, batch) -> Scores`, whole on every device: for the reference, evaluation and `sr-dpo score`.
+
+    `ld_alpha` and `squares` are as for `score`.
+    """
+    return _summed(mesh, lambda params, micro: score(graph, params, micro, pairs, ld_alpha=ld_alpha, squares=squares))
 
 
 def make_continuation_step(
@@ -218,7 +250,8 @@ def make_train_step(
     """
 
     def loss_sum(params: Params, base: Fixed, reference_params: Fixed, micro: Batch) -> tuple[Array, Any]:
-        policy = score(graph, join(params, base), micro, pairs)
+        options = {"ld_alpha": objective.ld_alpha, "squares": objective.use_weighting}
+        policy = score(graph, join(params, base), micro, pairs, **options)
         reference_params = None if reference_params is None else join(reference_params, base)
         reference = _reference_scores(graph, reference_params, micro, policy, objective, pairs)
         present = policy.tokens[:, CHOSEN] > 0
@@ -285,4 +318,5 @@ def _reference_scores(
         return None
     if params is None:
         return Scores(micro.reference, micro.reference_augmented, policy.tokens)
-    return jax.lax.stop_gradient(score(graph, jax.lax.stop_gradient(params), micro, pairs))
+    params = jax.lax.stop_gradient(params)
+    return jax.lax.stop_gradient(score(graph, params, micro, pairs, ld_alpha=objective.ld_alpha))

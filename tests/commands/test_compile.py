@@ -225,7 +225,7 @@ def test_the_contrast_by_the_reference_costs_what_dpo_costs(tmp_path):
 
     The worker of the other tests holds libtpu's own lock for as long as it lives.
     """
-    _, path = tiny_config(tmp_path, "llama", hidden_size=1024, intermediate_size=2816, num_attention_heads=16)
+    _, path = tiny_config(tmp_path, "llama")
     objectives = {
         "dpo": ["objective.name=dpo", "objective.lam=null"],
         "contrast": ["refinement.form=contrast", "refinement.judge=reference", "objective.lam=auto"],

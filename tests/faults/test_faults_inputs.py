@@ -269,8 +269,8 @@ def test_the_end_of_sequence_receives_gradient_where_it_is_the_padding_too(tmp_p
     hidden, matrix = rng.normal(size=(1, 40, 6)).astype(np.float32), rng.normal(size=(320, 6)).astype(np.float32)
 
     def total(states):
-        logps, counts = response_logprobs(states, jnp.asarray(matrix), rows, pairs=1, cap=None)
-        return logps.sum(), counts
+        sums = response_logprobs(states, jnp.asarray(matrix), rows, pairs=1, cap=None)
+        return sums.logprobs.sum(), sums.tokens
 
     (_, counts), gradient = jax.value_and_grad(total, has_aux=True)(jnp.asarray(hidden))
     assert counts.tolist() == [[len(tokens.chosen), len(tokens.rejected)]], "EOS is counted"

@@ -45,7 +45,8 @@ def random_case(vocabulary: int, dtype, *, seed: int = 0, scale: float = 1.0):
 
 @partial(jax.jit, static_argnums=3)
 def summed(hidden: jax.Array, matrix: jax.Array, rows: Rows, pairs: int) -> tuple[jax.Array, jax.Array]:
-    return response_logprobs(hidden, matrix, rows, pairs=pairs, cap=None)
+    sums = response_logprobs(hidden, matrix, rows, pairs=pairs, cap=None)
+    return sums.logprobs, sums.tokens
 
 
 SIZES = [BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK - 1, 3 * BLOCK, 3 * BLOCK + 1]
@@ -200,7 +201,7 @@ def test_unused_positions_get_no_gradient_and_add_nothing(float64):
     @jax.jit
     @partial(jax.value_and_grad, argnums=(0, 1))
     def total(h, w, r):
-        return response_logprobs(h, w, r, pairs=1, cap=None)[0].sum()
+        return response_logprobs(h, w, r, pairs=1, cap=None).logprobs.sum()
 
     value, (by_hidden, by_matrix) = total(hidden, matrix, rows)
     touched = np.flatnonzero(np.abs(by_hidden[0]).max(axis=-1))
@@ -233,6 +234,62 @@ def test_memory_does_not_hold_the_logits(monkeypatch):
     assert at_small < 3.5 * 4 * positions * 512  # a few blocks, all told
 
 
+def responses(vocabulary: int, seed: int):
+    """Pairs with responses of other lengths in two rows, their packed rows, states and vocabulary matrix."""
+    rng = np.random.default_rng(seed)
+    sizes = [(3, 4, 2), (2, 1, 5), (1, 3, 3), (2, 1, 1)]
+    pairs = [tuple(rng.integers(0, vocabulary, n).astype(np.int32) for n in of_pair) for of_pair in sizes]
+    packed = pack(pairs, [0, 1, 0, 1], micro_batches=1, rows=2, row_length=18, scored=14)
+    rows = jax.tree.map(lambda array: array[0], packed)
+    return pairs, rows, rng.normal(size=(2, 18, 5)), rng.normal(size=(vocabulary, 5))
+
+
+@pytest.mark.parametrize("ld_alpha", [0.0, 0.3])
+def test_tokens_beyond_the_shorter_response_count_with_a_weight(float64, ld_alpha):
+    """Against a sum over each response's tokens, first token first, in NumPy; and the gradient likewise."""
+    pairs, rows, hidden, matrix = responses(13, seed=1)
+    per_token = numpy_logprobs(np.take_along_axis(hidden, rows.source[..., None], axis=1), matrix, rows.target)
+    expected, whole = np.zeros((4, 2)), np.zeros((4, 2))
+    for number, (_, chosen, rejected) in enumerate(pairs):
+        for side, response in enumerate((chosen, rejected)):
+            values = per_token[rows.slot == 2 * number + side]
+            assert len(values) == len(response)
+            weights = np.where(np.arange(len(values)) < min(len(chosen), len(rejected)), 1, ld_alpha)
+            expected[number, side], whole[number, side] = (weights * values).sum(), values.sum()
+    given = jnp.asarray(hidden), jnp.asarray(matrix), jax.tree.map(jnp.asarray, rows)
+    sums = jax.jit(partial(response_logprobs, pairs=4, cap=None, ld_alpha=ld_alpha))(*given)
+    np.testing.assert_allclose(sums.logprobs, expected, rtol=1e-12)
+    np.testing.assert_allclose(sums.whole, whole, rtol=1e-12)
+    assert sums.tokens.tolist() == [[4, 2], [1, 5], [3, 3], [1, 1]] and sums.log_squares is None
+
+
+@pytest.mark.parametrize("cap", [None, 1.5])
+@pytest.mark.parametrize("vocabulary", SIZES[1:4])
+def test_squares_of_the_probabilities(float64, vocabulary, cap):
+    """Σ_t log Σ_v π(v)² over blocks of the vocabulary; log-probs and gradients are those without it."""
+    _, rows, hidden, matrix = responses(vocabulary, seed=2)
+    hidden = 4 * hidden  # so that the largest logit moves from block to block
+    every = np.stack([np.full(rows.target.shape, token) for token in range(vocabulary)], axis=-1)
+    scored = np.repeat(np.take_along_axis(hidden, rows.source[..., None], axis=1), vocabulary, axis=1)
+    probabilities = np.exp(numpy_logprobs(scored, matrix, every.reshape(2, -1), cap)).reshape(2, -1, vocabulary)
+    log_squares = np.log(np.square(probabilities).sum(axis=-1))
+    expected = [[log_squares[rows.slot == 2 * pair + side].sum() for side in (0, 1)] for pair in range(4)]
+
+    @partial(jax.jit, static_argnums=2)
+    def total(h, w, squares):
+        sums = response_logprobs(h, w, jax.tree.map(jnp.asarray, rows), pairs=4, cap=cap, squares=squares)
+        return sums.logprobs.sum() + (sums.log_squares.sum() if squares else 0), sums
+
+    given = jnp.asarray(hidden), jnp.asarray(matrix)
+    np.testing.assert_allclose(total(*given, True)[1].log_squares, expected, rtol=1e-12, atol=1e-13)
+    with_squares, without = (
+        jax.grad(lambda h, w: total(h, w, squares)[0], argnums=(0, 1))(*given)  # noqa: B023
+        for squares in (True, False)
+    )
+    for mine, other in zip(with_squares, without, strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("cap", [None, 1.5])
 @pytest.mark.parametrize("vocabulary", SIZES[::2])
 def test_continuations_and_whether_they_are_greedy(float64, vocabulary, cap):
@@ -251,7 +308,7 @@ def test_continuations_and_whether_they_are_greedy(float64, vocabulary, cap):
 
     @jax.jit
     def both(*given):
-        return *continuation_logprobs(*given, **options), response_logprobs(*given, **options)[0]
+        return *continuation_logprobs(*given, **options), response_logprobs(*given, **options).logprobs
 
     sums, misses, expected = both(*arguments)
     np.testing.assert_allclose(sums, expected[:, CHOSEN], rtol=1e-12)

@@ -11,6 +11,7 @@ import pytest
 
 from sr_dpo_jax import losses
 from sr_dpo_jax.config import objectives as sections
+from sr_dpo_jax.config.load import config_from_dict
 from sr_dpo_jax.config.schema import Refinement as RefinementSection
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.train.objective import OBJECTIVES, TWIN, Objective, Refinement
@@ -55,6 +56,10 @@ def numbers_of(name: str, **numbers: Any) -> dict[str, Any]:
 
 def objective(name: str, refinement: Refinement = PAPER, **numbers: Any) -> Objective:
     return Objective.of(refinement=refinement, **numbers_of(name, **numbers))
+
+
+def raw_of(section: dict[str, Any]) -> dict[str, Any]:
+    return {"output_dir": "x", "model": {"path": "x"}, "data": {"path": "x"}, "objective": section}
 
 
 def metrics_of(it: Objective, policy: Scores = POLICY, reference: Scores = REFERENCE) -> dict[str, jax.Array]:
@@ -196,6 +201,42 @@ def test_pairs_and_a_reference_are_two_questions(name, per_token):
 def test_the_term_of_fine_tuning_beside_every_loss(name):
     with_term, without = (metrics_of(objective(name, sft_weight=weight))["loss"] for weight in (0.7, 0.0))
     np.testing.assert_allclose(with_term - without, 0.7 * np.array([3 / 4, 9 / 3, 2 / 1]), rtol=2e-4)
+
+
+@pytest.mark.parametrize("name", REFINED)
+def test_pairs_weigh_as_much_as_they_are_the_policys_own(name):
+    """Loss and gradient are those without weights, times the weight: no gradient flows through it."""
+    if "use_weighting" not in SECTION_OF[name].model_fields:
+        with pytest.raises(UsageError, match="use_weighting"):
+            config_from_dict(raw_of({"name": name, "lam": 0.5, "use_weighting": True}), where="x")
+        return
+    squares = jnp.array([[-2.0, -3.5], [-8.0, -3.0], [-1.0, -9.0]])
+    exponents = (np.asarray(POLICY.plain) - np.asarray(squares)) / np.asarray(POLICY.tokens)
+    weight = np.exp(exponents.sum(axis=1))
+
+    def losses_of(plain: jax.Array, log_squares: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        scores = Scores(plain, POLICY.augmented, POLICY.tokens, log_squares=log_squares)
+        per_pair = metrics_of(objective(name), scores)
+        return per_pair["loss"].sum(), per_pair
+
+    of_weighted = jax.value_and_grad(losses_of, has_aux=True)(POLICY.plain, squares)
+    of_plain = jax.value_and_grad(losses_of, has_aux=True)(POLICY.plain, None)
+    np.testing.assert_allclose(of_weighted[0][1]["weight"], weight, rtol=1e-5)
+    np.testing.assert_allclose(of_weighted[0][1]["loss"], weight * of_plain[0][1]["loss"], rtol=1e-5)
+    np.testing.assert_allclose(of_weighted[1], weight[:, None] * of_plain[1], rtol=1e-5, atol=1e-7)
+    assert OBJECTIVES[name].loss_at_zero(numbers_of(name, use_weighting=True)) is None
+
+
+def test_log_probs_that_are_shown_and_fine_tuned_on_are_whole():
+    """`ld_alpha` is a matter of margins alone."""
+    whole = POLICY.plain - 1.5
+    scores = Scores(POLICY.plain, POLICY.augmented, POLICY.tokens, whole=whole)
+    per_pair, other = metrics_of(objective("dpo", sft_weight=0.7), scores), metrics_of(objective("dpo"))
+    np.testing.assert_array_equal(per_pair["logps/rejected"], whole[:, 1])
+    np.testing.assert_array_equal(per_pair["margin"], other["margin"])
+    np.testing.assert_allclose(
+        per_pair["loss"] - other["loss"], 0.7 * np.array([4.5 / 4, 10.5 / 3, 3.5 / 1]), rtol=2e-4
+    )
 
 
 def test_cpo_and_orpo_have_it_by_default():

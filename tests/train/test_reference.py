@@ -106,12 +106,14 @@ def test_a_key_holds_all_that_the_numbers_depend_on(world, tmp_path):
     _, pairs, _ = tiny_setup(tmp_path, *world)
     _, other_p, _ = tiny_setup(tmp_path, *world, refinement={"prompt": "Be brief. "})
 
-    def names(of=pairs, weights="a", dtype="float32 float32"):
-        found = cache_files(tmp_path, of, weights_digest=weights, dtype=dtype, augmented=True)
+    def names(of=pairs, weights="a", dtype="float32 float32", **options):
+        found = cache_files(tmp_path, of, weights_digest=weights, dtype=dtype, augmented=True, **options)
         return [file.name for file in found]
 
     assert names() == names()
-    for changed in (names(weights="b"), names(dtype="bfloat16 float32")):
+    assert names() == names(ld_alpha=None)
+    for changed in (names(weights="b"), names(dtype="bfloat16 float32"), names(ld_alpha=0.0)):
         assert not set(changed) & set(names())
+    assert not set(names(ld_alpha=0.0)) & set(names(ld_alpha=0.5))
     plain, augmented = names(other_p)
     assert plain == names()[0] and augmented != names()[1], "p decides the augmented scores alone"

@@ -154,6 +154,60 @@ def test_lam_zero_is_the_plain_run(world, tmp_path, mode):
             assert mine[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
 
 
+def test_lengths_are_desensitised_in_the_contrast_and_in_the_cache_too(world, tmp_path):
+    """Sums are linear in the weight of the tail: Δ for a half is the mean of those for 0 and for 1."""
+    found, first = {}, pairs_of_first_step(world, tmp_path)
+    for ld_alpha in (0.0, 0.5, None):
+        cache, objective = tmp_path / f"cache {ld_alpha}", {"name": "sr_dpo", "lam": 1.0, "ld_alpha": ld_alpha}
+        sections = {"cache_dir": str(cache), "refinement": CONTRAST}
+        lines = run(world, tmp_path / str(ld_alpha), objective=objective, **sections)
+        assert lines[0]["margin"] == pytest.approx(0, abs=1e-5), "policy and reference count alike"
+        plain, with_p = (
+            load_file(*cache.glob(f"reference-{kind}-*"))["scores"].astype(np.float64)
+            for kind in ("plain", "augmented")
+        )
+        contrast = ((with_p - plain) @ [1, -1])[first]
+        assert lines[0]["refinement"] == pytest.approx(contrast.mean(), abs=1e-6)
+        assert lines[0]["loss"] == pytest.approx(logistic(-contrast).mean(), rel=1e-6)
+        found[ld_alpha] = plain, with_p, lines[0]["logps/chosen"]
+    for none, half, whole in zip(*(found[ld_alpha][:2] for ld_alpha in (0.0, 0.5, None)), strict=True):
+        np.testing.assert_allclose(half, (none + whole) / 2, rtol=1e-5)
+        assert (none >= whole - 1e-4).all() and (none - whole).max() > 10
+    assert len({line[2] for line in found.values()}) == 1, "shown whole"
+
+
+def test_lengths_and_weights_with_a_reference_that_stays_on_the_mesh(world, tmp_path):
+    """The numbers of the cached one; with p in the step, and in an evaluation."""
+    objective = {"name": "sr_dpo", "lam": 0.5, "ld_alpha": 0.3, "use_weighting": True}
+    sections = {"objective": objective, "data": {"eval_path": str(world[2])}, "train": {"max_steps": 3}}
+    cached, online = (
+        run(world, tmp_path / mode, **sections, reference={"mode": mode}) for mode in ("cached", "online")
+    )
+    for mine, other in zip(cached, online, strict=True):
+        for name in ("loss", "margin", "refinement", "weight", "grad_norm"):
+            if name in mine:
+                assert mine[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
+    assert cached[0]["loss"] < 0.95 * np.log(2) and cached[0]["margin"] == pytest.approx(0, abs=1e-5)
+    assert 0.3 < cached[-1]["eval/weight"] < 3 and "eval/loss" in cached[-1]
+    other = run(world, tmp_path / "whole", **sections | {"objective": objective | {"ld_alpha": None}})
+    assert abs(other[2]["margin"] - cached[2]["margin"]) > 1e-4
+
+
+def test_the_table_of_knowledge_counts_lengths_as_the_objective_does(world, tmp_path, capsys):
+    sections = {"objective": {"name": "sr_dpo", "lam": 0.5, "ld_alpha": 0.0}, "refinement": CONTRAST}
+    path = written(tmp_path, raw_config(tmp_path, *world[:2], **sections))
+    assert main(["score", path, "--knowledge", "--output", str(tmp_path / "x.jsonl")]) == 2
+    assert "ask for one of them" in capsys.readouterr().err
+    assert main(["score", path, "--knowledge"]) == 0
+    short = capsys.readouterr().out
+    assert main(["score", path, "objective.ld_alpha=null", "--knowledge"]) == 0
+    whole = capsys.readouterr().out
+    (of_short,), (of_whole,) = (
+        [line for line in said.splitlines() if line.startswith("d, ")] for said in (short, whole)
+    )
+    assert of_short != of_whole
+
+
 @pytest.mark.parametrize(("offset", "shift"), [("log", np.log), slow("linear", lambda gap: gap)])
 def test_ratings_shift_by_their_difference(world, tmp_path, offset, shift):
     refinement = {"judge": "ratings", "alpha": 0.25, **({"offset": offset} if offset != "log" else {})}

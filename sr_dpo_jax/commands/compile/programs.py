@@ -277,7 +277,9 @@ def _score_program(setup: Setup, plan: Plan, step: HostStep, visited: dict[str, 
         resident = meshes.bytes_a_chip(state.optimizer_state)
         if setup.config.reference.mode == "online":
             resident += meshes.bytes_a_chip(_abstract_reference(model))
-    score_step = make_score_step(model.graph, pairs=plan.shape.pairs, mesh=model.mesh)
+    it = setup.objective
+    numbers = {"ld_alpha": it.ld_alpha, "squares": it.use_weighting}
+    score_step = make_score_step(model.graph, pairs=plan.shape.pairs, mesh=model.mesh, **numbers)
     return _compile("scoring step", model, score_step, (model.shapes, batch), visited=visited, resident=resident)
 
 
