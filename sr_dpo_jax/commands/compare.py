@@ -26,7 +26,7 @@ from sr_dpo_jax.commands.demo.statistics import holm, mean_of, paired, spearman
 from sr_dpo_jax.commands.report.tables import Table, number, with_interval
 from sr_dpo_jax.commands.tune import EXIT_DONE, Child, content_reader
 from sr_dpo_jax.config.load import config_from_dict, load_config
-from sr_dpo_jax.config.objectives import PairObjective
+from sr_dpo_jax.config.objectives import ScaledObjective
 from sr_dpo_jax.config.schema import Config, Refinement
 from sr_dpo_jax.config.section import TWIN
 from sr_dpo_jax.config.yaml_text import apply_override
@@ -83,6 +83,8 @@ def parse_entry(text: str) -> Entry:
     sections: dict[str, dict[str, Any]] = {"objective": {"name": name}}
     if "=" in name:
         raise UsageError(f"{text}: begin with the objective's name, as in sr_dpo,lam=0.5")
+    if name in OBJECTIVES and not OBJECTIVES[name].function:
+        raise UsageError(f"{text}: {name} has no β of its own to sweep; compare its terms, or train it by itself")
     if name in OBJECTIVES and not OBJECTIVES[name].needs_rejected:
         raise UsageError(f"{text}: {name} has no margins to compare; train it first, and compare from its export")
     for item in rest:
@@ -170,7 +172,7 @@ def _run(base: Config, root: Path, entry: Entry, seed: int, *, factor: float = 1
     for section, keys in entry.sections.items():
         raw[section] = {**raw[section], **keys}
     plain = raw["objective"]["name"].removeprefix(TWIN)
-    if base.objective.name.removeprefix(TWIN) == plain and isinstance(base.objective, PairObjective):
+    if base.objective.name.removeprefix(TWIN) == plain and isinstance(base.objective, ScaledObjective):
         raw["objective"].setdefault("beta", base.objective.beta)
     if beta is None:
         beta = config_from_dict(raw, where=entry.label).objective.beta * factor

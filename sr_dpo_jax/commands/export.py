@@ -6,8 +6,9 @@ import glob
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import transformers
@@ -16,7 +17,7 @@ from huggingface_hub import ModelCardData
 
 from sr_dpo_jax import __version__
 from sr_dpo_jax.config.load import load_config
-from sr_dpo_jax.config.objectives import RefinedObjective
+from sr_dpo_jax.config.objectives import is_refined
 from sr_dpo_jax.config.schema import Config
 from sr_dpo_jax.durable.checkpoint import Checkpoints
 from sr_dpo_jax.durable.files import whole
@@ -147,7 +148,7 @@ def model_card(config: Config, origin: Origin, *, name: str, step: int, dtype: s
     numbers = {key: value for key, value in numbers.items() if value not in (None, NOTHING.get(key))}
     rows |= {symbols.get(key, key.replace("_", " ")): _plain(value) for key, value in numbers.items()}
     made = config.refinement
-    if isinstance(objective, RefinedObjective) and (made.form, made.judge) != ("margin", "policy"):
+    if is_refined(objective) and (made.form, made.judge) != ("margin", "policy"):
         rows["refinement (Δ)"] = (
             "ratings of the rows" if made.judge == "ratings" else f"{made.form}, by the {made.judge}"
         )
@@ -170,8 +171,19 @@ def model_card(config: Config, origin: Origin, *, name: str, step: int, dtype: s
     return f"---\n{header.to_yaml()}\n---\n\n# {name}\n\n| | |\n|---|---|\n{table}\n"
 
 
-def _plain(value: float | str) -> str:
+def _plain(value: Any) -> str:
+    """Writes a value of an objective's key: text, number, yes, or the terms of a sum."""
+    if isinstance(value, tuple):
+        return " + ".join(f"{_plain(term['weight'])} · {term['name']}{_numbers_of(term)}" for term in value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return value if isinstance(value, str) else f"{value:g}"
+
+
+def _numbers_of(term: Mapping[str, Any]) -> str:
+    asked = {key: value for key, value in term.items() if value not in (None, NOTHING.get(key))}
+    said = [f"{key} {_plain(value)}" for key, value in asked.items() if key not in ("name", "weight")]
+    return f" ({', '.join(said)})" if said else ""
 
 
 def _write_configs(directory: ModelDirectory, out: Path, dtype: str) -> None:

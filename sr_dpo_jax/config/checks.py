@@ -3,7 +3,7 @@
 What needs the data or the devices is checked where they are. Imports no jax.
 """
 
-from sr_dpo_jax.config.objectives import AotObjective, DivergenceObjective, PairObjective, RefinedObjective
+from sr_dpo_jax.config.objectives import AotObjective, PairObjective, is_a, is_refined, parts_of
 from sr_dpo_jax.config.schema import Config, Refinement
 
 MEASURES = ("loss", "logps/chosen")
@@ -33,7 +33,7 @@ def evaluation_metrics(config: Config) -> list[str]:
         measures += PAIR_MEASURES
         if config.refinement.prompt:
             measures += AUGMENTED_MEASURES
-        if isinstance(config.objective, RefinedObjective):
+        if is_refined(config.objective):
             measures.append("refinement")
         if getattr(config.objective, "use_weighting", False):
             measures.append("weight")
@@ -72,29 +72,37 @@ def cross_checks(config: Config) -> list[str]:
 
 
 def _objective_problems(config: Config) -> list[str]:
-    objective, parts, found = config.objective, config.batch.accumulation_steps, []
-    if isinstance(objective, AotObjective) and parts > 1:
-        found.append(
-            f"  batch.accumulation_steps={parts}: objective.name={objective.name} sorts over all pairs of a step, and "
-            "a micro-batch has some of them; set it to 1, with model.remat=full or fewer batch.pairs_per_step to save "
-            "memory, or choose another objective"
-        )
-    if isinstance(objective, DivergenceObjective):
-        needs, alpha = objective.divergence == "alpha_divergence", objective.divergence_alpha
-        if needs and alpha is None:
-            found.append("  objective.divergence=alpha_divergence: set objective.divergence_alpha, from 0 to 1")
-        if alpha is not None and not needs:
-            found.append(
-                f"  objective.divergence_alpha={alpha}: is for objective.divergence=alpha_divergence; set that, or "
-                "remove it"
-            )
+    objective, steps, found = config.objective, config.batch.accumulation_steps, []
+    for number, part in enumerate(parts_of(objective)):
+        key = "objective" if part is objective else f"objective.terms.{number}"
+        if is_a(part, AotObjective):
+            if steps > 1:
+                found.append(
+                    f"  batch.accumulation_steps={steps}: {key}.name={part.name} sorts over all pairs of a step, and a "
+                    "micro-batch has some of them; set it to 1, with model.remat=full or fewer batch.pairs_per_step to "
+                    "save memory, or choose another objective"
+                )
+            if getattr(objective, "use_weighting", False):
+                found.append(
+                    f"  objective.use_weighting: {key}.name={part.name} sorts over pairs, and its losses belong to "
+                    "ranks, which have no weights; remove it, or choose another objective"
+                )
+        if hasattr(part, "divergence"):
+            needs, alpha = part.divergence == "alpha_divergence", part.divergence_alpha
+            if needs and alpha is None:
+                found.append(f"  {key}.divergence=alpha_divergence: set {key}.divergence_alpha, from 0 to 1")
+            if alpha is not None and not needs:
+                found.append(
+                    f"  {key}.divergence_alpha={alpha}: is for {key}.divergence=alpha_divergence; set that, or "
+                    "remove it"
+                )
     return found
 
 
 def _refinement_problems(config: Config) -> list[str]:
     section, name, found = config.refinement, config.objective.name, []
     asked = {key: value for key, value in section if key != "prompt" and value != Refinement.model_fields[key].default}
-    if not isinstance(config.objective, RefinedObjective):
+    if not is_refined(config.objective):
         if asked:
             keys = ", ".join(f"refinement.{key}" for key in asked)
             found.append(f"  {keys}: objective.name={name} has no refinement; remove them, or choose one of sr_*")
@@ -118,7 +126,8 @@ def _refinement_problems(config: Config) -> list[str]:
         for key in ("offset", "alpha")
         if key in asked and not rated
     ]
-    if config.objective.lam == "auto" and (section.form != "contrast" or rated):
+    automatic = any(getattr(part, "lam", None) == "auto" for part in parts_of(config.objective))
+    if automatic and (section.form != "contrast" or rated):
         found.append(
             "  objective.lam=auto: only a contrast can be weighed against the labels before step 0; set "
             "refinement.form=contrast, or a number"
@@ -188,7 +197,8 @@ def _best_problems(config: Config) -> list[str]:
             "choose from; set train.eval_every_steps, or remove it"
         )
     measure = metric.rpartition("/")[2]
-    if measure == "refinement" and getattr(config.objective, "lam", None) == "auto":
+    automatic = any(getattr(part, "lam", None) == "auto" for part in parts_of(config.objective))
+    if measure == "refinement" and automatic:
         found.append(
             f"  checkpoint.best_metric={metric}: objective.lam=auto may make the objective the plain one, which has no "
             "refinement; choose another"

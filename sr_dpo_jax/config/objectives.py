@@ -6,7 +6,7 @@ A class serves the losses that have the same keys. The losses of a `MarginObject
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
 
-from pydantic import Discriminator, Field, Tag, create_model
+from pydantic import BeforeValidator, Discriminator, Field, Tag, create_model
 
 from sr_dpo_jax.config.section import TWIN, NonNegativeRate, Rate, Section, only_what_says_something
 
@@ -24,11 +24,16 @@ class PairObjective(Section):
     """An objective that compares two responses."""
 
     name: str
-    beta: Rate = 0.1
-    """β, the strength of the pull towards the reference; without a reference the scale of the margin."""
     sft_weight: NonNegativeRate = 0.0
     """α of α·NLL, the mean of −log π per token of the chosen response, which is added to the loss (RPO,
     arXiv:2404.19733)."""
+
+
+class ScaledObjective(PairObjective):
+    """An objective with a β of its own."""
+
+    beta: Rate = 0.1
+    """β, the strength of the pull towards the reference; without a reference the scale of the margin."""
 
 
 class ReferenceObjective(PairObjective):
@@ -47,7 +52,7 @@ class WeightingObjective(ReferenceObjective):
     stop_gradient: the product of exp of the mean over tokens of log π(y_t) − log Σ_v π(v)²."""
 
 
-class MarginObjective(PairObjective):
+class MarginObjective(ScaledObjective):
     """An objective whose loss has a margin that Δ can shift: each of its names stands for `sr_NAME` too."""
 
 
@@ -101,7 +106,7 @@ class AnchoredObjective(MarginObjective, WeightingObjective):
     """Lowers both responses, the rejected one more (arXiv:2408.06266). Δ shifts the term with the margin."""
 
 
-class SidesObjective(WeightingObjective):
+class SidesObjective(ScaledObjective, WeightingObjective):
     """An objective of both log-ratios apart: there is no margin for Δ to shift."""
 
     name: Literal["apo_zero", "nca_pair", "bco_pair", "sppo_hard"]
@@ -134,7 +139,7 @@ class OrpoObjective(MarginObjective):
     """The weight of the mean of −log π per token of the chosen response."""
 
 
-class RefinedObjective(PairObjective):
+class RefinedObjective(ScaledObjective):
     """A loss with its margin shifted by λΔ."""
 
     lam: Annotated[
@@ -153,7 +158,7 @@ def _twin(kind: type[MarginObjective]) -> type[Section]:
     return create_model(f"Refined{kind.__name__}", __base__=(kind, RefinedObjective), name=name)
 
 
-KINDS: tuple[type[Section], ...] = (
+PLAIN_KINDS: tuple[type[Section], ...] = (
     SftObjective,
     DpoObjective,
     IpoObjective,
@@ -167,7 +172,57 @@ KINDS: tuple[type[Section], ...] = (
     OrpoObjective,
 )
 """Every class of plain losses."""
-TWINS = tuple(_twin(kind) for kind in KINDS if issubclass(kind, MarginObjective))
+TWINS = tuple(_twin(kind) for kind in PLAIN_KINDS if issubclass(kind, MarginObjective))
+
+
+def _term(kind: type[Section]) -> type[Section]:
+    """Makes the class of a term of `mixed`: the keys of its loss but for those that belong to the sum, and a weight."""
+    own = {key: field for key, field in kind.model_fields.items() if key not in WeightingObjective.model_fields}
+    fields: dict[str, Any] = {key: (field.annotation, field) for key, field in own.items()}
+    name: Any = (kind.model_fields["name"].annotation, ...)
+    weight: Any = (Rate, Field(description="The factor of this term in the sum."))
+    return create_model(f"{kind.__name__}Term", __base__=Section, **{"name": name, **fields, "weight": weight})
+
+
+TERMS = tuple(_term(kind) for kind in PLAIN_KINDS + TWINS if issubclass(kind, PairObjective))
+
+if TYPE_CHECKING:
+    Term = Section
+else:
+    Term = Annotated[Union[TERMS], Field(discriminator="name")]  # noqa: UP007 (made of a list)
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+class MixedObjective(WeightingObjective):
+    """A weighted sum of losses, as MPO has it (arXiv:2411.10442)."""
+
+    name: Literal["mixed"]
+    terms: Annotated[tuple[Term, ...], BeforeValidator(_as_tuple), Field(min_length=2)]
+    """A list of {name, weight, ...}: each names a loss that compares responses, plain or `sr_`, with keys of its own.
+    `sft_weight`, `ld_alpha` and `use_weighting` stand beside the list, and serve the whole sum."""
+
+
+KINDS = (*PLAIN_KINDS, MixedObjective)
+"""Every class of objectives but the twins."""
+
+
+def parts_of(objective: Section) -> tuple[Any, ...]:
+    """Gives the terms of a sum, or the objective itself."""
+    return objective.terms if isinstance(objective, MixedObjective) else (objective,)
+
+
+def is_a(part: Any, kind: type[Section]) -> bool:
+    """Tells whether an objective or a term has a loss of this kind, plain or refined."""
+    return part.name.removeprefix(TWIN) in get_args(kind.model_fields["name"].annotation)
+
+
+def is_refined(objective: Section) -> bool:
+    """Tells whether the objective, or a term of it, has a refinement."""
+    return any(hasattr(part, "lam") for part in parts_of(objective))
+
 
 if TYPE_CHECKING:
     Objective = SftObjective | PairObjective

@@ -98,6 +98,8 @@ def identity_of(
         made["data.path ratings"] = _digest(pairs.chosen_score, pairs.rejected_score)
     # Likewise the keys of an objective that ask for nothing.
     objective = {key: None if value == NOTHING.get(key) else value for key, value in config["objective"].items()}
+    if "terms" in objective:
+        objective["terms"] = list(objective["terms"])  # as a checkpoint gives it back
     sections = {
         "objective": objective,
         "optimizer": config["optimizer"],

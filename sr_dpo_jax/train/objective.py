@@ -7,7 +7,7 @@ Next: `losses.py`, which holds the formulas that the rows name.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sr_dpo_jax.errors import UsageError
@@ -34,7 +34,7 @@ class Kind:
     """λΔ is subtracted from β·m; where it is not scaled, from m."""
     refined: bool = False
     """The refinement Δ, the function's last array, shifts the margin."""
-    at_zero: Callable[[Mapping[str, Any]], float] | None = None
+    at_zero: Callable[[Mapping[str, Any]], float | None] | None = None
     """The preference term where policy and reference are the same and Δ = 0, as a function of the objective's numbers;
     None where the weights decide."""
 
@@ -58,6 +58,12 @@ def _quarter(numbers: Mapping[str, Any]) -> float:
 def _divergence_from_labels(numbers: Mapping[str, Any]) -> float:
     share = numbers["label_smoothing"]
     return -math.log(2) - math.log(share * (1 - share)) / 2
+
+
+def _of_terms(numbers: Mapping[str, Any]) -> float | None:
+    """Adds up the terms of a weighted sum; None where the weights of the model decide on one of them."""
+    losses = [(term["weight"], OBJECTIVES[term["name"]].loss_at_zero(term)) for term in numbers["terms"]]
+    return None if any(loss is None for _, loss in losses) else sum(weight * loss for weight, loss in losses if loss)
 
 
 LARGEST_LOSS = 1e32
@@ -90,6 +96,8 @@ SIDES = {
     "sppo_hard": Kind("sppo_hard", RATIOS, "squared", at_zero=lambda numbers: 2 * _quarter(numbers)),
 }
 """Objectives without a margin that Δ could shift."""
+SUMS = {"mixed": Kind("", (), "other", at_zero=_of_terms)}
+"""Weighted sums of the others: no function of their own."""
 REFINEMENT = "refinement"
 TWIN = "sr_"
 OBJECTIVES = {
@@ -100,6 +108,7 @@ OBJECTIVES = {
         for name, kind in PLAIN.items()
         if kind.needs_rejected
     },
+    **SUMS,
 }
 """Every objective by its name: the plain ones, and `sr_NAME` for those whose loss Δ can shift."""
 
@@ -139,6 +148,8 @@ class Objective:
     """The weight of tokens beyond the length of the shorter response, in every log-prob; None: 1."""
     use_weighting: bool = False
     """A pair's loss is multiplied by how much both responses are the policy's own."""
+    terms: tuple[tuple[float, "Objective"], ...] = ()
+    """The terms of a weighted sum, each behind its weight; none where the objective is a loss itself."""
 
     @classmethod
     def of(
@@ -151,24 +162,39 @@ class Objective:
         sft_weight: float = 0.0,
         ld_alpha: float | None = None,
         use_weighting: bool = False,
+        terms: Sequence[Mapping[str, Any]] = (),
         **numbers: Any,
     ) -> "Objective":
         """Takes the keys of the configuration's section `objective`.
 
         Raises:
-          UsageError: the loss begins at a number whose sums float32 holds as infinity, so that no step would count.
+          UsageError: the loss begins at a number whose sums float32 holds as infinity, so that no step would count; or
+            the terms of a sum do not go together.
         """
-        begins_at = OBJECTIVES[name].at_zero
-        if begins_at is not None and begins_at(numbers) > LARGEST_LOSS:
+        of_sum: dict[str, Any] = {"sft_weight": sft_weight, "ld_alpha": ld_alpha, "use_weighting": use_weighting}
+        if terms:
+            parts = [(term["weight"], {key: term[key] for key in term if key != "weight"}) for term in terms]
+            made = tuple((weight, cls.of(refinement=refinement, **keys)) for weight, keys in parts)
+            _require_alike([term for _, term in made])
+            return cls(name, {}, refinement, **of_sum, terms=made)
+        begins_at = OBJECTIVES[name].loss_at_zero(numbers)
+        if begins_at is not None and begins_at > LARGEST_LOSS:
             raise UsageError(
-                f"objective.beta={numbers['beta']:g}: the loss of {name} begins at {begins_at(numbers):.2g}, "
+                f"objective.beta={numbers['beta']:g}: the loss of {name} begins at {begins_at:.2g}, "
                 "too large for float32; raise objective.beta"
             )
-        return cls(name, numbers, refinement, divergence, divergence_alpha, sft_weight, ld_alpha, use_weighting)
+        return cls(name, numbers, refinement, divergence, divergence_alpha, **of_sum)
+
+    @property
+    def main(self) -> "Objective":
+        """The objective whose margin and rewards are shown: of a sum the first term with Δ, or else the first."""
+        terms = [term for _, term in self.terms] or [self]
+        return next((term for term in terms if OBJECTIVES[term.name].refined), terms[0])
 
     @property
     def kind(self) -> Kind:
-        return OBJECTIVES[self.name]
+        """The facts of the objective; those of a sum are its main term's, as all terms agree in what matters here."""
+        return self.main.kind if self.terms else OBJECTIVES[self.name]
 
     @property
     def judged_in_step(self) -> bool:
@@ -193,11 +219,32 @@ class Objective:
     @property
     def unsettled(self) -> bool:
         """λ is "auto", and not known yet."""
-        return self.numbers.get("lam") == "auto"
+        return self.numbers.get("lam") == "auto" or any(term.unsettled for _, term in self.terms)
 
     def settled(self, lam: float) -> "Objective":
         """Gives the objective with this λ in place of "auto"; with λ = 0 the plain one, which needs no Δ."""
+        if self.terms:
+            terms = ((weight, term.settled(lam) if term.unsettled else term) for weight, term in self.terms)
+            return dataclasses.replace(self, terms=tuple(terms))
         if lam == 0:
             numbers = {key: number for key, number in self.numbers.items() if key != "lam"}
             return dataclasses.replace(self, name=self.name.removeprefix(TWIN), numbers=numbers)
         return dataclasses.replace(self, numbers={**self.numbers, "lam": lam})
+
+
+def _require_alike(terms: Sequence[Objective]) -> None:
+    """Refuses a sum whose terms would need different margins or Δ to be shown, or known before step 0."""
+    with_reference = [term.name for term in terms if term.kind.needs_reference]
+    without = [term.name for term in terms if not term.kind.needs_reference]
+    if with_reference and without:
+        raise UsageError(
+            f"objective.terms: {with_reference[0]} has a reference and {without[0]} has none, so that their margins "
+            "are of different things; choose terms of one sort"
+        )
+    refined = [term for term in terms if term.kind.refined]
+    lengths = {term.kind.per_token: term.name for term in refined}
+    if len(lengths) > 1 and any(term.judged_before or term.unsettled for term in refined):
+        raise UsageError(
+            f"objective.terms: Δ of {lengths[True]} is per token and that of {lengths[False]} is not, and a pair has "
+            "one Δ that is known before step 0; choose terms of one sort, or set refinement.judge=policy"
+        )

@@ -40,7 +40,10 @@ from sr_dpo_jax.weights.placement import PlacedModel
 
 log = logging.getLogger(__name__)
 
-MEASURED_ON = ("data.path", "model.path", "tokenizer", "objective.name", "refinement.prompt", "refinement.against")
+MEASURED_ON = (
+    *("data.path", "model.path", "tokenizer", "objective.name", "objective.terms", "objective.ld_alpha"),
+    *("refinement.prompt", "refinement.against"),
+)
 """The keys of a run's identity that decide what its model knows at the start."""
 
 

@@ -67,7 +67,7 @@ def pair_metrics(
     """Computes the loss and the metrics of every pair.
 
     Args:
-      objective: the loss and its numbers.
+      objective: the loss and its numbers; of a weighted sum the metrics beside the loss are its main term's.
       policy: scores of the policy.
       reference: scores of the frozen reference; None where the objective needs none.
       refinement: Δ, `[B]` float32, where it is known before step 0; None where the policy judges.
@@ -75,6 +75,26 @@ def pair_metrics(
     Returns:
       One float32 value a pair, `[B]`, under the names of metrics.jsonl.
     """
+    metrics = _metrics_of_loss(objective.main, policy, reference, refinement)
+    if objective.terms:
+        parts = (
+            weight * _metrics_of_loss(term, policy, reference, refinement)["loss"] for weight, term in objective.terms
+        )
+        metrics["loss"] = sum(parts, jnp.zeros(()))
+    tokens = jnp.maximum(policy.tokens, 1)
+    if objective.sft_weight:
+        metrics["loss"] += objective.sft_weight * losses.sft(policy.logprobs[:, CHOSEN]) / tokens[:, CHOSEN]
+    if policy.log_squares is not None:
+        weights = losses.on_policy_weight(policy.logprobs, policy.log_squares, tokens)
+        metrics["weight"] = weights[:, CHOSEN] * weights[:, REJECTED]
+        metrics["loss"] *= metrics["weight"]
+    return metrics
+
+
+def _metrics_of_loss(
+    objective: Objective, policy: Scores, reference: Scores | None, refinement: Array | None
+) -> dict[str, Array]:
+    """Computes `pair_metrics` of one loss, without what stands beside it."""
     kind, beta = objective.kind, objective.numbers.get("beta", 1.0)
     sides = {"chosen": CHOSEN, "rejected": REJECTED} if kind.needs_rejected else {"chosen": CHOSEN}
     logps = {f"logps/{name}": policy.logprobs[:, side] for name, side in sides.items()}
@@ -106,14 +126,7 @@ def pair_metrics(
         if refinement is None:
             refinement = refinement_by(objective, policy, reference)
         arrays["refinement"] = metrics["refinement"] = refinement
-    loss = pair_losses(objective, arrays)
-    if objective.sft_weight:
-        loss += objective.sft_weight * losses.sft(policy.logprobs[:, CHOSEN]) / tokens[:, CHOSEN]
-    if policy.log_squares is not None:
-        weights = losses.on_policy_weight(policy.logprobs, policy.log_squares, tokens)
-        metrics["weight"] = weights[:, CHOSEN] * weights[:, REJECTED]
-        loss *= metrics["weight"]
-    return {"loss": loss, **metrics}
+    return {"loss": pair_losses(objective, arrays), **metrics}
 
 
 def refinement_by(objective: Objective, judge: Scores, reference: Scores | None) -> Array:

@@ -145,6 +145,8 @@ def test_an_entry_is_read_as_yaml():
     assert quoted.sections["objective"]["lam"] == 1
     with pytest.raises(UsageError, match="begin with the objective's name"):
         parse_entry("lam=1,sr_dpo")
+    with pytest.raises(UsageError, match="mixed has no β of its own"):
+        parse_entry("mixed")
 
 
 def test_beta_is_the_entrys_the_files_or_the_losss(config):

@@ -243,7 +243,7 @@ def test_the_contrast_by_the_reference_costs_what_dpo_costs(tmp_path):
     assert flops == pytest.approx(dpo_flops, rel=5e-3)
     assert cycles == pytest.approx(dpo_cycles, rel=2e-2)
     by_policy = costs["contrast by the policy"]
-    assert by_policy[0] > 1.1 * dpo_flops and by_policy[1] > 1.1 * dpo_cycles
+    assert by_policy[0] > 1.1 * dpo_flops and by_policy[1] > 1.03 * dpo_cycles
 
 
 def test_what_does_not_fit_comes_with_a_change_that_does(tmp_path, model_root, run):

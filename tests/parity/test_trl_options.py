@@ -136,3 +136,18 @@ def test_weights_of_pairs(torch, float64, theirs, section, seed):  # noqa: F811
 def test_lengths_and_weights_together(torch, float64):  # noqa: F811
     """The weights are of the whole responses."""
     both(torch, 2, "sigmoid", {"name": "dpo"}, use_weighting=True, ld_alpha=0.3)
+
+
+def test_a_weighted_sum(torch, float64):  # noqa: F811
+    """MPO's, and one with numbers that TRL's terms share, lengths and weights."""
+    rows, policy, reference = world(3)
+    terms = [{"name": "dpo", "weight": 0.8}, {"name": "bco_pair", "weight": 0.2}]
+    expected = trl(torch, rows, policy, reference, loss_types=["sigmoid", "bco_pair"], loss_weights=[0.8, 0.2])
+    compare(ours(objective_of({"name": "mixed", "terms": terms}), rows, policy, reference), expected)
+    smooth = {"label_smoothing": 0.1}
+    terms = [{"name": "robust", "weight": 0.5, **smooth}, {"name": "exo_pair", "weight": 2.0, **smooth}]
+    terms += [{"name": "sigmoid_norm", "weight": 0.3}]
+    options = {"ld_alpha": 0.3, "use_weighting": True}
+    types = {"loss_types": ["robust", "exo_pair", "sigmoid_norm"], "loss_weights": [0.5, 2.0, 0.3]}
+    expected = trl(torch, rows, policy, reference, **types, **smooth, **options)
+    compare(ours(objective_of({"name": "mixed", "terms": terms, **options}), rows, policy, reference), expected)

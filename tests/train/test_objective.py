@@ -1,6 +1,7 @@
 """The table of objectives against the functions in `losses.py`, the configuration's keys and values at zero."""
 
 import inspect
+import json
 import math
 from typing import Any, get_args
 
@@ -17,6 +18,7 @@ from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.train.objective import OBJECTIVES, TWIN, Objective, Refinement
 from sr_dpo_jax.train.train_step import Scores, averages, pair_losses, pair_metrics
 
+TERMS = [{"name": "dpo", "weight": 0.8}, {"name": "bco_pair", "weight": 0.2, "beta": 0.3}]
 SECTION_OF = {
     name: kind for kind in sections.KINDS + sections.TWINS for name in get_args(kind.model_fields["name"].annotation)
 }
@@ -29,8 +31,11 @@ AT_ZERO = {
     "exo_pair": -LN_2 - math.log(1e-3 * 0.999) / 2,
     "discopop": (1 + LN_2) / 2,
     "sppo_hard": 50.0,
+    "mixed": 0.8 * LN_2 + 0.2 * 2 * LN_2,
 }
 """With β = 0.1."""
+LOSSES = [name for name in OBJECTIVES if OBJECTIVES[name].function]
+"""All but the weighted sum of others."""
 BOTH_SIDES = [name for name in OBJECTIVES if OBJECTIVES[name].needs_rejected]
 REFINED = [name for name in OBJECTIVES if OBJECTIVES[name].refined]
 POLICY = Scores(
@@ -50,7 +55,10 @@ PAPER = Refinement()
 
 def numbers_of(name: str, **numbers: Any) -> dict[str, Any]:
     """The keys of an objective with β = 0.1, λ = 0.5 and defaults."""
-    given, section = {"beta": 0.1, "lam": 0.5} | numbers, SECTION_OF[name]
+    given, section = {"beta": 0.1, "lam": 0.5, "terms": TERMS} | numbers, SECTION_OF[name]
+    if name == "mixed":  # lists are tuples in JSON alone
+        keys = {key: given[key] for key in given if key in section.model_fields}
+        return section.model_validate_json(json.dumps({"name": name, **keys})).model_dump()
     return section(name=name, **{key: given[key] for key in given if key in section.model_fields}).model_dump()
 
 
@@ -91,7 +99,7 @@ def test_other_divergences_are_for_the_losses_that_trl_takes_them_for():
     }
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", LOSSES)
 def test_a_row_calls_its_function_with_all_that_it_takes(name):
     """λ and Δ are left out where the objective is not refined."""
     kind = OBJECTIVES[name]
@@ -247,6 +255,75 @@ def test_cpo_and_orpo_have_it_by_default():
         assert {key: field.default for key, field in fields.items() if key not in ("name", "lam")} == {
             key: field.default for key, field in plain.items() if key != "name"
         }
+
+
+def test_a_weighted_sum_is_the_sum_of_its_terms():
+    """Each with its own numbers; beside it the term of fine-tuning, once, and the metrics of the first term with Δ."""
+    terms = [
+        {"name": "bco_pair", "weight": 0.2, "beta": 0.3},
+        {"name": "sr_dpo", "weight": 0.8, "lam": 0.5, "label_smoothing": 0.1},
+        {"name": "sr_ipo_mean", "weight": 0.01, "lam": 2.0, "beta": 0.5},
+    ]
+    mixed = metrics_of(objective("mixed", terms=terms, sft_weight=0.7))
+    parts = [metrics_of(objective(**{key: term[key] for key in term if key != "weight"})) for term in terms]
+    expected = sum(term["weight"] * part["loss"] for term, part in zip(terms, parts, strict=True))
+    np.testing.assert_allclose(mixed["loss"] - 0.7 * np.array([3 / 4, 9 / 3, 2 / 1]), expected, rtol=2e-5)
+    assert mixed.keys() == parts[1].keys()
+    for name in mixed.keys() - {"loss"}:
+        np.testing.assert_array_equal(mixed[name], parts[1][name], err_msg=name)
+
+
+def test_a_weighted_sum_settles_the_lam_of_its_terms():
+    terms = [
+        {"name": "sr_dpo", "weight": 1.0, "lam": "auto"},
+        {"name": "sr_hinge", "weight": 1.0, "lam": 0.5},
+        {"name": "bco_pair", "weight": 1.0},
+    ]
+    made = objective("mixed", Refinement(form="contrast", judge="reference"), terms=terms)
+    assert made.unsettled and made.judged_before and made.wants_scores
+    half, none = made.settled(0.25), made.settled(0.0)
+    assert [term.numbers.get("lam") for _, term in half.terms] == [0.25, 0.5, None] and not half.unsettled
+    assert [term.name for _, term in none.terms] == ["dpo", "sr_hinge", "bco_pair"] and none.kind.refined
+
+
+@pytest.mark.parametrize(
+    ("terms", "options", "problem"),
+    [
+        (["dpo", "simpo"], {}, "dpo has a reference and simpo has none"),
+        (["sr_dpo", "sr_ipo_mean"], {"form": "contrast", "judge": "reference"}, "sr_ipo_mean is per token and that of"),
+        (["dpo"], {}, "objective.terms"),
+        (["dpo", "sft"], {}, "objective.terms.1.name='sft': not known"),
+        (["dpo", "mixed"], {}, "objective.terms.1.name='mixed': not known"),
+        (["dpo", {"name": "hinge", "sft_weight": 1.0}], {}, "objective.terms.1.sft_weight"),
+        (["dpo", {"name": "hinge", "divergence": "alpha_divergence"}], {}, "set objective.terms.1.divergence_alpha"),
+        (["dpo", {"name": "hinge", "lam": 1.0}], {}, "objective.terms.1.lam=1.0: hinge does not take it"),
+        (["dpo", "sr_hinge"], {"judge": "reference"}, "margin is 0"),
+        (["dpo", "hinge"], {"form": "contrast"}, "objective.name=mixed has no refinement"),
+    ],
+)
+def test_terms_that_do_not_go_together_are_refused(terms, options, problem):
+    whole = [{"weight": 1.0} | ({"name": term} if isinstance(term, str) else term) for term in terms]
+    whole = [term | ({"lam": 0.5} if str(term["name"]).startswith(TWIN) else {}) for term in whole]
+    with pytest.raises(UsageError, match=problem):
+        config = config_from_dict(raw_of({"name": "mixed", "terms": whole}) | {"refinement": options}, where="x")
+        made = Refinement(**{key: options[key] for key in options})
+        Objective.of(refinement=made, **config.objective.model_dump())
+
+
+@pytest.mark.parametrize(
+    ("section", "problem"),
+    [
+        ({"batch": {"accumulation_steps": 2}}, "batch.accumulation_steps=2: objective.terms.1.name=aot sorts"),
+        ({"objective": {"use_weighting": True}}, "objective.use_weighting: objective.terms.1.name=aot sorts"),
+        ({"objective": {"beta": 0.3}}, "objective.beta"),
+    ],
+)
+def test_what_a_sum_cannot_have_is_refused(section, problem):
+    raw = raw_of({"name": "mixed", "terms": [{"name": "dpo", "weight": 1.0}, {"name": "aot", "weight": 1.0}]})
+    for name, keys in section.items():
+        raw[name] = {**raw.get(name, {}), **keys}
+    with pytest.raises(UsageError, match=problem):
+        config_from_dict(raw, where="x")
 
 
 def test_arrays_reach_their_arguments_in_order():

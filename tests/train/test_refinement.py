@@ -322,6 +322,32 @@ def test_eval_of_a_run_with_auto_takes_the_lam_that_it_settled(world, tmp_path, 
     )
 
 
+def test_a_weighted_sum_trains_goes_on_and_is_shown(world, tmp_path, monkeypatch):
+    """Of a contrast with `lam: auto` and a loss without a margin, and its loss at the start in float64."""
+    from sr_dpo_jax.commands.report.page import report
+    from sr_dpo_jax.train import knowledge
+
+    monkeypatch.setattr(knowledge, "_slope", lambda contrast: {"value": 1.5, "interval": [1.0, 2.0], "finite": True})
+    terms = [{"name": "bco_pair", "weight": 0.25}, {"name": "sr_dpo", "weight": 0.75, "lam": "auto"}]
+    sections = {"objective": {"name": "mixed", "lam": None, "terms": terms, "sft_weight": 0.5}, "refinement": CONTRAST}
+    sections["data"] = {"eval_path": str(world[2])}
+    golden = run(world, tmp_path / "golden", **sections)
+    columns, first = scored(world, tmp_path), pairs_of_first_step(world, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    contrast = preference(columns, "_augmented") - preference(columns)
+    sft = -columns["logp_chosen"] / [row["chosen_tokens"] for row in rows]
+    expected = 0.75 * logistic(-1.5 * contrast) + 0.25 * 2 * np.log(2) + 0.5 * sft
+    assert golden[0]["loss"] == pytest.approx(expected[first].mean(), rel=1e-5)
+    assert golden[-1].keys() >= {"eval/loss", "eval/refinement", "eval/rewards/margins"}
+    run(world, tmp_path / "again", **sections, train={"max_steps": 1})
+    assert run(world, tmp_path / "again", **sections)[-1] == golden[-1]
+    root = tmp_path / "golden" / "run"
+    assert report([root], tmp_path / "report.html", with_texts=False) == 1
+    assert main(["export", str(root), str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "0.25 · bco_pair (beta 0.1) + 0.75 · sr_dpo (" in card and "lam auto" in card
+
+
 def test_score_prints_what_the_model_knows(world, tmp_path, capsys):
     path = written(tmp_path, raw_config(tmp_path, *world[:2]))
     assert main(["score", path]) == 2
