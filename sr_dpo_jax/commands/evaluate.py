@@ -23,16 +23,16 @@ from sr_dpo_jax.train.metrics import Progress
 from sr_dpo_jax.train.objective import Objective
 from sr_dpo_jax.train.scored_set import ScoredSet, make_scored_set
 from sr_dpo_jax.train.scored_set import knowledge as knowledge_from
-from sr_dpo_jax.train.setup import Setup, read_held_out, read_model, read_pairs_of, set_up
+from sr_dpo_jax.train.setup import Setup, read_held_out, read_model, read_pairs_of, read_reference, set_up
 from sr_dpo_jax.train.train_step import Scores
 
 
 def evaluate_command(config: Config, *, best: bool = False) -> dict[str, float]:
     """Measures every held-out set with the latest (or `best`) checkpoint of output_dir, or else with model.path.
 
-    The reference is model.path in all cases. Where pairs are rated, the metrics hold the correlation of margins with
-    ratings. Writes them to output_dir/eval.json too, and the pairs of each set, one JSON line each, to
-    output_dir/`pairs_file`.
+    The reference is reference.path, or else model.path, in all cases. Where pairs are rated, the metrics hold the
+    correlation of margins with ratings. Writes them to output_dir/eval.json too, and the pairs of each set, one JSON
+    line each, to output_dir/`pairs_file`.
     """
     if not config.data.held_out:
         raise UsageError(
@@ -40,7 +40,8 @@ def evaluate_command(config: Config, *, best: bool = False) -> dict[str, float]:
         )
     directory, tokenizer = read_model(config)
     sets = read_held_out(config, tokenizer, directory.architecture)
-    setup, root = set_up(config, directory, digests_of(tokenizer, sets)), Path(config.output_dir)
+    read = digests_of(tokenizer, sets, read_reference(config, tokenizer))
+    setup, root = set_up(config, directory, read), Path(config.output_dir)
     with Lease.of_file(root / "eval.json", remedy="choose another output_dir") as lease:
         on_leader(lambda: require_writable(root))
         on_leader(lease.take)
@@ -54,8 +55,10 @@ def _measure(
     held_out, base = [setup.scored_set(name, pairs) for name, pairs in sets.items()], None
     for held in held_out:
         if held.reference is not None and not held.reference.complete:
-            base = setup.model.base_params() if base is None else base
-            held.fill_reference(base)
+            base = setup.reference.base_params() if base is None else base
+            held.by_reference().fill_reference(base)
+    if setup.reference is not setup.model:
+        base = None  # the model's own are made where they are needed
     params, step = setup.latest_params(base, best=best)
     setup = setup.settled_at(step)
     metrics: dict[str, float] = {"step": step}
@@ -89,22 +92,25 @@ def score_command(config: Config, output: Path | None, *, knowledge: bool = Fals
     if knowledge and not section.prompt:
         raise UsageError("--knowledge: compares log-probs with p and without; remove refinement.prompt=null")
     ld_alpha = getattr(config.objective, "ld_alpha", None) if knowledge else None
-    if output is not None and ld_alpha is not None:
+    if output is not None and knowledge and (ld_alpha is not None or config.reference.path is not None):
+        which = "objective.ld_alpha" if config.reference.path is None else "reference.path"
         raise UsageError(
-            f"--output, --knowledge: objective.ld_alpha={ld_alpha:g} weighs the tokens of the table, and the file "
-            "holds whole log-probs; ask for one of them, and then for the other"
+            f"--output, --knowledge: {which} makes the table one of other log-probs than those of the file, which are "
+            "whole and of model.path; ask for one of them, and then for the other"
         )
     directory, tokenizer = read_model(config)
     instructions = {"instruction": section.prompt, "against": section.against}
     pairs = read_pairs_of(config, data.path, data.split, tokenizer, directory.architecture, **instructions)
-    setup = set_up(config, directory, digests_of(tokenizer, {"data.path": pairs}))
+    reference = read_reference(config, tokenizer) if knowledge else None
+    setup = set_up(config, directory, digests_of(tokenizer, {"data.path": pairs}, reference))
+    model = setup.reference if knowledge else setup.model
     with contextlib.nullcontext() if output is None else Lease.of_file(output) as lease:
         if lease is not None:
             on_leader(lease.take)
         options = {"cache_dir": config.cache_path, "ld_alpha": ld_alpha}
-        scored = make_scored_set("score", pairs, setup.model, setup.packing, None, **options)
+        scored = make_scored_set("score", pairs, model, setup.packing, None, **options)
         with Progress("score", total=len(scored.feed.source), active=jax.process_index() == 0) as progress:
-            scores = scored.scores(setup.model.base_params(), progress.update)
+            scores = scored.scores(model.base_params(), progress.update)
         require_finite(pairs, scores, config)
         if lease is not None:
             lease.check()

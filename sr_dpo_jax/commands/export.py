@@ -134,8 +134,7 @@ STILL_S = 600.0
 
 def model_card(config: Config, origin: Origin, *, name: str, step: int, dtype: str, merged: bool = False) -> str:
     """Writes the README.md of an exported model, its origin and numbers; of a local path only the last name shows."""
-    objective, path = config.objective, Path(config.model.path)
-    base = path.name if path.is_absolute() else config.model.path
+    objective, base = config.objective, _shown(config.model.path)
     header = ModelCardData(
         library_name="transformers" if merged or config.lora is None else "peft",
         pipeline_tag="text-generation",
@@ -162,6 +161,7 @@ def model_card(config: Config, origin: Origin, *, name: str, step: int, dtype: s
     rows |= {
         "base model": f"`{base}`{pinned}{commit}" + (", weights drawn anew" if config.model.init == "random" else ""),
         "base weights, digest": f"`{origin.weights_digest}`",
+        **({} if config.reference.path is None else {"reference": f"`{_shown(config.reference.path)}`"}),
         "data, digest": f"`{origin.data_digest}`",
         "optimizer updates": str(step),
         "weights": dtype,
@@ -169,6 +169,11 @@ def model_card(config: Config, origin: Origin, *, name: str, step: int, dtype: s
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return f"---\n{header.to_yaml()}\n---\n\n# {name}\n\n| | |\n|---|---|\n{table}\n"
+
+
+def _shown(model: str) -> str:
+    """Gives a hub name, or of a local path the last name."""
+    return Path(model).name if Path(model).is_absolute() else model
 
 
 def _plain(value: Any) -> str:

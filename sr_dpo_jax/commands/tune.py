@@ -93,7 +93,8 @@ def content_reader() -> Callable[[Config], list[str | None]]:
 
     def content(config: Config) -> list[str | None]:
         sets = [data(name, split=split, revision=revision) for name, split, revision in _sources(config)]
-        return [*sets, model(config.model.path)]
+        paths = (config.model.path, config.reference.path)
+        return [*sets, *(model(path) for path in paths if path is not None)]
 
     return content
 

@@ -45,7 +45,7 @@ def evaluation_metrics(config: Config) -> list[str]:
 def cross_checks(config: Config) -> list[str]:
     """Finds the problems between keys, each with its remedy."""
     found = [*_addresses(config), *_evaluation_problems(config)]
-    found += [*_objective_problems(config), *_refinement_problems(config)]
+    found += [*_objective_problems(config), *_refinement_problems(config), *_reference_problems(config)]
     if config.generation.temperature == 0 and (config.generation.top_k, config.generation.top_p) != (None, None):
         found.append(
             "  generation.top_k, generation.top_p: without effect at generation.temperature=0, the likeliest token; "
@@ -133,6 +133,18 @@ def _refinement_problems(config: Config) -> list[str]:
             "refinement.form=contrast, or a number"
         )
     return found
+
+
+def _reference_problems(config: Config) -> list[str]:
+    section = config.reference
+    if section.path is None and section.revision is not None:
+        return [f"  reference.revision={section.revision}: pins reference.path; set that, or remove it"]
+    if section.path is not None and section.mode == "online" and config.lora is not None:
+        return [
+            "  reference.mode=online with reference.path and lora: policy and reference would have no base in common; "
+            "set reference.mode=cached"
+        ]
+    return []
 
 
 def _addresses(config: Config) -> list[str]:

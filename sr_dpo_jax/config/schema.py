@@ -26,7 +26,8 @@ PAPER_INSTRUCTION = (
 
 class Model(Section):
     path: str
-    """A Hugging Face directory or hub name. It is also the reference, and it holds the tokenizer."""
+    """A Hugging Face directory or hub name, which holds the tokenizer. It is also the reference, unless
+    reference.path names another."""
     revision: str | None = None
     """Pin of a hub name; a 40-digit commit for a run that must be reproducible."""
     init: Literal["pretrained", "random"] = "pretrained"
@@ -131,9 +132,9 @@ class Refinement(Section):
     the log-prob of the chosen response than that of the rejected one, in nats, with no β and no reference subtracted.
     """
     judge: Literal["policy", "reference", "ratings"] = "policy"
-    """Whose judgement Δ is. `policy`: its own, in every step, from rows with p. `reference`: that of the model at the
-    start, scored once, so that a step costs what one without refinement costs; for a contrast. `ratings`: the ratings
-    of the rows, as ODPO has it (arXiv:2402.10571)."""
+    """Whose judgement Δ is. `policy`: its own, in every step, from rows with p. `reference`: that of the reference,
+    the model at the start unless reference.path names another, scored once, so that a step costs what one without
+    refinement costs; for a contrast. `ratings`: the ratings of the rows, as ODPO has it (arXiv:2402.10571)."""
     against: str | None = None
     """A second instruction p′, such as one that asks for a low rating: a contrast is then between p and p′. Null:
     between p and no instruction."""
@@ -157,6 +158,12 @@ def _no_dropout(share: float) -> float:
 class Reference(Section):
     mode: Literal["cached", "online"] = "cached"
     """`cached` scores the frozen reference once and frees its weights; `online` keeps it on the mesh."""
+    path: str | None = None
+    """A reference that is not the model at the start, such as the first round's in iterated DPO: a Hugging Face
+    directory or hub name with the tokenizer of model.path. Its scores are cached, and it judges, in the place of the
+    model's; with `mode: online` it must have the same architecture. Null: the model at the start."""
+    revision: str | None = None
+    """Pin of a hub name in `path`."""
 
 
 class Rmsprop(Section):

@@ -36,7 +36,7 @@ BEST = "checkpoint.best_metric"
 STEPS = "train.max_steps"
 LOCAL_KEYS = ("cache_dir", "distributed.process_id", "distributed.coordinator_address")
 """Keys whose value each process may have for itself."""
-PATHS = ("data.path", "data.eval_path", "data.eval_sets", "model.path", "lora.start")
+PATHS = ("data.path", "data.eval_path", "data.eval_sets", "model.path", "lora.start", "reference.path")
 """Keys of files: their content is compared, and where it lies is each process's own affair."""
 NAMES = ("objective.name", "optimizer.name")
 """The keys that decide which other keys their sections have."""
@@ -46,10 +46,17 @@ LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "ten
 
 
 def digests_of(
-    tokenizer: PreTrainedTokenizerBase, sets: Mapping[str, TokenizedPairs] = MappingProxyType({})
+    tokenizer: PreTrainedTokenizerBase,
+    sets: Mapping[str, TokenizedPairs] = MappingProxyType({}),
+    reference: weights.ModelDirectory | None = None,
 ) -> dict[str, str]:
-    """Digests what a command has read, for `shared_facts`; the key of the training pairs is `data.path`."""
+    """Digests what a command has read, for `shared_facts`; the key of the training pairs is `data.path`.
+
+    `reference` is the model of reference.path; None where there is none.
+    """
     named = {name if name == "data.path" else f"held-out set {name}": pairs.fingerprint for name, pairs in sets.items()}
+    if reference is not None:
+        named["reference.path"] = weights.fingerprint(reference)
     return {"tokenizer": tokenizer_digest(tokenizer), **named}
 
 
@@ -77,6 +84,7 @@ def identity_of(
     *,
     tokenizer: str,
     weights_digest: str,
+    reference_digest: str | None = None,
     config: Mapping[str, Any],
     total_steps: int,
 ) -> dict[str, Any]:
@@ -85,18 +93,12 @@ def identity_of(
     Args:
       pairs, plan: the training pairs, and the steps that hold them.
       tokenizer, weights_digest: digests.
+      reference_digest: the digest of the weights of reference.path; None where there is none.
       config: the whole configuration.
       total_steps: the steps that the run takes; they count where the learning rate of a step follows from the last.
     """
     p = np.concatenate([pairs.head, pairs.augmentation])
-    refinement = config["refinement"]
-    # Null where it is the paper's, as it was before there were others.
-    made = {"refinement.form": refinement["form"], "refinement.judge": refinement["judge"]}
-    made = {key: None if value in ("margin", "policy") else value for key, value in made.items()}
-    if refinement["judge"] == "ratings":
-        made |= {f"refinement.{key}": refinement[key] for key in ("offset", "alpha")}
-        made["data.path ratings"] = _digest(pairs.chosen_score, pairs.rejected_score)
-    # Likewise the keys of an objective that ask for nothing.
+    # Null where a key of an objective asks for nothing, as it was before there were others.
     objective = {key: None if value == NOTHING.get(key) else value for key, value in config["objective"].items()}
     if "terms" in objective:
         objective["terms"] = list(objective["terms"])  # as a checkpoint gives it back
@@ -119,15 +121,26 @@ def identity_of(
         "data.path": _digest(pairs.tokens, pairs.offsets),
         "data.path weights": [float(weight) for weight in pairs.source_weights],
         "refinement.prompt": f"{len(pairs.augmentation)} tokens, {_digest(p, pairs.head_tokens)}",
-        **made,
+        **_refinement_of(config["refinement"], pairs),
         "refinement.against": f"{len(pairs.against)} tokens, {_digest(pairs.against)}" if len(pairs.against) else None,
         "tokenizer": _short(tokenizer),
         "model.path": _short(weights_digest),
+        "reference.path": None if reference_digest is None else _short(reference_digest),
         "seed": config["seed"],
         **named,
         "plan": _short(plan.digest),
         BEST: None if best is None else f"{best}, {config['checkpoint']['best_mode']}",
     }
+
+
+def _refinement_of(refinement: Mapping[str, Any], pairs: TokenizedPairs) -> dict[str, Any]:
+    """Collects how Δ is made: null where it is the paper's, as it was before there were other ways."""
+    made = {"refinement.form": refinement["form"], "refinement.judge": refinement["judge"]}
+    made = {key: None if value in ("margin", "policy") else value for key, value in made.items()}
+    if refinement["judge"] == "ratings":
+        made |= {f"refinement.{key}": refinement[key] for key in ("offset", "alpha")}
+        made["data.path ratings"] = _digest(pairs.chosen_score, pairs.rejected_score)
+    return made
 
 
 def software() -> dict[str, Any]:
@@ -234,17 +247,19 @@ def write_run_files(
     digests: Mapping[str, str],
     record: Mapping[str, Any],
     mesh: Mesh,
+    reference: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes config.yaml as resolved, and manifest.json: what the run was made from.
 
     `model` holds the path of the base model and the commit of a hub name; `digests` are those of the tokenizer and of
-    the base weights.
+    the base weights. `reference` holds path, commit and digest of a reference that is another model.
     """
     manifest = {
         "run_id": record["run_id"],
         "versions": software(),
         "digests": {"data": pairs.content_digest, "tokens": pairs.digest, **digests},
         "model": model,
+        "reference": reference,
         "identity": record["identity"],
         "knowledge": record.get("knowledge"),
         "pairs": len(pairs.ids),

@@ -20,7 +20,7 @@ from sr_dpo_jax.parallel.processes import from_leader, on_leader
 from sr_dpo_jax.train.identity import digests_of, write_run_files
 from sr_dpo_jax.train.metrics import MetricsWriter, Progress, StepLog, Trace, is_due
 from sr_dpo_jax.train.prepare import Job, prepare
-from sr_dpo_jax.train.setup import read_held_out, read_model, read_training, set_up
+from sr_dpo_jax.train.setup import read_held_out, read_model, read_reference, read_training, set_up
 from sr_dpo_jax.train.state import TrainState
 from sr_dpo_jax.train.wandb_run import WandbRun, require_wandb
 
@@ -51,7 +51,8 @@ def train(config: Config, *, allowed_changes: Sequence[str] = ()) -> int:
             directory, tokenizer = read_model(config)
             pairs = read_training(config, tokenizer, directory.architecture)
             eval_sets = read_held_out(config, tokenizer, directory.architecture)
-            setup = set_up(config, directory, digests_of(tokenizer, {"data.path": pairs, **eval_sets}))
+            reference = read_reference(config, tokenizer)
+            setup = set_up(config, directory, digests_of(tokenizer, {"data.path": pairs, **eval_sets}, reference))
             stop.joined()
             on_leader(lambda: require_writable(root))
             on_leader(lease.take)
@@ -69,6 +70,7 @@ def train(config: Config, *, allowed_changes: Sequence[str] = ()) -> int:
                     digests={"tokenizer": tokenizer_digest(tokenizer), "weights": setup.model.digest},
                     record=job.record,
                     mesh=setup.model.mesh,
+                    reference=setup.other_reference,
                 )
             )
             stop.stepping()  # from here on a signal waits for the end of a step, which saves

@@ -70,8 +70,7 @@ def prepare(
     allowed_changes: Sequence[str],
 ) -> tuple[Job, TrainState]:
     """Plans, scores the reference, loads or restores the state, compiles: all that precedes the first step."""
-    config, objective = setup.config, setup.objective
-    plan = setup.plan(pairs, list(eval_sets.values()))
+    config, objective, plan = setup.config, setup.objective, setup.plan(pairs, list(eval_sets.values()))
     total_steps = setup.total_steps(plan)
     warn_of_no_learning(config.optimizer.model_dump(), total_steps, setup.model.param_dtype)
     checkpoints = Checkpoints(config.output_dir, keep=config.checkpoint.keep, strict=config.checkpoint.strict)
@@ -91,6 +90,7 @@ def prepare(
         setup.model,
         scored,
         compiled,
+        reference=setup.reference,
         remembered=before.get("reference", {}),
         between=stop.meet,
         online=setup.online,
@@ -126,6 +126,8 @@ def _record(
 ) -> dict[str, Any]:
     """Collects what every checkpoint stores of the run; a run without an id draws one."""
     digests = {"tokenizer": tokenizer_digest(tokenizer), "weights_digest": setup.model.digest}
+    if setup.reference is not setup.model:
+        digests["reference_digest"] = setup.reference.digest
     steps = setup.total_steps(plan)
     identity = identity_of(pairs, plan, **digests, config=setup.config.model_dump(), total_steps=steps)
     run_id = text_from_leader(checkpoints.run_id or checkpoints.recorded_run_id() or secrets.token_hex(8))

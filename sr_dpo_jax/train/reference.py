@@ -154,8 +154,9 @@ class ReferenceScores:
         if not self.complete:
             bad = np.flatnonzero(self._missing())
             raise UsageError(
-                f"the reference, model.path, gives {len(bad)} of {len(self.scores)} pairs a log-prob of NaN, "
-                f"the first of them number {bad[0]}, counted from 0; set model.dtype=float32, or choose other weights"
+                f"the reference, reference.path or else model.path, gives {len(bad)} of {len(self.scores)} pairs a "
+                f"log-prob of NaN, the first of them number {bad[0]}, counted from 0; set model.dtype=float32, or "
+                "choose other weights"
             )
 
     def _take(self, pair: np.ndarray, result: Scores) -> None:

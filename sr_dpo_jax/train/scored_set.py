@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 MEASURED_ON = (
     *("data.path", "model.path", "tokenizer", "objective.name", "objective.terms", "objective.ld_alpha"),
-    *("refinement.prompt", "refinement.against"),
+    *("refinement.prompt", "refinement.against", "reference.path"),
 )
 """The keys of a run's identity that decide what its model knows at the start."""
 
@@ -59,6 +59,12 @@ class ScoredSet:
     score_step: Callable[[Params, Batch], Scores]
     reference: ReferenceScores | None
     """The reference's scores, as far as the cache has them; None where the objective needs none."""
+    reference_step: Callable[[Params, Batch], Scores] | None = None
+    """The scoring step of a reference that is not the model at the start; None where it is."""
+
+    def by_reference(self) -> "ScoredSet":
+        """Gives the set with the scoring step of the reference."""
+        return self if self.reference_step is None else dataclasses.replace(self, score_step=self.reference_step)
 
     def scores(self, params: Params, progress: Callable[[int], None] = lambda done: None) -> Scores:
         """Scores all pairs with these parameters; `progress` is called with the number of steps done.
@@ -109,7 +115,7 @@ class ScoredSet:
 
     @property
     def known_scores(self) -> Scores:
-        """The scores of the model at the start, with p and the second instruction where the set has such rows."""
+        """The scores of the reference, with p and the second instruction where the set has such rows."""
         known, source = self.reference.scores, self.feed.source
         tokens = np.stack([self.pairs.chosen_tokens, self.pairs.rejected_tokens], axis=1)
         augmented = known[..., 1] if source.augmented else None
@@ -173,7 +179,8 @@ def known_at_start(
     if table is None and training is not None and objective.scored_with_p:
         table = knowledge(training.known_scores, per_token=objective.kind.per_token)
         if table is not None:
-            log.info("%s", "\n".join(["what the model at the start knows of the labels:", *lines_of(table)]))
+            who = "the model at the start" if now["identity"].get("reference.path") is None else "the reference"
+            log.info("%s", "\n".join([f"what {who} knows of the labels:", *lines_of(table)]))
     if objective.unsettled and table is not None and "lam" not in table:
         return {**table, "lam": from_leader(settled_lam(table))}
     return table
@@ -261,6 +268,7 @@ def score_reference(
     sets: Sequence[ScoredSet],
     compiled: Callable[[Sequence[ScoredSet]], Sequence[ScoredSet]],
     *,
+    reference: PlacedModel,
     remembered: Mapping[str, str],
     between: Callable[[], None],
     online: bool,
@@ -269,9 +277,10 @@ def score_reference(
     """Checks and completes the reference's scores, and copies its parameters where it stays on the mesh.
 
     Args:
-      model: the model; its base parameters are the reference.
+      model: the model; its base parameters are what training starts from.
       sets: the sets that the reference scores, and others.
-      compiled: compiles the scoring steps of sets.
+      compiled: compiles the scoring steps of sets for the model.
+      reference: the model whose base parameters are the reference; mostly `model` itself.
       remembered: digest of each set's scores in the checkpoint that is resumed: those are believed.
       between: called after each step of scoring.
       online: the reference stays on the mesh.
@@ -284,12 +293,18 @@ def score_reference(
     """
     known = {held.name: held.reference for held in sets if held.reference is not None}
     doubted = [held for held in sets if held.name in known and remembered.get(held.name) != known[held.name].digest]
-    base = model.base_params() if keep_base or online or doubted else None
-    for held in compiled(doubted):
+    same = reference is model
+    base = reference.base_params() if online or doubted or (keep_base and same) else None
+    if not same:
+        compiled = partial(compiled_sets, params=reference.shapes, programs={})
+    for held in compiled([held.by_reference() for held in doubted]):
         held.reference.spot_check(held.score_step, base, dtype=model.dtype.name)
         if not held.reference.complete:
             held.fill_reference(base, between)
-    copy = model.reference_copy(base) if online else None
+    copy = reference.reference_copy(base) if online else None
+    if not same:
+        base = None  # freed before the model's are made
+        base = model.base_params() if keep_base else None
     return {name: scores.digest for name, scores in known.items()}, copy, split(base) if keep_base else (None, None)
 
 
@@ -305,6 +320,7 @@ def make_scored_set(
     plan: Plan | None = None,
     augmented: bool | None = None,
     ld_alpha: float | None = None,
+    reference: PlacedModel | None = None,
 ) -> ScoredSet:
     """Plans a set and looks up what the cache has of its reference scores.
 
@@ -316,6 +332,7 @@ def make_scored_set(
       plan: a plan that holds every pair once; None makes one.
       augmented: whether the rows with p are scored too; None: if both sides are scored and the pairs have p.
       ld_alpha: as for `response_logprobs`, of a set without an objective, which else says it.
+      reference: the model that is the reference; None: `model`.
     """
     with_rejected = objective is None or objective.kind.needs_rejected
     sizes = pair_sizes(pairs, with_rejected=with_rejected)
@@ -325,22 +342,21 @@ def make_scored_set(
         augmented = with_rejected and len(pairs.augmentation) > 0
     against = augmented and len(pairs.against) > 0
     feed = packing.feed(pairs, plan, augmented=augmented, with_rejected=with_rejected, against=against)
-    reference = None
+    judge, known = model if reference is None else reference, None
     if objective is not None and objective.wants_scores:
         files = cache_files(
             cache_dir,
             pairs,
-            weights_digest=model.digest,
+            weights_digest=judge.digest,
             dtype=f"{model.dtype.name} {model.param_dtype.name}",
             ld_alpha=objective.ld_alpha,
             augmented=augmented,
             against=against,
         )
-        reference = ReferenceScores(files, feed)
+        known = ReferenceScores(files, feed)
     if objective is not None and objective.kind.refined and objective.refinement.judge == "ratings":
         rating_offsets(pairs, objective.refinement)  # refused here, and not at the first evaluation
-    numbers = {"ld_alpha": ld_alpha}
-    if objective is not None:
-        numbers = {"ld_alpha": objective.ld_alpha, "squares": objective.use_weighting}
-    score_step = make_score_step(model.graph, pairs=plan.shape.pairs, mesh=model.mesh, **numbers)
-    return ScoredSet(name, pairs, feed, score_step, reference)
+    ld_alpha = ld_alpha if objective is None else objective.ld_alpha
+    step = partial(make_score_step, pairs=plan.shape.pairs, mesh=model.mesh, ld_alpha=ld_alpha)
+    score_step = step(model.graph, squares=objective is not None and objective.use_weighting)
+    return ScoredSet(name, pairs, feed, score_step, known, None if judge is model else step(judge.graph))

@@ -6,10 +6,11 @@ numbers. Data is read and checked before any device is touched.
 Next: `data/dataset.py`, which reads the pairs.
 """
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from sr_dpo_jax.data.pipeline import Packing
 from sr_dpo_jax.data.plan import Limits, Plan
 from sr_dpo_jax.data.read import read_pairs
 from sr_dpo_jax.data.tokenizer_fit import end_tokens, require_fit
-from sr_dpo_jax.data.tokens import load_tokenizer
+from sr_dpo_jax.data.tokens import load_tokenizer, tokenizer_digest
 from sr_dpo_jax.durable.checkpoint import PARAMS, Checkpoints
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.generation.decode import Sampling
@@ -65,6 +66,49 @@ def read_model(config: Config) -> tuple[weights.ModelDirectory, PreTrainedTokeni
     if config.lora is not None and config.lora.start is not None:
         require_adapter(open_adapter(config.lora.start), directory, lora_of(config))
     return directory, tokenizer
+
+
+def read_reference(config: Config, tokenizer: PreTrainedTokenizerBase) -> weights.ModelDirectory | None:
+    """Reads and checks the model of reference.path; touches no device. None where the model at the start is it.
+
+    Raises:
+      UsageError: nothing needs a reference, its tokenizer is not that of model.path, or its files are at fault.
+    """
+    section = config.reference
+    if section.path is None:
+        return None
+    _require_use(config)
+    with _named_reference():
+        directory = weights.open_directory(section.path, revision=section.revision)
+        own = load_tokenizer(str(directory.path))
+        if tokenizer_digest(own) != tokenizer_digest(tokenizer):
+            raise UsageError(
+                f"reference.path={section.path}: its tokenizer or chat template is not that of the model, "
+                f"{config.model.path}, which makes the ids that it would score; choose a reference of the same "
+                "tokenizer, or copy the tokenizer's files where they mean the same"
+            )
+        require_fit(own, directory.path, vocabulary_tokens=directory.architecture.vocabulary_tokens)
+        weights.check(directory, abstract_params(directory.architecture))
+    return directory
+
+
+def _require_use(config: Config) -> None:
+    """Refuses a reference.path that nothing would read."""
+    if not objective_of(config).wants_scores:
+        raise UsageError(
+            f"reference.path={config.reference.path}: objective.name={config.objective.name} needs no reference, and "
+            "none judges; remove it"
+        )
+
+
+@contextlib.contextmanager
+def _named_reference() -> Iterator[None]:
+    """Makes errors of opening a model name the keys of the reference."""
+    try:
+        yield
+    except UsageError as error:
+        said = str(error).replace("model.path", "reference.path").replace("model.revision", "reference.revision")
+        raise UsageError(said) from error
 
 
 def read_training(config: Config, tokenizer: PreTrainedTokenizerBase, architecture: Architecture) -> TokenizedPairs:
@@ -141,6 +185,44 @@ class Setup:
     packing: Packing
     objective: Objective
 
+    @cached_property
+    def reference(self) -> PlacedModel:
+        """The model that is the frozen reference: that of reference.path, or the model at the start.
+
+        Raises:
+          UsageError: nothing needs it; or it is to stay on the mesh, and its architecture is not the policy's.
+        """
+        section, model = self.config.reference, self.model
+        if section.path is None:
+            return model
+        _require_use(self.config)
+        with _named_reference():
+            directory = weights.open_directory(section.path, revision=section.revision, weights=False)
+        alike = directory.architecture == model.architecture
+        if self.online and not alike:
+            raise UsageError(
+                f"reference.mode=online: the model of reference.path={section.path} has another architecture than that "
+                f"of {self.config.model.path}; set reference.mode=cached"
+            )
+        return place_model(
+            directory,
+            model.mesh,
+            dtype=model.dtype.name,
+            param_dtype=model.param_dtype.name,
+            remat=self.config.model.remat,
+            attention=model.attention if alike else self.config.model.attention,
+            seed=self.config.seed,
+            drawn=False,
+        )
+
+    @property
+    def other_reference(self) -> dict[str, Any] | None:
+        """The path, commit and digest of a reference that is not the model at the start, for the manifest."""
+        section, model = self.config.reference, self.reference
+        if model is self.model:
+            return None
+        return {"path": section.path, "revision": model.directory.revision, "digest": model.digest}
+
     @property
     def online(self) -> bool:
         """The reference stays on the mesh."""
@@ -149,7 +231,8 @@ class Setup:
     def scored_set(self, name: str, pairs: TokenizedPairs, **options: Any) -> ScoredSet:
         """Makes a scored set of this configuration; `options` as for `make_scored_set`."""
         cache_dir = self.config.cache_path
-        return make_scored_set(name, pairs, self.model, self.packing, self.objective, cache_dir=cache_dir, **options)
+        options = {"cache_dir": cache_dir, "reference": self.reference} | options
+        return make_scored_set(name, pairs, self.model, self.packing, self.objective, **options)
 
     def plan(self, pairs: TokenizedPairs, held_out: Sequence[TokenizedPairs]) -> Plan:
         """Plans all steps of training."""
@@ -231,6 +314,11 @@ def set_up(config: Config, directory: weights.ModelDirectory, read: Mapping[str,
     require_same({**shared_facts(config.model_dump(mode="json"), directory), **(read or {})})
     setup = set_up_on(make_mesh(**config.mesh.model_dump()), config, directory)
     model = setup.model
+    if "reference.path" in (read or {}) and setup.reference.architecture != model.architecture:
+        judge = setup.reference
+        wrong = wrong_kernel(judge.attention, judge.mesh, judge.architecture, judge.dtype)
+        if wrong is not None:
+            raise UsageError(f"reference.path={config.reference.path}: {wrong}; set model.attention=dense")
     wrong = wrong_kernel(model.attention, model.mesh, model.architecture, model.dtype)
     if wrong is None:
         return setup

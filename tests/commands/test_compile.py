@@ -194,6 +194,7 @@ def tiny_config(tmp_path: Path, family: str, **fields: Any) -> list[str]:
         "head_dim": 64,
         "intermediate_size": 512,
     }
+    tmp_path.mkdir(exist_ok=True)
     AutoConfig.for_model(family, **(common | fields)).save_pretrained(tmp_path / "model")
     config = {
         "output_dir": str(tmp_path / "run"),
@@ -244,6 +245,24 @@ def test_the_contrast_by_the_reference_costs_what_dpo_costs(tmp_path):
     assert cycles == pytest.approx(dpo_cycles, rel=2e-2)
     by_policy = costs["contrast by the policy"]
     assert by_policy[0] > 1.1 * dpo_flops and by_policy[1] > 1.03 * dpo_cycles
+
+
+def test_a_reference_of_another_architecture_has_a_scoring_step_of_its_own(tmp_path, run):
+    """It is compiled too, as it is what may not fit; it cannot stay on the mesh, and must be of use."""
+    _, path = tiny_config(tmp_path / "reference", "llama", num_hidden_layers=4)
+    arguments = [*tiny_config(tmp_path, "llama"), f"reference.path={Path(path).parent / 'model'}"]
+    topology = ["--topology", "v5e:2x2"]
+    result = run([*arguments, *topology], tmp_path / "report.json")
+    assert result.code == 0, result.output
+    programs = result.report["compiled"]["programs"]
+    assert [program["name"] for program in programs] == ["train step", "scoring step", "reference's scoring step"]
+    assert programs[2]["argument_bytes"] > 1.2 * programs[1]["argument_bytes"]
+    for override, said in {
+        "reference.mode=online": "has another architecture",
+        "objective.name=cpo": "objective.name=cpo needs no reference",
+    }.items():
+        refused = run([*arguments, override, "objective.lam=null", "objective.name=dpo", override, *topology])
+        assert refused.code == 2 and said in refused.output, refused.output
 
 
 def test_what_does_not_fit_comes_with_a_change_that_does(tmp_path, model_root, run):

@@ -130,6 +130,7 @@ def compile_for(
     """
     mesh = meshes.make_mesh(**config.mesh.model_dump(), devices=devices)
     setup = set_up_on(mesh, config, directory)
+    unlike = setup.reference.architecture != setup.model.architecture
     plan, work = setup.plan(pairs, eval_sets), setup.work(pairs)
     kind = setup.objective.kind
     evaluates_p = bool(eval_sets) and kind.needs_rejected and config.refinement.prompt is not None
@@ -140,6 +141,9 @@ def compile_for(
         scored = _longest_scored(setup, step, plan, eval_sets if evaluates_p else ())
         visited = visited if scored is step else blocks_visited(setup.model, scored)
         programs.append(_score_program(setup, plan, scored, visited))
+        if unlike:
+            of_reference = blocks_visited(setup.reference, scored)
+            programs.append(_score_program(setup, plan, scored, of_reference, by_reference=True))
     model_flops = float(work.flops.mean())
     step_s = mfu = None
     if programs[0].refusal is None and work.peak_flops is not None:
@@ -268,19 +272,25 @@ def train_step_of(setup: Setup, plan: Plan, step: HostStep) -> tuple[Any, tuple[
     return program.step, (program.state, split(setup.model.shapes)[1], reference, batch)
 
 
-def _score_program(setup: Setup, plan: Plan, step: HostStep, visited: dict[str, float]) -> Program:
-    """Compiles the scoring step with the rows that need it most: with p where the reference or an evaluation has it."""
-    model, state = setup.model, train_step_of(setup, plan, step)[1][0]
+def _score_program(
+    setup: Setup, plan: Plan, step: HostStep, visited: dict[str, float], *, by_reference: bool = False
+) -> Program:
+    """Compiles the scoring step with the rows that need it most: with p where the reference or an evaluation has it.
+
+    That of the model, or the one of a reference of another architecture, which runs before there is a state.
+    """
+    model, it = setup.reference if by_reference else setup.model, setup.objective
     batch = _abstract_batch(model.mesh, step, augmented=step.augmented is not None, scores=False)
     resident = 0
-    if setup.config.data.held_out:
+    if setup.config.data.held_out and not by_reference:
+        state = train_step_of(setup, plan, step)[1][0]
         resident = meshes.bytes_a_chip(state.optimizer_state)
         if setup.config.reference.mode == "online":
             resident += meshes.bytes_a_chip(_abstract_reference(model))
-    it = setup.objective
-    numbers = {"ld_alpha": it.ld_alpha, "squares": it.use_weighting}
+    numbers = {"ld_alpha": it.ld_alpha, "squares": it.use_weighting and not by_reference}
     score_step = make_score_step(model.graph, pairs=plan.shape.pairs, mesh=model.mesh, **numbers)
-    return _compile("scoring step", model, score_step, (model.shapes, batch), visited=visited, resident=resident)
+    name = "reference's scoring step" if by_reference else "scoring step"
+    return _compile(name, model, score_step, (model.shapes, batch), visited=visited, resident=resident)
 
 
 def _abstract_reference(model: PlacedModel) -> Any:

@@ -89,7 +89,12 @@ class Run:
 
     @property
     def loss_at_zero(self) -> float | None:
-        """The loss where policy and reference are the same and Δ = 0; None where the weights decide."""
+        """The loss where policy and reference are the same and Δ = 0; None where the weights decide.
+
+        So they do where the reference is another model from the start.
+        """
+        if self.config.get("reference.path"):
+            return None
         names = [key for key in self.config if key.startswith("objective.")]
         numbers = {key.removeprefix("objective."): _number(self.config[key]) for key in names}
         try:
