@@ -59,6 +59,8 @@ def test_every_objective_of_a_configuration_takes_steps(name):
     """From the names of the table, over the configuration, to two updates: each moves the weights and the loss."""
     raw = {"output_dir": "x", "model": {"path": "x"}, "data": {"path": "x"}}
     section = {"name": name, "lam": 0.5 if OBJECTIVES[name].refined else None}
+    if not OBJECTIVES[name].function:
+        section["terms"] = [{"name": "hinge", "weight": 0.5}, {"name": "nca_pair", "weight": 2.0}]
     objective = Objective.of(**config_from_dict(raw | {"objective": section}, where="x").objective.model_dump())
     model = tiny.build(tiny.LLAMA, tiny.make_mesh())
     state, batch = model.state(OPTIMIZER), tiny.place(make_batch(1, reference_scores()), model.mesh)
@@ -84,7 +86,7 @@ def test_online_and_cached_reference_and_one_compilation():
     online, cached = model.state(OPTIMIZER), model.state(OPTIMIZER)
     for _ in range(3):
         online, online_metrics = online_step(online, None, reference, batch)
-        cached, cached_metrics = cached_step(cached, None, cached_batch)
+        cached, cached_metrics = cached_step(cached, None, None, cached_batch)
         for name, value in cached_metrics.items():
             np.testing.assert_allclose(online_metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
     assert online_step._cache_size() == cached_step._cache_size() == 1
