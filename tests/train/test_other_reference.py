@@ -54,7 +54,14 @@ def preference(columns, kind=""):
     return columns[f"logp_chosen{kind}"] - columns[f"logp_rejected{kind}"]
 
 
-@pytest.mark.parametrize(("reference", "lora"), [("other", None), ("wide", None), ("other", {"rank": 2})])
+@pytest.mark.parametrize(
+    ("reference", "lora"),
+    [
+        ("wide", None),
+        pytest.param("other", None, marks=pytest.mark.slow),
+        pytest.param("other", {"rank": 2}, marks=pytest.mark.slow),
+    ],
+)
 def test_margins_at_the_start_are_what_the_two_models_differ_by(world, tmp_path, reference, lora):
     """In training (all pairs in one step) and in both evaluations, also of another architecture, also of adapters."""
     batch = {"pairs_per_step": 16, "row_length": 256}
@@ -79,6 +86,7 @@ def test_margins_at_the_start_are_what_the_two_models_differ_by(world, tmp_path,
     assert f"| reference | `reference {reference}` |" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_cached_and_online_agree_and_another_architecture_cannot_stay(world, tmp_path):
     cached, online = (
         without_times(metrics_of(config.output_dir))
@@ -116,6 +124,7 @@ def test_the_reference_judges_a_contrast_and_settles_lam(world, tmp_path, monkey
     assert "reference.path makes the table one of other log-probs" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_another_reference_is_another_run_and_another_key(world, tmp_path):
     config = config_of(world, tmp_path, train={"max_steps": 1})
     assert train(config) == 0
@@ -127,6 +136,7 @@ def test_another_reference_is_another_run_and_another_key(world, tmp_path):
     assert len([*(tmp_path / "cache").glob("reference-plain-*")]) == 2 * before
 
 
+@pytest.mark.slow
 def test_the_report_draws_no_loss_at_the_start(world, tmp_path):
     from sr_dpo_jax.commands.report.read import read_runs
 

@@ -154,6 +154,7 @@ def test_lam_zero_is_the_plain_run(world, tmp_path, mode):
             assert mine[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
 
 
+@pytest.mark.slow
 def test_lengths_are_desensitised_in_the_contrast_and_in_the_cache_too(world, tmp_path):
     """Sums are linear in the weight of the tail: Δ for a half is the mean of those for 0 and for 1."""
     found, first = {}, pairs_of_first_step(world, tmp_path)
@@ -193,6 +194,7 @@ def test_lengths_and_weights_with_a_reference_that_stays_on_the_mesh(world, tmp_
     assert abs(other[1]["margin"] - cached[1]["margin"]) > 1e-4
 
 
+@pytest.mark.slow
 def test_the_table_of_knowledge_counts_lengths_as_the_objective_does(world, tmp_path, capsys):
     sections = {"objective": {"name": "sr_dpo", "lam": 0.5, "ld_alpha": 0.0}, "refinement": CONTRAST}
     path = written(tmp_path, raw_config(tmp_path, *world[:2], **sections))
@@ -322,6 +324,7 @@ def test_eval_of_a_run_with_auto_takes_the_lam_that_it_settled(world, tmp_path, 
     )
 
 
+@pytest.mark.slow
 def test_a_weighted_sum_trains_goes_on_and_is_shown(world, tmp_path, monkeypatch):
     """Of a contrast with `lam: auto` and a loss without a margin, and its loss at the start in float64."""
     from sr_dpo_jax.commands.report.page import report
