@@ -121,7 +121,8 @@ def test_contrast_by_the_policy_begins_as_the_references_and_moves(world, tmp_pa
     objective = {"name": "sr_dpo", "lam": 1.0}
     live = run(world, tmp_path / "live", objective=objective, refinement={**CONTRAST, "judge": "policy"})
     frozen = run(world, tmp_path / "frozen", objective=objective, refinement=CONTRAST)
-    assert live[0]["refinement"] == pytest.approx(frozen[0]["refinement"], rel=1e-5)
+    # Log-probs are tens of nats, so float order alone moves their difference by 1e-6.
+    assert live[0]["refinement"] == pytest.approx(frozen[0]["refinement"], rel=1e-5, abs=1e-6)
     assert live[0]["loss"] == pytest.approx(frozen[0]["loss"], rel=1e-6)
     assert live[1]["refinement"] != pytest.approx(frozen[1]["refinement"], rel=1e-5)
     assert live[0]["augmented/margin"] == pytest.approx(0, abs=1e-6), "m̂ of a policy that is still the reference"
