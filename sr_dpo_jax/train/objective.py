@@ -213,7 +213,7 @@ class Objective:
 
     @property
     def wants_scores(self) -> bool:
-        """The model at the start scores the training pairs before step 0, if the reference is cached."""
+        """The reference scores the training pairs before step 0, if it is cached, or judges them."""
         return self.kind.needs_reference or (self.scored_with_p and (self.judged_before or self.unsettled))
 
     @property
