@@ -38,7 +38,8 @@ def _key(given: Any) -> Any:
     if isinstance(given, setup.PlacedModel):
         return given.graph, given.mesh, _layout(given.shapes)
     if isinstance(given, setup.Objective):
-        return dataclasses.replace(given, numbers=()), tuple(sorted(given.numbers.items()))
+        terms = tuple((weight, _key(term)) for weight, term in given.terms)
+        return dataclasses.replace(given, numbers=(), terms=()), tuple(sorted(given.numbers.items())), terms
     if isinstance(given, dict):
         return json.dumps(given, sort_keys=True)
     return _layout(given) if isinstance(given, generator.State) else given
