@@ -101,9 +101,10 @@ def _drawn_once(base_params: Any) -> Any:
         key = ("base_params", *_key(model), model.architecture, model.lora, model.drawn, model.seed)
 
         def initialise(mesh: Any, make: Any, shardings: Any) -> Any:
-            if key not in _kept[-1]:
-                _kept[-1][key] = jit_on(mesh, make, out_shardings=shardings)
-            return _kept[-1][key]()
+            part = (*key, jax.tree.structure(shardings))  # all of it, the base or the adapters
+            if part not in _kept[-1]:
+                _kept[-1][part] = jit_on(mesh, make, out_shardings=shardings)
+            return _kept[-1][part]()
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(placement, "initialise", initialise)
