@@ -1,11 +1,13 @@
 """What is tried where a program does not fit, and how the result is told; the compiler itself takes no part."""
 
 import dataclasses
+import fcntl
 import json
 import logging
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -306,6 +308,8 @@ def libtpu_says(monkeypatch, *texts):
             raise jax.errors.JaxRuntimeError(left.pop(0))
         return dataclasses.make_dataclass("Topology", ["devices"])([])
 
+    monkeypatch.setattr(aot_machine, "LIBTPU_IN_USE", threading.Event())
+    monkeypatch.setattr(aot_machine, "_kept", [])
     monkeypatch.setattr(aot_machine.topologies, "get_topology_desc", describe)
     monkeypatch.setattr(aot_machine.time, "sleep", slept.append)
     monkeypatch.setattr(aot_machine.time, "monotonic", lambda: sum(slept))
@@ -379,6 +383,17 @@ def test_one_process_waits_for_the_other(tmp_path, monkeypatch):
         assert process.poll() is None
     assert process.communicate(timeout=60)[0] == "in\n"
     assert process.returncode == 0
+
+
+def test_a_process_that_has_libtpu_keeps_the_lock(tmp_path, monkeypatch):
+    """Else it and one that waits for libtpu with the lock in its hands would wait for each other."""
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    libtpu_says(monkeypatch)
+    with aot_machine.only_one():
+        aot_machine.devices_of("v5e:2x2", 1)
+    with aot_machine.only_one(), pytest.raises(BlockingIOError), (tmp_path / "sr_dpo_jax_compile.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(*aot_machine._kept)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ import fcntl
 import logging
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,11 +24,22 @@ LONGEST_WAIT_S = 3600.0
 """The longest wait for libtpu: a process that holds it for longer trains and does not compile."""
 LIBTPU_LOCK = Path("/tmp/libtpu_lockfile")
 """The lock that libtpu makes, which its owner alone may open, and which it leaves behind."""
+LIBTPU_IN_USE = threading.Event()
+"""Set once this process has loaded libtpu."""
+_kept: list[int] = []
+"""The open lock file of a process that has loaded libtpu, until it ends."""
 
 
 @contextlib.contextmanager
 def only_one() -> Iterator[None]:
-    """Waits until no other process of this machine compiles for TPUs: libtpu serves one process at a time."""
+    """Waits until no other process of this machine compiles for TPUs: libtpu serves one process at a time.
+
+    A trap: a process has libtpu until it ends. Did it let go of this lock before, another could take the lock and wait
+    for libtpu, while this one waits for the lock to compile again.
+    """
+    if _kept:
+        yield
+        return
     path = Path(tempfile.gettempdir()) / "sr_dpo_jax_compile.lock"
     descriptor = _lock_file(path)
     try:
@@ -38,7 +50,10 @@ def only_one() -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(descriptor)
+        if LIBTPU_IN_USE.is_set():
+            _kept.append(descriptor)
+        else:
+            os.close(descriptor)
 
 
 def _lock_file(path: Path) -> int:
@@ -78,7 +93,9 @@ def devices_of(topology: str, slices: int) -> Sequence[jax.Device]:
     until = None
     while True:
         try:
-            return topologies.get_topology_desc(topology_name=topology, platform="tpu", **options).devices
+            devices = topologies.get_topology_desc(topology_name=topology, platform="tpu", **options).devices
+            LIBTPU_IN_USE.set()
+            return devices
         except (jax.errors.JaxRuntimeError, RuntimeError, NotImplementedError, ValueError, ImportError) as error:
             text = str(error)
             if "already in use" not in text and "lockfile" not in text:
