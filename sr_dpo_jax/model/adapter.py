@@ -71,7 +71,7 @@ class Adapter(nnx.Module):
     def __call__(self, x: Array, *, axes: int = 1) -> Array:
         """Computes s·(x·A)·B in the type of `x`, whose last `axes` axes are the inputs."""
         thin = jnp.tensordot(x, self.a[...].astype(x.dtype), axes=axes)
-        return self.scale * jnp.tensordot(thin, self.b[...].astype(x.dtype), axes=1)
+        return jnp.tensordot(self.scale * thin, self.b[...].astype(x.dtype), axes=1)
 
 
 def adapters_of(lora: Lora | None, weights: Mapping[str, nnx.Param | None], *, dtype: jnp.dtype, rngs: nnx.Rngs) -> Any:

@@ -181,8 +181,9 @@ def test_training_goes_on_from_a_peft_directory(tuned, tmp_path, monkeypatch):
     assert train(config) == 0
     last, first = stored_params(on_weights(tuned, tuned / "lora")), flatten_dict(seen["start"], sep=".")
     assert all(last[name].tobytes() == value.tobytes() for name, value in first.items())
-    assert metrics_of(config.output_dir)[0]["margin"] == 0.0
-    assert measured(config) == measured(on_weights(tuned, tuned / "lora"))
+    # 0 to a rounding: exactly so with the flags of a run, and not with those that make the tests compile faster.
+    assert metrics_of(config.output_dir)[0]["margin"] == pytest.approx(0, abs=2e-6)
+    assert measured(config) == pytest.approx(measured(on_weights(tuned, tuned / "lora")), rel=1e-6)
     export(tmp_path / "run", tmp_path / "adapter")
     file = "adapter_model.safetensors"
     assert (tmp_path / "adapter" / file).read_bytes() == (tuned / "adapter" / file).read_bytes()
