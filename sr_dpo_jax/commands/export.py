@@ -24,11 +24,11 @@ from sr_dpo_jax.durable.files import whole
 from sr_dpo_jax.durable.lease import is_alive, this_process
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.model.adapter import split
-from sr_dpo_jax.train.identity import NOTHING
+from sr_dpo_jax.train.identity import NOTHING, require_same_base
 from sr_dpo_jax.train.setup import lora_of
 from sr_dpo_jax.weights.adapters import merged as merged_groups
 from sr_dpo_jax.weights.adapters import save_adapters
-from sr_dpo_jax.weights.directory import ModelDirectory, open_directory
+from sr_dpo_jax.weights.directory import ModelDirectory, open_directory, weights_digest
 from sr_dpo_jax.weights.files import CONFIG, GENERATION_CONFIG, TEMPLATES, TOKENIZER_FILES
 from sr_dpo_jax.weights.layout import flatten
 from sr_dpo_jax.weights.placement import abstract_params
@@ -81,16 +81,16 @@ def export(
       UsageError: run_dir is no run or has no checkpoint, the step or a best one is not there, out_dir exists, a weight
         is not finite in `dtype`, or there is nothing to merge or nothing to merge it with.
     """
-    if shard_bytes <= 0:
-        raise UsageError(f"--shard-bytes {shard_bytes}: must be positive")
-    config, origin = _run_of(run_dir, out_dir, merge=merge)
-    section = config.model
+    config, origin = _run_of(run_dir, out_dir, merge=merge, shard_bytes=shard_bytes)
+    section, lora = config.model, lora_of(config)
     # The commit that the run resolved, whatever a branch has become since.
     directory = open_directory(section.path, revision=origin.revision, weights=merge)
-    abstract = abstract_params(directory.architecture, lora_of(config))
+    abstract = abstract_params(directory.architecture, lora)
     dtype = dtype or (section.dtype if merge else section.param_dtype)
     with contextlib.closing(Checkpoints(run_dir, read_only=True)) as checkpoints:
         step = checkpoints.best() if best else checkpoints.existing(step)
+        if merge:
+            _require_base(checkpoints, step, config, directory)
         trained = flatten(split(nnx.to_pure_dict(abstract))[0])
         checkpoints.check_params({name: param.shape for name, param in trained.items()}, step=step)
         with _new_directory(out_dir) as out:
@@ -101,17 +101,19 @@ def export(
                 groups = (checkpoints.read_params(tensor.params, step=step) for tensor in directory.tensors)
             else:
                 adapters = checkpoints.read_params(list(trained), step=step)
-                form = {"lora": lora_of(config), "dtype": np.dtype(dtype)}
                 if not merge:
-                    save_adapters(adapters, directory, abstract, out, base=section.path, **form)
+                    base = {"base": section.path, "revision": origin.revision}
+                    save_adapters(adapters, directory, abstract, out, lora=lora, dtype=np.dtype(dtype), **base)
                     return
-                groups = merged_groups(read_groups(directory, abstract, np.dtype(np.float32)), adapters, form["lora"])
+                groups = merged_groups(read_groups(directory, abstract, np.dtype(np.float32)), adapters, lora)
             _write_configs(directory, out, dtype)
             save_params(groups, directory, abstract, out, dtype=np.dtype(dtype), shard_bytes=shard_bytes)
 
 
-def _run_of(run_dir: Path, out_dir: Path, *, merge: bool) -> tuple[Config, Origin]:
+def _run_of(run_dir: Path, out_dir: Path, *, merge: bool, shard_bytes: int) -> tuple[Config, Origin]:
     """Reads configuration and origin of a run, after checking that it can be exported so and to there."""
+    if shard_bytes <= 0:
+        raise UsageError(f"--shard-bytes {shard_bytes}: must be positive")
     if not (run_dir / "checkpoints").is_dir():
         raise UsageError(f"{run_dir}: has no checkpoints; name the output_dir of a run of sr-dpo train")
     if out_dir.exists() or out_dir.is_symlink():
@@ -119,11 +121,19 @@ def _run_of(run_dir: Path, out_dir: Path, *, merge: bool) -> tuple[Config, Origi
     config = load_config(run_dir / "config.yaml")
     if merge and config.lora is None:
         raise UsageError(f"--merge: {run_dir} trained no adapters, so that there is nothing to merge; leave it out")
-    if merge and config.model.init == "random":
+    if config.lora is not None and config.model.init == "random":
         raise UsageError(
-            f"--merge: the weights of {run_dir} were drawn anew (model.init=random) and are in no file; leave it out"
+            f"{run_dir}: its adapters stand beside weights that were drawn anew (model.init=random), which are in no "
+            "file; train with model.init=pretrained"
         )
     return config, _read_manifest(run_dir / "manifest.json")
+
+
+def _require_base(checkpoints: Checkpoints, step: int, config: Config, directory: ModelDirectory) -> None:
+    """Refuses to merge adapters into other weights than those that they were trained beside."""
+    before, where = checkpoints.restore_position(step)["identity"], checkpoints.directory / str(step)
+    digest = weights_digest(directory)
+    require_same_base(before, lora=config.lora.model_dump(), weights_digest=digest, where=where)
 
 
 OWNER = ".owner.json"

@@ -121,6 +121,7 @@ def _encode(
 def _settings(config: Config, model: PlacedModel, lines: Sequence[PromptLine], step: int) -> str:
     """Digests all that the responses depend on: a file begun with other settings is not gone on with."""
     parts = [config.generation.model_dump(), config.seed, config.model.dtype, model.digest, step]
+    parts += [] if config.lora is None else [config.lora.model_dump(mode="json")]
     parts += [config.output_dir if step else None, [line.row for line in lines]]
     return json_digest(parts)
 

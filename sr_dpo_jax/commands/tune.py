@@ -93,7 +93,7 @@ def content_reader() -> Callable[[Config], list[str | None]]:
 
     def content(config: Config) -> list[str | None]:
         sets = [data(name, split=split, revision=revision) for name, split, revision in _sources(config)]
-        paths = (config.model.path, config.reference.path)
+        paths = (config.model.path, config.reference.path, None if config.lora is None else config.lora.start)
         return [*sets, *(model(path) for path in paths if path is not None)]
 
     return content

@@ -147,6 +147,11 @@ class Refinement(Section):
 Target = Literal["query", "key", "value", "output", "gate", "up", "down"]
 
 
+def _in_order(targets: tuple[str, ...]) -> tuple[str, ...]:
+    """Gives each target once, in the order of a layer: the same set of them is the same run."""
+    return tuple(name for name in get_args(Target) if name in targets)
+
+
 def _no_dropout(share: float) -> float:
     if share != 0:
         raise ValueError(
@@ -201,7 +206,7 @@ class Lora(Section):
     """The product of the two matrices is multiplied by alpha / rank."""
     rslora: bool = False
     """Multiplies by alpha / √rank instead (arXiv:2312.03732)."""
-    targets: Annotated[tuple[Target, ...], Field(min_length=1)] = get_args(Target)
+    targets: Annotated[tuple[Target, ...], Field(min_length=1), AfterValidator(_in_order)] = get_args(Target)
     """The matrices that get an adapter: by default all of a layer. One that a family lacks, as some have no `gate`, is
     passed over."""
     dropout: Annotated[float, AfterValidator(_no_dropout)] = 0.0

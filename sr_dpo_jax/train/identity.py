@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 BEST = "checkpoint.best_metric"
 STEPS = "train.max_steps"
+SHAPES = ("lora.rank", "lora.targets")
+"""Keys that decide which parameters a checkpoint holds, so that no flag can allow a change."""
 LOCAL_KEYS = ("cache_dir", "distributed.process_id", "distributed.coordinator_address")
 """Keys whose value each process may have for itself."""
 PATHS = ("data.path", "data.eval_path", "data.eval_sets", "model.path", "lora.start", "reference.path")
@@ -84,6 +86,7 @@ def identity_of(
     *,
     tokenizer: str,
     weights_digest: str,
+    adapter_digest: str | None = None,
     reference_digest: str | None = None,
     config: Mapping[str, Any],
     total_steps: int,
@@ -92,7 +95,8 @@ def identity_of(
 
     Args:
       pairs, plan: the training pairs, and the steps that hold them.
-      tokenizer, weights_digest: digests.
+      tokenizer, weights_digest: digests, the latter of the weights without adapters.
+      adapter_digest: the digest of lora.start; None where there is none.
       reference_digest: the digest of the weights of reference.path; None where there is none.
       config: the whole configuration.
       total_steps: the steps that the run takes; they count where the learning rate of a step follows from the last.
@@ -109,10 +113,6 @@ def identity_of(
         "batch": {"pairs_per_step": config["batch"]["pairs_per_step"]},
         "model": {name: config["model"][name] for name in ("dtype", "param_dtype")},
     }
-    if config["lora"] is not None:
-        # Where they start is in the digest of the weights that training starts from.
-        form = {key: value for key, value in config["lora"].items() if key not in ("dropout", "start")}
-        sections["lora"] = {**form, "targets": ", ".join(form["targets"])}
     named = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
     if config["optimizer"]["schedule"] != "constant" or config["optimizer"]["warmup_ratio"] is not None:
         named[STEPS] = total_steps
@@ -125,12 +125,46 @@ def identity_of(
         "refinement.against": f"{len(pairs.against)} tokens, {_digest(pairs.against)}" if len(pairs.against) else None,
         "tokenizer": _short(tokenizer),
         "model.path": _short(weights_digest),
+        "lora.start": None if adapter_digest is None else _short(adapter_digest),
         "reference.path": None if reference_digest is None else _short(reference_digest),
         "seed": config["seed"],
         **named,
+        **_adapters_of(config["lora"]),
         "plan": _short(plan.digest),
         BEST: None if best is None else f"{best}, {config['checkpoint']['best_mode']}",
     }
+
+
+def _adapters_of(lora: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Collects the form of adapters; nothing where all weights are trained."""
+    if lora is None:
+        return {}
+    return {f"lora.{key}": lora[key] for key in ("rank", "alpha", "rslora", "init")} | {
+        "lora.targets": ", ".join(lora["targets"])
+    }
+
+
+def require_same_base(
+    before: Mapping[str, Any], *, lora: Mapping[str, Any], weights_digest: str, where: str | Path
+) -> None:
+    """Refuses to set adapters of a checkpoint beside other weights than those that they were trained beside.
+
+    Args:
+      before: the identity that the checkpoint holds.
+      lora: the section `lora`.
+      weights_digest: of the weights without adapters.
+      where: the checkpoint, for the message.
+
+    Raises:
+      UsageError: the weights, or the form of the adapters, are others.
+    """
+    now = {"model.path": _short(weights_digest), **_adapters_of({**lora, "init": before.get("lora.init")})}
+    wrong = [f"  {key}: {_shown(before.get(key))} -> {_shown(now[key])}" for key in now if before.get(key) != now[key]]
+    if wrong:
+        raise UsageError(
+            "\n".join([f"{where}: its adapters were trained with other weights or in another form:", *wrong])
+            + "\nRestore what was: the keys of the run's config.yaml, and the weights"
+        )
 
 
 def _refinement_of(refinement: Mapping[str, Any], pairs: TokenizedPairs) -> dict[str, Any]:
@@ -181,6 +215,11 @@ def require_same_run(
     changed = [key for key in changed if key != BEST or before.get(BEST) is not None]
     asked = [key for key in changed if key not in implied]
     lines = [f"  {key}: {_shown(before.get(key))} -> {_shown(now.get(key), 'none')}" for key in changed]
+    if any(key in SHAPES for key in changed):
+        raise UsageError(
+            "\n".join([f"{where} holds parameters of other shapes:", *lines])
+            + "\nRestore what was, or choose another output_dir"
+        )
     if set(asked) - set(allowed_changes):
         flags = " ".join(f"--allow-change '{key}'" if " " in key else f"--allow-change {key}" for key in asked)
         raise UsageError(

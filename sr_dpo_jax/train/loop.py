@@ -67,7 +67,7 @@ def train(config: Config, *, allowed_changes: Sequence[str] = ()) -> int:
                     pairs,
                     config=config.to_yaml(),
                     model={"path": config.model.path, "revision": directory.revision},
-                    digests={"tokenizer": tokenizer_digest(tokenizer), "weights": setup.model.digest},
+                    digests={"tokenizer": tokenizer_digest(tokenizer), "weights": setup.model.base_digest},
                     record=job.record,
                     mesh=setup.model.mesh,
                     reference=setup.other_reference,

@@ -125,14 +125,17 @@ def _record(
     setup: Setup, pairs: TokenizedPairs, plan: Plan, tokenizer: PreTrainedTokenizerBase, checkpoints: Checkpoints
 ) -> dict[str, Any]:
     """Collects what every checkpoint stores of the run; a run without an id draws one."""
-    digests = {"tokenizer": tokenizer_digest(tokenizer), "weights_digest": setup.model.digest}
-    if setup.reference is not setup.model:
+    model = setup.model
+    digests = {"tokenizer": tokenizer_digest(tokenizer), "weights_digest": model.base_digest}
+    if model.adapter is not None:
+        digests["adapter_digest"] = model.adapter.digest
+    if setup.reference is not model:
         digests["reference_digest"] = setup.reference.digest
     steps = setup.total_steps(plan)
     identity = identity_of(pairs, plan, **digests, config=setup.config.model_dump(), total_steps=steps)
     run_id = text_from_leader(checkpoints.run_id or checkpoints.recorded_run_id() or secrets.token_hex(8))
     checkpoints.run_id = run_id
-    return {"run_id": run_id, "identity": identity, "surroundings": surroundings(setup.model.mesh)}
+    return {"run_id": run_id, "identity": identity, "surroundings": surroundings(model.mesh)}
 
 
 def _evaluations(

@@ -14,6 +14,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
@@ -35,7 +36,7 @@ from sr_dpo_jax.model.decoder import Params
 from sr_dpo_jax.model.kernels.check import wrong_kernel
 from sr_dpo_jax.parallel.mesh import make_mesh, row_shards
 from sr_dpo_jax.parallel.processes import require_same, start_distributed
-from sr_dpo_jax.train.identity import shared_facts
+from sr_dpo_jax.train.identity import require_same_base, shared_facts
 from sr_dpo_jax.train.knowledge import settled_by
 from sr_dpo_jax.train.objective import OBJECTIVES, Objective, Refinement
 from sr_dpo_jax.train.program import Program, Work, make_program, plan_training, work_of
@@ -64,7 +65,8 @@ def read_model(config: Config) -> tuple[weights.ModelDirectory, PreTrainedTokeni
     if pretrained:
         weights.check(directory, abstract_params(directory.architecture))
     if config.lora is not None and config.lora.start is not None:
-        require_adapter(open_adapter(config.lora.start), directory, lora_of(config))
+        form = lora_of(config)
+        require_adapter(open_adapter(config.lora.start), directory, abstract_params(directory.architecture, form), form)
     return directory, tokenizer
 
 
@@ -213,6 +215,7 @@ class Setup:
             attention=model.attention if alike else self.config.model.attention,
             seed=self.config.seed,
             drawn=False,
+            frozen=True,
         )
 
     @property
@@ -285,11 +288,20 @@ class Setup:
             with Checkpoints(config.output_dir, read_only=True, strict=config.checkpoint.strict) as checkpoints:
                 step = checkpoints.best() if best else checkpoints.newest_good(prefix=PARAMS)
                 if step is not None:
-                    trained, frozen = split(self.model.shapes)
-                    if frozen is not None:
-                        frozen = split(self.model.base_params() if base is None else base)[1]
-                    return join(checkpoints.restore_params(trained, step=step), frozen), step
+                    return self._restored(checkpoints, step, base), step
         return self.model.base_params() if base is None else base, 0
+
+    def _restored(self, checkpoints: Checkpoints, step: int, base: Params | None) -> Params:
+        """Restores the parameters of a step, beside the base where they are adapters."""
+        config, (trained, frozen) = self.config, split(self.model.shapes)
+        shapes = {name: leaf.shape for name, leaf in flatten_dict(trained, sep=".").items()}
+        if frozen is not None:
+            before, where = checkpoints.restore_position(step)["identity"], checkpoints.directory / str(step)
+            facts = {"lora": config.lora.model_dump(), "weights_digest": self.model.base_digest}
+            require_same_base(before, **facts, where=where)
+            frozen = split(self.model.base_params() if base is None else base)[1]
+        checkpoints.check_params(shapes, step=step)
+        return join(checkpoints.restore_params(trained, step=step), frozen)
 
     def work(self, pairs: TokenizedPairs) -> Work:
         """Counts what the pairs cost."""

@@ -53,7 +53,7 @@ class AdapterDirectory:
     fields: Mapping[str, Any]
     """adapter_config.json."""
     digest: str
-    """The sha256 (hex) of both files."""
+    """The sha256 (hex) of the numbers, and of the fields that take part in what they compute."""
 
     def scale_of(self, module: str) -> tuple[int, float]:
         """Gives rank and scale of a module; a name in a pattern stands for all modules whose names end with it."""
@@ -98,9 +98,8 @@ def open_adapter(path: str) -> AdapterDirectory:
     fields = read_json(directory / ADAPTER_CONFIG)
     if reason := _fault(fields):
         raise UsageError(f"{directory / ADAPTER_CONFIG}: {reason}")
-    digest = hashlib.sha256()
-    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        digest.update((directory / name).read_bytes())
+    digest = hashlib.sha256(json.dumps({key: fields.get(key) for key in UNDERSTOOD}, sort_keys=True).encode())
+    digest.update((directory / ADAPTER_WEIGHTS).read_bytes())
     return AdapterDirectory(directory, fields, digest.hexdigest())
 
 
@@ -120,8 +119,8 @@ def _fault(fields: Mapping[str, Any]) -> str | None:
         if not isinstance(named, dict) or not all(re.fullmatch(r"[\w.]+", name) for name in named):
             return f"{pattern} has more in it than names of modules; give each module a name of its own there"
         numbers += named.values()
-    if not all(isinstance(number, int | float) and 0 < number < 10**6 for number in numbers):
-        return "r, lora_alpha and their patterns must be positive numbers; restore the file"
+    if not all(type(number) in (int, float) and 0 < number < 10**6 for number in numbers):
+        return "r, lora_alpha and their patterns must be numbers above 0 and below a million; restore the file"
     return None
 
 
@@ -136,38 +135,54 @@ def modules_of(directory: ModelDirectory, lora: Lora) -> tuple[Module, ...]:
     return tuple(modules)
 
 
-def require_fit(adapter: AdapterDirectory, directory: ModelDirectory, lora: Lora) -> None:
-    """Refuses adapters of another rank, scale or place than the configuration asks for; reads no numbers.
+def require_fit(adapter: AdapterDirectory, directory: ModelDirectory, abstract: Any, lora: Lora) -> None:
+    """Refuses adapters of another rank, scale or place than the configuration asks for; reads headers alone.
+
+    Args:
+      adapter, directory, abstract, lora: as for `read_adapters`.
 
     Raises:
       UsageError: names what differs, and the keys that would fit.
     """
+    file_name, layers = adapter.path / ADAPTER_WEIGHTS, range(directory.architecture.layers)
     with _opened(adapter) as file:
-        held = {name.removeprefix("base_model.model.") for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    by_name = {module.name(0): module for module in modules_of(directory, dataclasses.replace(lora, targets=TARGETS))}
-    first = {name.rpartition(".lora_")[0] for name in held}
-    targets, chosen = (
-        [name for name in TARGETS if any(param.endswith(f".{name}") for module in modules for param in module.params)]
-        for modules in ([by_name[name] for name in by_name if name in first], modules_of(directory, lora))
-    )
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        held = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+    every, chosen = (modules_of(directory, form) for form in (dataclasses.replace(lora, targets=TARGETS), lora))
+    there = [module for module in every if any(module.file_name(layer, "a") in held for layer in layers)]
     rank, alpha = adapter.fields["r"], adapter.fields["lora_alpha"]
     rslora = bool(adapter.fields.get("use_rslora", False))
-    if (rank, float(alpha), rslora) != (lora.rank, lora.alpha, lora.rslora) or targets != chosen:
+    same_places = {module.tensor for module in there} == {module.tensor for module in chosen}
+    if there and ((rank, float(alpha), rslora) != (lora.rank, lora.alpha, lora.rslora) or not same_places):
+        targets = [name for name in TARGETS if any(p.endswith(f".{name}") for module in there for p in module.params)]
         form = f"lora.rank={rank} lora.alpha={alpha:g} lora.rslora={str(rslora).lower()}"
         raise UsageError(
             f"lora.start={adapter.path}: is of another form than the section lora asks for; to use it set {form} "
-            f"'lora.targets=[{','.join(targets)}]'"
+            f"'lora.targets=[{','.join(targets)}]', or fewer of them where it was trained with fewer"
         )
     expected = {
-        module.file_name(layer, factor).removeprefix("base_model.model.")
-        for module in modules_of(directory, lora)
-        for layer in range(directory.architecture.layers)
+        module.file_name(layer, factor): _shape_of(adapter, module, layer, factor, flatten(abstract))
+        for module in chosen
+        for layer in layers
         for factor in "ab"
     }
-    wrong = [f"{name}: missing" for name in expected - held] + [f"{name}: has no place" for name in held - expected]
+    wrong = [f"{name}: has no place in the model" for name in held.keys() - expected.keys()]
+    for name, shape in expected.items():
+        if name not in held:
+            wrong.append(f"{name}: missing")
+        elif held[name][0] != shape or held[name][1] not in FLOATS:
+            wrong.append(f"{name}: is {held[name]}, and should be {shape} in one of {', '.join(FLOATS)}")
     if wrong:
         listed = "\n  ".join(sorted(wrong)[:10])
-        raise UsageError(f"{adapter.path / ADAPTER_WEIGHTS}: does not fit model.path:\n  {listed}")
+        raise UsageError(f"{file_name}: does not fit model.path and {ADAPTER_CONFIG}:\n  {listed}\nTrain a new one")
+
+
+def _shape_of(
+    adapter: AdapterDirectory, module: Module, layer: int, factor: str, flat: Mapping[str, Any]
+) -> tuple[int, int]:
+    outputs, inputs = file_shape(blocks_of(module.tensor, flat))
+    rank, _ = adapter.scale_of(module.name(layer))
+    return (rank, inputs) if factor == "a" else (outputs, rank)
 
 
 def read_adapters(
@@ -184,20 +199,22 @@ def read_adapters(
     Raises:
       UsageError: they do not fit `lora` or the model, or a number is not finite.
     """
-    require_fit(adapter, directory, lora)
+    require_fit(adapter, directory, abstract, lora)
     flat, found = flatten(abstract), {}
     with _opened(adapter) as file:
         for module in modules_of(directory, lora):
             layers = []
             for layer in range(directory.architecture.layers):
-                a, b = (_finite(file, module.file_name(layer, factor)) for factor in "ab")
+                where = f"{adapter.path}: {module.name(layer)}"
+                a, b = (_finite(file, module.file_name(layer, factor), adapter.path) for factor in "ab")
                 rank, scale = adapter.scale_of(module.name(layer))
-                if not math.isclose(scale, lora.scale, rel_tol=1e-9) or a.shape[0] != rank or b.shape[1:] != (rank,):
+                if not math.isclose(scale, lora.scale, rel_tol=1e-9) or rank not in (lora.rank, _rank(module, lora)):
                     raise UsageError(
-                        f"{adapter.path}: {module.name(layer)} has rank {a.shape[0]} and scale {scale:g}, and "
-                        f"{ADAPTER_CONFIG} or lora.rank={lora.rank} another; restore the file, or train a new adapter"
+                        f"{where} has rank {rank} and scale {scale:g}; lora.rank={lora.rank} and lora.alpha="
+                        f"{lora.alpha:g} ask for {_rank(module, lora)} and {lora.scale:g}: set lora.targets to the "
+                        "matrices that it was trained for, or train a new adapter"
                     )
-                layers.append(_own(module, a, b, flat, lora, where=f"{adapter.path}: {module.name(layer)}"))
+                layers.append(_own(module, a, b, flat, lora, where=where))
             for path in layers[0]:
                 found[path] = np.stack([of_layer[path] for of_layer in layers])
     return found
@@ -223,6 +240,7 @@ def save_adapters(
     *,
     lora: Lora,
     base: str,
+    revision: str | None,
     dtype: np.dtype,
 ) -> None:
     """Writes adapters as PEFT reads them.
@@ -234,6 +252,7 @@ def save_adapters(
       out: an existing directory.
       lora: their form.
       base: the name of the base model for adapter_config.json.
+      revision: the commit of a base that is a hub name, else None.
       dtype: the type of the numbers in the file.
 
     Raises:
@@ -257,6 +276,7 @@ def save_adapters(
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
+        "revision": revision,
         "r": lora.rank,
         "lora_alpha": lora.alpha if lora.alpha % 1 else int(lora.alpha),
         "use_rslora": lora.rslora,
@@ -291,6 +311,11 @@ def merged(
         yield group
 
 
+def _rank(module: Module, lora: Lora) -> int:
+    """Gives the rank of a module that holds the adapters of all its matrices."""
+    return len(module.params) * lora.rank
+
+
 def _paths(param: str) -> dict[str, str]:
     """Gives the paths of the two factors of a matrix's adapter."""
     part, _, name = param.rpartition(".")
@@ -317,13 +342,10 @@ def _own(
     module: Module, a: np.ndarray, b: np.ndarray, flat: Mapping[str, Any], lora: Lora, *, where: str
 ) -> dict[str, np.ndarray]:
     """Makes the adapters of one layer from the two factors of a module; the inverse of `_as_one_module`."""
-    rank, count = lora.rank, len(module.params)
-    outputs, inputs = file_shape(blocks_of(module.tensor, flat))
-    if a.shape[1] != inputs or b.shape[0] != outputs or len(a) not in (rank, count * rank):
-        raise UsageError(f"{where}: factors of {a.shape} and {b.shape} do not fit the model's matrix {outputs, inputs}")
-    found, rest = {}, b.copy()
+    rank, found, rest = lora.rank, {}, b.copy()
     for number, param in enumerate(module.params):
-        columns = slice(number * rank, (number + 1) * rank) if len(a) == count * rank else slice(None)
+        own_columns = slice(number * rank, (number + 1) * rank)
+        columns = own_columns if len(a) == _rank(module, lora) else slice(None)
         rows = _row_numbers(module, param, flat)
         factors, shapes = _paths(param), {factor: flat[path].shape[1:] for factor, path in _paths(param).items()}
         found[factors["a"]] = a[columns].T.reshape(shapes["a"])
@@ -332,7 +354,7 @@ def _own(
     if rest.any():
         raise UsageError(
             f"{where}: lora_B is not a block for each of {', '.join(module.params)}, so it is not an adapter of each; "
-            "set lora.targets to all of them"
+            "set lora.targets to the matrices that it was trained for"
         )
     return found
 
@@ -356,11 +378,11 @@ def _opened(adapter: AdapterDirectory) -> Any:
         ) from error
 
 
-def _finite(file: Any, name: str) -> np.ndarray:
-    kind = file.get_slice(name).get_dtype()
-    if kind not in FLOATS:
-        raise UsageError(f"{name}: is of type {kind}; only {', '.join(FLOATS)} are read")
+def _finite(file: Any, name: str, path: Path) -> np.ndarray:
     values = file.get_tensor(name)
     if not np.isfinite(values).all():
-        raise UsageError(f"{name}: holds numbers that are not finite; the file is damaged, or training broke it")
+        raise UsageError(
+            f"{path / ADAPTER_WEIGHTS}: {name} holds numbers that are not finite; the file is damaged, or training "
+            "broke it: fetch it again, or train a new adapter"
+        )
     return values

@@ -112,8 +112,8 @@ def open_directory(path: str, *, revision: str | None = None, weights: bool = Tr
     if not config_path.is_file() and (directory / ADAPTER_CONFIG).is_file():
         base = read_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
         raise UsageError(
-            f"model.path={path}: is a PEFT adapter, not a model; set lora.start={path}, and model.path to its base, "
-            f"{base}, or merge them first"
+            f"model.path={path}: is a PEFT adapter, not a model; to train on from it set lora.start to it and take its "
+            f"base, {base}, as the model, or merge the two with PEFT's merge_and_unload"
         )
     if not config_path.is_file():
         raise UsageError(f"{config_path}: missing; model.path must be a Hugging Face model directory")

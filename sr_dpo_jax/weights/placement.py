@@ -13,7 +13,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from sr_dpo_jax.model.adapter import ADAPTERS, Lora, adapter_weights, join, split
+from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.model.adapter import ADAPTERS, TARGETS, Lora, adapter_weights, join, split
 from sr_dpo_jax.model.architecture import Architecture
 from sr_dpo_jax.model.attention import DENSE
 from sr_dpo_jax.model.decoder import Decoder, Params
@@ -51,33 +52,38 @@ class PlacedModel:
     """The weights are drawn from the seed, and not read from the directory."""
     adapter: AdapterDirectory | None = None
     """Holds the adapters that training starts from; None: they are drawn, or there are none."""
+    frozen: bool = False
+    """No part of the model is trained."""
 
     @property
     def architecture(self) -> Architecture:
         return self.directory.architecture
 
     @cached_property
-    def digest(self) -> str:
-        """The digest of the weights that training starts from and that the reference keeps."""
-        digest = weights_digest(self.directory) if not self.drawn else self._drawn_digest
-        # Adapters that are drawn add nothing to what the model computes.
-        return digest if self.adapter is None else _sha256(f"{digest} {self.adapter.digest}".encode())
+    def base_digest(self) -> str:
+        """The digest of the weights without adapters."""
+        if not self.drawn:
+            return weights_digest(self.directory)
+        return _sha256((self.directory.path / "config.json").read_bytes() + f" random {self.seed}".encode())
 
     @property
-    def _drawn_digest(self) -> str:
-        return _sha256((self.directory.path / "config.json").read_bytes() + f" random {self.seed}".encode())
+    def digest(self) -> str:
+        """The digest of what training starts from and the reference keeps; drawn adapters add nothing to the model."""
+        if self.adapter is None:
+            return self.base_digest
+        return _sha256(f"{self.base_digest} {self.adapter.digest}".encode())
 
     @property
     def shapes(self) -> Params:
         """Shapes, types and shardings of the parameters; `split` parts them into what is trained and the base.
 
-        What is trained has `param_dtype`; a base beside adapters has the types of `frozen_type`.
+        What is trained has `param_dtype`; a base beside adapters, or a frozen model, has the types of `frozen_type`.
         """
         shapes = nnx.to_pure_dict(self.abstract)
-        adapted = split(shapes)[1] is not None
+        only_adapters = self.frozen or split(shapes)[1] is not None
 
         def described(path: Any, shape: Any, where: Any) -> jax.ShapeDtypeStruct:
-            frozen = adapted and not any(key.key == ADAPTERS for key in path)
+            frozen = only_adapters and not any(key.key == ADAPTERS for key in path)
             dtype = frozen_type(path, self.dtype, self.param_dtype) if frozen else self.param_dtype
             return jax.ShapeDtypeStruct(shape.shape, dtype, sharding=where)
 
@@ -159,6 +165,7 @@ def place_model(
     drawn: bool,
     lora: Lora | None = None,
     adapter: AdapterDirectory | None = None,
+    frozen: bool = False,
 ) -> PlacedModel:
     """Lays a model out on a mesh, whose devices may be described ones that are not attached; makes no parameters.
 
@@ -173,9 +180,11 @@ def place_model(
       drawn: whether the weights are drawn from the seed; else they are read from the directory.
       lora: the adapters; None: there are none, and all parameters are trained.
       adapter: holds the adapters that training starts from; None: they are drawn.
+      frozen: whether no part of it is trained, as of a reference.
 
     Raises:
-      UsageError: parameters do not divide over the mesh, or the attention path does not run here.
+      UsageError: parameters do not divide over the mesh, the attention path does not run here, or the model has none of
+        the matrices that adapters are to stand beside.
     """
     architecture, types = directory.architecture, (jnp.dtype(dtype), jnp.dtype(param_dtype))
     name = attention_name(attention, mesh, architecture, types[0])
@@ -186,9 +195,14 @@ def place_model(
     axes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     count = sum(np.prod(param.shape) for param in flatten(abstract).values())
     trained = adapter_weights(nnx.to_pure_dict(abstract))
+    if lora is not None and not trained:
+        raise UsageError(
+            f"lora.targets=[{','.join(lora.targets)}]: {directory.model_type} has none of them; choose from "
+            f"{', '.join(name for name in TARGETS if name != 'gate')}"
+        )
     beside = f", {trained:,} of them in adapters of rank {lora.rank}" if lora is not None else ""
     log.info(f"{directory.model_type} on {axes}: {count:,} parameters{beside}, attention {name}, activations {dtype}")
-    return PlacedModel(directory, mesh, graph, abstract, shardings, lora, name, *types, seed, drawn, adapter)
+    return PlacedModel(directory, mesh, graph, abstract, shardings, lora, name, *types, seed, drawn, adapter, frozen)
 
 
 def _decoder_maker(

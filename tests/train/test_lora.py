@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from runs import make_config, metrics_of, model_directory, preference_file, state_of, without_times
+from safetensors.numpy import load_file, save_file
 
 from sr_dpo_jax.cli import main
 from sr_dpo_jax.commands.export import export
@@ -33,13 +34,17 @@ def config_of(world, root, **sections):
     return make_config(root, world / "model", world / "train.jsonl", **{"lora": LORA, **sections})
 
 
+def copied(tree):
+    return jax.tree.map(lambda leaf: np.array(leaf, copy=True), tree)
+
+
 def watched(monkeypatch):
     """The job of a run, and its base and adapters as they were before the first step."""
     seen, prepare = {}, loop.prepare
 
     def tried(*arguments, **options):
         job, state = prepare(*arguments, **options)
-        seen.update(job=job, base=jax.device_get(job.base), start=jax.device_get(state.params))
+        seen.update(job=job, base=copied(job.base), start=copied(state.params))
         return job, state
 
     monkeypatch.setattr(loop, "prepare", tried)
@@ -86,11 +91,14 @@ def test_at_learning_rate_zero_no_byte_changes(world, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["sft", "ipo", "sr_ipo", "simpo"])
-def test_other_objectives_train_adapters(world, tmp_path, name):
+def test_other_objectives_train_adapters(world, tmp_path, monkeypatch, name):
+    seen = watched(monkeypatch)
     config = config_of(world, tmp_path, objective={"name": name, "lam": 0.5 if name.startswith("sr_") else None})
     assert train(config) == 0
-    losses = [line["loss"] for line in metrics_of(config.output_dir)]
-    assert np.isfinite(losses).all() and losses[0] != losses[-1]
+    assert np.isfinite([line["loss"] for line in metrics_of(config.output_dir)]).all()
+    ended = stored_params(config)
+    moved = {path: np.abs(ended[path] - start).max() for path, start in flatten_dict(seen["start"], sep=".").items()}
+    assert min(moved.values()) > 0 and same(copied(seen["job"].base), seen["base"])
 
 
 def test_a_run_in_two_parts_is_the_run_in_one(world, tmp_path):
@@ -107,10 +115,11 @@ def test_a_run_in_two_parts_is_the_run_in_one(world, tmp_path):
 def test_a_checkpoint_of_other_adapters_is_refused(world, tmp_path, changed):
     config = config_of(world, tmp_path, train={"max_steps": 1})
     assert train(config) == 0
-    with pytest.raises(
-        UsageError, match="lora.alpha: 8.0 -> 9.0" if changed == {**LORA, "alpha": 9.0} else "lora.rank"
-    ):
+    allowed = changed == {**LORA, "alpha": 9.0}
+    said = r"lora\.alpha: 8\.0 -> 9\.0" if allowed else r"lora\.rank: 4 -> "
+    with pytest.raises(UsageError, match=said) as refused:
         train(config_of(world, tmp_path, lora=changed))
+    assert str(refused.value).endswith("--allow-change lora.alpha" if allowed else "or choose another output_dir")
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt_neox"])
@@ -212,8 +221,78 @@ def test_a_start_of_another_form_is_refused(tuned, tmp_path, changed, said):
         read_model(on_weights(tuned, tmp_path, lora=form))
 
 
+def test_targets_that_a_family_has_not_are_refused(world, tmp_path):
+    """Else no adapter would be there, and all weights would be trained."""
+    model_directory(tmp_path / "model", "gpt_neox")
+    config = make_config(tmp_path, tmp_path / "model", world / "train.jsonl", lora={"targets": ["gate"]})
+    with pytest.raises(UsageError, match=r"lora\.targets=\[gate\]: gpt_neox has none of them; choose from query"):
+        train(config)
+
+
+def test_targets_stand_in_one_order(world, tmp_path):
+    config = config_of(world, tmp_path, lora={"targets": ["up", "query", "up"]})
+    assert config.lora.targets == ("query", "up")
+
+
+def test_adapters_stand_beside_the_weights_that_they_were_trained_with(tuned, tmp_path):
+    """`sr-dpo eval` and a merge with other weights, another scale, other targets, or without adapters."""
+    shutil.copytree(tuned / "lora" / "run", tmp_path / "run")
+    config = (tmp_path / "run" / "config.yaml").read_text()
+    file = written_config(tmp_path, on_weights(tuned, tmp_path, lora=LORA))
+    assert main(["eval", str(file)]) == 0
+    export(tuned / "lora" / "run", tmp_path / "other", merge=True)
+    other = f"model.path={tmp_path / 'other'}"
+    for override in ("lora.alpha=80", "lora.targets=[query]", "lora.rank=5", "lora=null", other):
+        assert main(["eval", str(file), override]) == 2, override
+    (tmp_path / "run" / "config.yaml").write_text(config.replace(str(tuned / "model"), str(tmp_path / "other")))
+    with pytest.raises(UsageError, match=r"trained with other weights or in another form:\n  model\.path: "):
+        export(tmp_path / "run", tmp_path / "out", merge=True)
+
+
+@pytest.mark.parametrize("targets", [["query", "value"], ["key"]])
+def test_a_part_of_a_fused_module_comes_back(tuned, tmp_path, targets):
+    """GPT-NeoX has one module for three matrices; with adapters of some, their rows alone are in the file."""
+    form = {**LORA, "targets": targets}
+    assert train(on_weights(tuned, tmp_path, lora=form, train={"max_steps": 2})) == 0
+    export(tmp_path / "run", tmp_path / "adapter")
+    still = {"optimizer": {"learning_rate": 2e-37}, "train": {"max_steps": 1}}
+    start = {**form, "start": str(tmp_path / "adapter")}
+    assert train(on_weights(tuned, tmp_path / "again", lora=start, **still)) == 0
+    export(tmp_path / "again" / "run", tmp_path / "second")
+    ours, given = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("second", "adapter"))
+    assert ours.keys() == given.keys() and all(ours[name].tobytes() == given[name].tobytes() for name in given)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("name", "missing"),
+        ("shape", r"is \(\(.*\), 'F32'\), and should be"),
+        ("type", "in one of F16"),
+        ("empty", "missing"),
+    ],
+)
+def test_a_file_of_adapters_that_does_not_fit_is_refused(tuned, tmp_path, damage, said):
+    shutil.copytree(tuned / "adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    first = next(iter(tensors))
+    match damage:
+        case "name":
+            tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
+        case "shape":
+            tensors[first] = tensors[first].reshape(-1)
+        case "type":
+            tensors[first] = tensors[first].astype(np.int32)
+        case "empty":
+            tensors = {}
+    save_file(tensors, file)
+    with pytest.raises(UsageError, match=said):
+        read_model(on_weights(tuned, tmp_path, lora={**LORA, "start": str(tmp_path / "adapter")}))
+
+
 def test_what_the_other_commands_say(tuned, tmp_path):
-    with pytest.raises(UsageError, match=r"is a PEFT adapter, not a model; set lora\.start="):
+    with pytest.raises(UsageError, match=r"is a PEFT adapter, not a model; to train on from it set lora\.start"):
         read_model(on_weights(tuned, tmp_path, model="adapter"))
     with pytest.raises(UsageError, match="trained no adapters"):
         export(tuned / "first" / "run", tmp_path / "out", merge=True)
@@ -233,6 +312,7 @@ def test_what_the_other_commands_say(tuned, tmp_path):
         ("peft_type", "IA3"),
         ("r", "four"),
         ("lora_alpha", 9),
+        ("r", True),
         ("rank_pattern", {"^down": 3}),
         ("alpha_pattern", {"layers.1": -1}),
         ("init_lora_weights", "pissa_niter_4"),
@@ -243,6 +323,6 @@ def test_adapters_that_need_more_are_refused_by_field(tuned, tmp_path, field, va
     shutil.copytree(tuned / "adapter", tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), field: value}))
-    said = {"r": "r, lora_alpha", "lora_alpha": r"lora\.alpha=9", "alpha_pattern": "positive numbers"}
+    said = {"r": "r, lora_alpha", "lora_alpha": r"lora\.alpha=9", "alpha_pattern": "numbers above 0"}
     with pytest.raises(UsageError, match=said.get(field, field)):
         read_model(on_weights(tuned, tmp_path, lora={**LORA, "start": str(tmp_path / "adapter")}))
