@@ -127,6 +127,7 @@ def _left(inspection: Inspection) -> Table | None:
         for dtype, memory in inspection.memory.items()
         for name in OPTIMIZERS
     }
+    cases[">LoRA"] = inspection.memory["float32"].lora_bytes
     table = console.table("chip", *cases)
     for chip in TPUS:
         left = [chip.memory_gib * GIB - needed for needed in cases.values()]
