@@ -18,6 +18,7 @@ from sr_dpo_jax.train.loop import train
 from sr_dpo_jax.train.setup import read_model
 
 LORA = {"rank": 4, "alpha": 8.0}
+SLOWER = ("ipo", "sr_ipo", "simpo")
 pytestmark = pytest.mark.usefixtures("same_programs")
 
 
@@ -62,8 +63,15 @@ def same(ours, theirs):
     return ours.keys() == theirs.keys() and all(ours[name].tobytes() == theirs[name].tobytes() for name in ours)
 
 
-@pytest.mark.parametrize("mode", ["cached", "online"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("mode", "dtype"),
+    [
+        ("cached", "float32"),
+        ("online", "bfloat16"),
+        pytest.param("online", "float32", marks=pytest.mark.slow),
+        pytest.param("cached", "bfloat16", marks=pytest.mark.slow),
+    ],
+)
 def test_margins_begin_at_zero_and_the_base_stays(world, tmp_path, monkeypatch, mode, dtype):
     seen = watched(monkeypatch)
     config = config_of(world, tmp_path, reference={"mode": mode}, model={"dtype": dtype})
@@ -90,7 +98,7 @@ def test_at_learning_rate_zero_no_byte_changes(world, tmp_path, monkeypatch):
     assert same(jax.device_get(seen["job"].base), seen["base"])
 
 
-@pytest.mark.parametrize("name", ["sft", "ipo", "sr_ipo", "simpo"])
+@pytest.mark.parametrize("name", ["sft", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOWER)])
 def test_other_objectives_train_adapters(world, tmp_path, monkeypatch, name):
     seen = watched(monkeypatch)
     config = config_of(world, tmp_path, objective={"name": name, "lam": 0.5 if name.startswith("sr_") else None})
@@ -122,7 +130,7 @@ def test_a_checkpoint_of_other_adapters_is_refused(world, tmp_path, changed):
     assert str(refused.value).endswith("--allow-change lora.alpha" if allowed else "or choose another output_dir")
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt_neox"])
+@pytest.fixture(scope="module", params=["llama", pytest.param("gpt_neox", marks=pytest.mark.slow)])
 def tuned(request, tmp_path_factory):
     """A run on weights from a file, whose adapters are exported both ways; GPT-NeoX keeps three matrices in one."""
     root = tmp_path_factory.mktemp(request.param)
