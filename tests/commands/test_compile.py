@@ -142,15 +142,17 @@ def test_every_configuration_fits_its_topology(compiled, name, number):
     report = result.report["compiled"]
     given = options(commands(name, "compile")[number])
     config = load(name, tuple(given.overrides))
-    parameters = known_models.MODELS[known_model(name)][2]
-    assert report["parameters"] == parameters
+    parameters, adapters = known_models.MODELS[known_model(name)][2], report["adapters"]
+    assert report["parameters"] == parameters + adapters and bool(adapters) == (config.lora is not None)
     assert report["hosts"] == config.distributed.processes
-    assert report["chips"] == (8 if given.topology == "v6e:2x4" else 4) * report["hosts"]
+    assert report["chips"] == (8 if given.topology in ("v5e:2x4", "v6e:2x4") else 4) * report["hosts"]
     assert report["step_s"] is None  # the cycles of --quick say nothing
     assert result.report["fits"] and result.report["remedy"] is None
     train, score = report["programs"]
-    # Parameters and RMSprop's state in float32; shards that are no multiple of 128 are filled up.
-    state = (4 + 4) * parameters / report["chips"] * report["mesh"]["replica"]
+    # Parameters and RMSprop's state in float32, or a base in bfloat16 beside adapters with AdamW's two moments; shards
+    # that are no multiple of 128 are filled up.
+    state = 2 * parameters + (4 + 8) * adapters if adapters else (4 + 4) * parameters
+    state *= report["mesh"]["replica"] / report["chips"]
     assert state <= train["argument_bytes"] < 1.25 * state
     assert state / 2 <= score["argument_bytes"] < train["argument_bytes"]
     for program in (train, score):
