@@ -45,7 +45,7 @@ def trl(torch: Any, rows: Rows, policy: np.ndarray, reference: np.ndarray, **att
     given = {"beta": 0.1, "label_smoothing": 0.0, "f_divergence_type": "reverse_kl", "ld_alpha": None}
     given |= {"use_weighting": False, "precompute_ref_logps": False, "_metrics": {"train": defaultdict(list)}}
     given |= {"args": SimpleNamespace(discopop_tau=0.05, gradient_checkpointing_kwargs=None)}
-    given |= {"_total_train_tokens": 0, "_tp_size": 1, "model": SimpleNamespace(training=True)}
+    given |= {"_total_train_tokens": 0, "_tp_size": 1, "model": torch.nn.Module()}
     given["model"].is_gradient_checkpointing = False
     given["loss_weights"] = [1.0] * len(attributes["loss_types"])
     of_side = [  # [2B] of places of a response's scored positions, chosen ones first
