@@ -72,11 +72,12 @@ class ReferenceScores:
     """The reference's scores of one data set, all of whose pairs `feed` holds, as far as the cache has them.
 
     `scores` is `[N, 2 sides, kinds]` float32, the kinds being plain, augmented and against; NaN where nothing is
-    known. Process 0 reads the cache and tells the others, so that all agree on what is left to do.
+    known. Process 0 reads the cache and tells the others, so that all agree on what is left to do. `key` names the
+    model in errors.
     """
 
-    def __init__(self, files: tuple[Path, ...], feed: Feed):
-        self._files, self._plan, self._feed = files, feed.source.plan, feed
+    def __init__(self, files: tuple[Path, ...], feed: Feed, *, key: str = "model.path"):
+        self._files, self._plan, self._feed, self._key = files, feed.source.plan, feed, key
         self.scores = np.full((len(feed.source.pairs), 2, max(2, len(files))), np.nan, np.float32)
         if jax.process_index() == 0:
             for kind, file in enumerate(files):
@@ -154,9 +155,8 @@ class ReferenceScores:
         if not self.complete:
             bad = np.flatnonzero(self._missing())
             raise UsageError(
-                f"the reference, reference.path or else model.path, gives {len(bad)} of {len(self.scores)} pairs a "
-                f"log-prob of NaN, the first of them number {bad[0]}, counted from 0; set model.dtype=float32, or "
-                "choose other weights"
+                f"the reference, {self._key}, gives {len(bad)} of {len(self.scores)} pairs a log-prob of NaN, the "
+                f"first of them number {bad[0]}, counted from 0; set model.dtype=float32, or choose other weights"
             )
 
     def _take(self, pair: np.ndarray, result: Scores) -> None:

@@ -353,7 +353,7 @@ def make_scored_set(
             augmented=augmented,
             against=against,
         )
-        known = ReferenceScores(files, feed)
+        known = ReferenceScores(files, feed, key="model.path" if judge is model else "reference.path")
     if objective is not None and objective.kind.refined and objective.refinement.judge == "ratings":
         rating_offsets(pairs, objective.refinement)  # refused here, and not at the first evaluation
     ld_alpha = ld_alpha if objective is None else objective.ld_alpha
