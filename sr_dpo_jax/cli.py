@@ -265,7 +265,9 @@ def _add_models(command: Command, with_config: WithConfig) -> None:
     which.add_argument("--step", type=int, help="default: the latest")
     which.add_argument("--best", action="store_true", help=BEST)
     export.add_argument("--merge", action="store_true", help="adds LoRA adapters to the weights; else a PEFT directory")
-    export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the run's param_dtype")
+    export.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: the run's param_dtype, merged its dtype"
+    )
     most = "most bytes of a file of weights; default: 5 GB"
     export.add_argument("--shard-bytes", type=int, default=argparse.SUPPRESS, metavar="N", help=most)
     inspect = command("inspect", "what a person wants to know of a model before a run; touches no device")

@@ -90,7 +90,8 @@ def export(
     with contextlib.closing(Checkpoints(run_dir, read_only=True)) as checkpoints:
         step = checkpoints.best() if best else checkpoints.existing(step)
         if merge:
-            _require_base(checkpoints, step, config, directory)
+            facts = {"lora": config.lora.model_dump(), "weights_digest": weights_digest(directory)}
+            require_same_base(checkpoints, step, **facts)
         trained = flatten(split(nnx.to_pure_dict(abstract))[0])
         checkpoints.check_params({name: param.shape for name, param in trained.items()}, step=step)
         with _new_directory(out_dir) as out:
@@ -127,13 +128,6 @@ def _run_of(run_dir: Path, out_dir: Path, *, merge: bool, shard_bytes: int) -> t
             "file; train with model.init=pretrained"
         )
     return config, _read_manifest(run_dir / "manifest.json")
-
-
-def _require_base(checkpoints: Checkpoints, step: int, config: Config, directory: ModelDirectory) -> None:
-    """Refuses to merge adapters into other weights than those that they were trained beside."""
-    before, where = checkpoints.restore_position(step)["identity"], checkpoints.directory / str(step)
-    digest = weights_digest(directory)
-    require_same_base(before, lora=config.lora.model_dump(), weights_digest=digest, where=where)
 
 
 OWNER = ".owner.json"

@@ -18,8 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 Array = jax.Array
 ADAPTERS = "adapters"
 """The name under which adapters stand in the tree of parameters."""
-ATTENTION_TARGETS, MLP_TARGETS = ("query", "key", "value", "output"), ("gate", "up", "down")
-TARGETS = ATTENTION_TARGETS + MLP_TARGETS
+TARGETS = ("query", "key", "value", "output", "gate", "up", "down")
 """The matrices of a layer that can have an adapter, by the names that the decoder gives them."""
 
 

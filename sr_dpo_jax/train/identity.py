@@ -144,20 +144,18 @@ def _adapters_of(lora: Mapping[str, Any] | None) -> dict[str, Any]:
     }
 
 
-def require_same_base(
-    before: Mapping[str, Any], *, lora: Mapping[str, Any], weights_digest: str, where: str | Path
-) -> None:
+def require_same_base(checkpoints: Checkpoints, step: int, *, lora: Mapping[str, Any], weights_digest: str) -> None:
     """Refuses to set adapters of a checkpoint beside other weights than those that they were trained beside.
 
     Args:
-      before: the identity that the checkpoint holds.
+      checkpoints, step: the checkpoint.
       lora: the section `lora`.
       weights_digest: of the weights without adapters.
-      where: the checkpoint, for the message.
 
     Raises:
       UsageError: the weights, or the form of the adapters, are others.
     """
+    before, where = checkpoints.restore_position(step)["identity"], checkpoints.directory / str(step)
     now = {"model.path": _short(weights_digest), **_adapters_of({**lora, "init": before.get("lora.init")})}
     wrong = [f"  {key}: {_shown(before.get(key))} -> {_shown(now[key])}" for key in now if before.get(key) != now[key]]
     if wrong:

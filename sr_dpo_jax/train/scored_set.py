@@ -75,7 +75,7 @@ class ScoredSet:
         count, found = len(self.pairs), None
         for done, (pair, scores) in enumerate(self.feed.results(partial(self.score_step, params)), 1):
             if found is None:
-                found = jax.tree.map(lambda part: np.zeros((count, *part.shape[1:]), part.dtype), scores)
+                found = jax.tree.map(partial(_blank, count), scores)
             jax.tree.map(partial(_put, pair), found, scores)
             progress(done)
         assert found is not None, "a set has pairs"
@@ -214,6 +214,11 @@ def training_feed(
     )
 
 
+def _blank(count: int, part: np.ndarray) -> np.ndarray:
+    """Makes the array for all pairs: log-probs are NaN until they are known, counts are 0."""
+    return np.full((count, *part.shape[1:]), np.nan if np.issubdtype(part.dtype, np.floating) else 0, part.dtype)
+
+
 def _put(pair: np.ndarray, array: np.ndarray, values: np.ndarray) -> None:
     array[pair] = values
 
@@ -301,7 +306,9 @@ def score_reference(
         held.reference.spot_check(held.score_step, base, dtype=model.dtype.name)
         if not held.reference.complete:
             held.fill_reference(base, between)
-    copy = reference.reference_copy(base) if online else None
+    copy = None
+    if online:  # a model that is the reference alone has the types of one
+        copy = model.reference_copy(base) if same else base
     if not same:
         base = None  # freed before the model's are made
         base = model.base_params() if keep_base else None

@@ -41,10 +41,7 @@ from sr_dpo_jax.train.knowledge import settled_by
 from sr_dpo_jax.train.objective import OBJECTIVES, Objective, Refinement
 from sr_dpo_jax.train.program import Program, Work, make_program, plan_training, work_of
 from sr_dpo_jax.train.samples import Samples
-from sr_dpo_jax.train.scored_set import (
-    ScoredSet,
-    make_scored_set,
-)
+from sr_dpo_jax.train.scored_set import ScoredSet, make_scored_set
 from sr_dpo_jax.weights import directory as weights
 from sr_dpo_jax.weights.adapters import open_adapter
 from sr_dpo_jax.weights.adapters import require_fit as require_adapter
@@ -296,11 +293,11 @@ class Setup:
         config, (trained, frozen) = self.config, split(self.model.shapes)
         shapes = {name: leaf.shape for name, leaf in flatten_dict(trained, sep=".").items()}
         if frozen is not None:
-            before, where = checkpoints.restore_position(step)["identity"], checkpoints.directory / str(step)
             facts = {"lora": config.lora.model_dump(), "weights_digest": self.model.base_digest}
-            require_same_base(before, **facts, where=where)
-            frozen = split(self.model.base_params() if base is None else base)[1]
+            require_same_base(checkpoints, step, **facts)
         checkpoints.check_params(shapes, step=step)
+        if frozen is not None:
+            frozen = split(self.model.base_params() if base is None else base)[1]
         return join(checkpoints.restore_params(trained, step=step), frozen)
 
     def work(self, pairs: TokenizedPairs) -> Work:

@@ -1,5 +1,7 @@
 """LoRA adapters beside the decoder's matrices: the same numbers as merged weights, and what training changes."""
 
+from typing import get_args
+
 import jax
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from zoo import logits
 
+from sr_dpo_jax.config.schema import Target
 from sr_dpo_jax.model.adapter import TARGETS, Lora, adapter_weights, join, split
 
 TOKENS = np.random.default_rng(0).integers(0, tiny.VOCABULARY, (2, 12)).astype(np.int32)
@@ -59,6 +62,10 @@ def test_a_new_adapter_changes_no_bit(init):
             inputs = 2 if ".output." in path else 1
             fan_in = lora.rank if other == "b" else np.prod(values.shape[1 : 1 + inputs])
             assert 0.8 / fan_in**0.5 < np.abs(values).max() <= 1 / fan_in**0.5 and len(np.unique(values)) > 10
+
+
+def test_the_targets_of_a_configuration_are_those_of_the_decoder():
+    assert get_args(Target) == TARGETS
 
 
 def test_split_and_join():
