@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ from sr_dpo_jax.errors import RunError, UsageError
 from sr_dpo_jax.redaction import Formatter, redact
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
+OTHERS_END_S = 2.0
+"""Time that a process of several which fails leaves to the others, see `_end`."""
 BEST = "the best checkpoint, by checkpoint.best_metric, in place of the latest"
 
 
@@ -58,11 +61,16 @@ def _traceback(error: BaseException | None) -> str:
 
 
 def _end(code: int) -> int:
-    """Ends one process of several at once where it fails: at exit it would wait for the others, and they for it."""
+    """Ends one process of several that fails without jax's exit, which would wait for the others, and they for it.
+
+    Process 0 holds jax's coordination service, and when that ends, jax ends the others in the middle of what they say.
+    What stops all stops them at nearly one time, so each gives the others a moment to say it and to end by themselves.
+    """
     jax = sys.modules.get("jax")
     if jax is not None and jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
+        time.sleep(OTHERS_END_S)
         os._exit(code)
     return code
 

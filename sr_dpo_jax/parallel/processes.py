@@ -3,7 +3,6 @@
 import hashlib
 import logging
 import os
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -28,8 +27,6 @@ SLURM_NTASKS, which an interactive allocation and a batch script have too, where
 MOST_FACTS = 1024
 """The most facts that processes compare; a collective has a fixed size."""
 DIGEST_BYTES = 16
-LEADER_STAYS_S = 2.0
-"""Time that the other processes have to say what they refuse before process 0 ends."""
 
 
 def start_distributed(
@@ -154,8 +151,6 @@ def require_same(facts: Mapping[str, Any]) -> None:
             holders = [number for number, held in enumerate(everyone) if digest in held]
             lines.append(f"  a key that {_processes(holders)} has and this one has not: its own message names it")
     if lines:
-        if jax.process_index() == 0:  # it holds jax's coordination service: when it ends, the others are ended
-            time.sleep(LEADER_STAYS_S)
         raise UsageError(
             "\n".join([f"the processes of this run differ; this is process {jax.process_index()}:", *lines])
             + "\nStart all processes with the same configuration, files and versions"

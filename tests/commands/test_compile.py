@@ -251,7 +251,7 @@ def test_the_contrast_by_the_reference_costs_what_dpo_costs(tmp_path):
 
 def test_a_reference_of_another_architecture_has_a_scoring_step_of_its_own(tmp_path, run):
     """It is compiled too, as it is what may not fit; it cannot stay on the mesh, and must be of use."""
-    _, path = tiny_config(tmp_path / "reference", "llama", num_hidden_layers=4)
+    _, path = tiny_config(tmp_path / "reference", "llama", num_hidden_layers=8)  # four times the policy's, in bfloat16
     arguments = [*tiny_config(tmp_path, "llama"), f"reference.path={Path(path).parent / 'model'}"]
     topology = ["--topology", "v5e:2x2"]
     result = run([*arguments, *topology], tmp_path / "report.json")
