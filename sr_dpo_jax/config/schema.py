@@ -214,6 +214,9 @@ class Lora(Section):
     init: Literal["zero_a", "zero_b"] = "zero_a"
     """The matrix that is 0 at the start, so that the adapter changes nothing yet; the other is drawn from `seed`. PEFT
     has `zero_b`, which takes learning rates that are larger by about √(inputs / rank)."""
+    base: Literal["int8"] | None = None
+    """Holds the matrices of the layers in int8, with a scale for each output, in half the bytes of bfloat16 (needs the
+    extra `int8`); null: in `model.dtype`."""
     start: str | None = None
     """A PEFT directory: training goes on from its adapters, and the reference is the model with them."""
 

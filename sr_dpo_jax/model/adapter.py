@@ -31,6 +31,8 @@ class Lora:
     rslora: bool = False
     targets: tuple[str, ...] = TARGETS
     """Names from TARGETS; one that a family lacks, such as `gate`, is passed over."""
+    base: str | None = None
+    """How the matrices of the layers are held: in the type that the model computes in, or in `int8`."""
     init: str = "zero_a"
     """The factor that is 0 at the start, `zero_a` or `zero_b`; the other is drawn from U(−1/√n, 1/√n) with n its
     inputs, as PEFT draws A."""
@@ -73,12 +75,17 @@ class Adapter(nnx.Module):
         return jnp.tensordot(self.scale * thin, self.b[...].astype(x.dtype), axes=1)
 
 
+def input_axes(name: str) -> int:
+    """Counts the axes of a matrix's inputs: those of `output` are heads and their dimensions."""
+    return 2 if name == "output" else 1
+
+
 def adapters_of(lora: Lora | None, weights: Mapping[str, nnx.Param | None], *, dtype: jnp.dtype, rngs: nnx.Rngs) -> Any:
-    """Makes an adapter for each matrix that `lora` names; the inputs of `output` are heads and their dimensions."""
+    """Makes an adapter for each matrix that `lora` names."""
     chosen = () if lora is None else lora.targets
     return nnx.Dict(
         {
-            name: Adapter(lora, weight, inputs=2 if name == "output" else 1, dtype=dtype, rngs=rngs)
+            name: Adapter(lora, weight, inputs=input_axes(name), dtype=dtype, rngs=rngs)
             for name, weight in weights.items()
             if name in chosen and weight is not None
         }

@@ -139,7 +139,7 @@ def _adapters_of(lora: Mapping[str, Any] | None) -> dict[str, Any]:
     """Collects the form of adapters; nothing where all weights are trained."""
     if lora is None:
         return {}
-    return {f"lora.{key}": lora[key] for key in ("rank", "alpha", "rslora", "init")} | {
+    return {f"lora.{key}": lora[key] for key in ("rank", "alpha", "rslora", "init", "base")} | {
         "lora.targets": ", ".join(lora["targets"])
     }
 

@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 MEASURED_ON = (
     *("data.path", "model.path", "tokenizer", "objective.name", "objective.terms", "objective.ld_alpha"),
-    *("refinement.prompt", "refinement.against", "lora.start", "reference.path"),
+    *("refinement.prompt", "refinement.against", "lora.start", "lora.base", "reference.path"),
 )
 """The keys of a run's identity that decide what its model knows at the start."""
 

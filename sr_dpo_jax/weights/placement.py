@@ -3,23 +3,25 @@
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Callable
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sr_dpo_jax.errors import UsageError
-from sr_dpo_jax.model.adapter import ADAPTERS, TARGETS, Lora, adapter_weights, join, split
+from sr_dpo_jax.model.adapter import ADAPTERS, TARGETS, Lora, adapter_weights, input_axes, join, split
 from sr_dpo_jax.model.architecture import Architecture
 from sr_dpo_jax.model.attention import DENSE
 from sr_dpo_jax.model.decoder import Decoder, Params
+from sr_dpo_jax.model.linear import Int8
 from sr_dpo_jax.model.paths import attention_name, attention_path
-from sr_dpo_jax.parallel.mesh import initialise, param_shardings
+from sr_dpo_jax.parallel.mesh import initialise, jit_on, param_shardings
 from sr_dpo_jax.weights.adapters import AdapterDirectory, load_adapters
 from sr_dpo_jax.weights.directory import ModelDirectory, weights_digest
 from sr_dpo_jax.weights.layout import flatten
@@ -69,16 +71,22 @@ class PlacedModel:
     @property
     def digest(self) -> str:
         """The digest of what training starts from and the reference keeps; drawn adapters add nothing to the model."""
-        if self.adapter is None:
-            return self.base_digest
-        return _sha256(f"{self.base_digest} {self.adapter.digest}".encode())
+        parts = [self.base_digest, *([] if self.adapter is None else [self.adapter.digest])]
+        parts += [] if self.lora is None or self.lora.base is None else [self.lora.base]
+        return parts[0] if len(parts) == 1 else _sha256(" ".join(parts).encode())
 
     @property
     def shapes(self) -> Params:
         """Shapes, types and shardings of the parameters; `split` parts them into what is trained and the base.
 
-        What is trained has `param_dtype`; a base beside adapters, or a frozen model, has the types of `frozen_type`.
+        What is trained has `param_dtype`; a base beside adapters, or a frozen model, has the types of `frozen_type`,
+        and with `lora.base` the matrices of its layers are `Int8`.
         """
+        return unflatten_dict({path: self._described(path, shape) for path, shape in flatten_dict(self._read).items()})
+
+    @property
+    def _read(self) -> Params:
+        """The parameters as they are read or drawn: `shapes`, but with arrays in place of each `Int8`."""
         shapes = nnx.to_pure_dict(self.abstract)
         only_adapters = self.frozen or split(shapes)[1] is not None
 
@@ -89,12 +97,37 @@ class PlacedModel:
 
         return jax.tree.map_with_path(described, shapes, self.shardings)
 
+    def _in_int8(self, path: Sequence[str]) -> bool:
+        """Tells whether the parameter at this path is held in int8."""
+        return self.lora is not None and self.lora.base == "int8" and ADAPTERS not in path and path[-1] in TARGETS
+
+    def _described(self, path: Sequence[str], shape: jax.ShapeDtypeStruct) -> Any:
+        """Gives the shape, type and sharding in which a parameter is held that is read as `shape`."""
+        if not self._in_int8(path):
+            return shape
+        where, outputs = shape.sharding, 1 + input_axes(path[-1])
+        sides = [*where.spec, *[None] * (len(shape.shape) - len(where.spec))]
+        of_scale = NamedSharding(where.mesh, PartitionSpec(sides[0], *sides[outputs:]))
+        return Int8(
+            jax.ShapeDtypeStruct(shape.shape, jnp.int8, sharding=where),
+            jax.ShapeDtypeStruct((shape.shape[0], *shape.shape[outputs:]), jnp.float32, sharding=of_scale),
+        )
+
+    def _held(self, name: str, array: jax.Array) -> Any:
+        """Gives a parameter, named by its path, as it is held; the array is given up where that is another."""
+        path = name.split(".")
+        described = self._described(path, array)
+        if not isinstance(described, Int8):
+            return array
+        where = jax.tree.map(lambda part: part.sharding, described)
+        return jit_on(self.mesh, partial(quantised, path[-1]), out_shardings=where)(array)
+
     def base_params(self) -> Params:
         """Makes the parameters that training starts from, on the mesh, as `shapes` describes them.
 
         The weights are read from the directory, or drawn from the seed; so are adapters, where there are any.
         """
-        trained, base = split(self.shapes)
+        trained, base = split(self._read)
         if base is None:
             return self._weights(trained)
         if self.adapter is None:
@@ -106,8 +139,9 @@ class PlacedModel:
     def _weights(self, shapes: Params) -> Params:
         """Makes all parameters but the adapters."""
         if self.drawn:
-            return self._drawn(shapes, lambda drawn: split(drawn)[1] or drawn)
-        return load_params(self.directory, self.abstract, shapes)
+            drawn = flatten(self._drawn(shapes, lambda drawn: split(drawn)[1] or drawn))
+            return unflatten_dict({name: self._held(name, array) for name, array in drawn.items()}, sep=".")
+        return load_params(self.directory, self.abstract, shapes, held=self._held)
 
     def _drawn(self, shapes: Params, part: Callable[[Params], Params]) -> Params:
         """Draws parameters from the seed; `part` picks those that `shapes` describes."""
@@ -125,6 +159,22 @@ class PlacedModel:
         Of a model with adapters that is the adapters: policy and reference have the base in common.
         """
         return reference_copy(split(params)[0], self.dtype)
+
+
+def quantised(name: str, weight: jax.Array) -> Int8:
+    """Rounds a stacked matrix `[layers, inputs, outputs]` of this name to int8, the largest input of an output to ±127.
+
+    Raises:
+      UsageError: qwix, which does it, is not installed.
+    """
+    try:
+        import qwix
+    except ImportError as error:
+        raise UsageError("lora.base=int8 needs qwix: pip install 'sr_dpo_jax[int8]'; or leave it out") from error
+    inputs = tuple(range(1, 1 + input_axes(name)))
+    outputs = [axis for axis in range(weight.ndim) if axis not in inputs]
+    array = qwix.quantize(weight, jnp.int8, channelwise_axes=outputs, scale_dtype=jnp.float32)
+    return Int8(array.qvalue, array.scale.squeeze(inputs))
 
 
 def reference_copy(params: Params, dtype: jnp.dtype) -> Params:

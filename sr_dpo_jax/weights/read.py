@@ -8,7 +8,7 @@ import contextlib
 import logging
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,9 @@ ALIGNMENT_BYTES = 64
 """A CPU device adopts a buffer that starts on a multiple of this address, and copies any other."""
 
 
-def load_params(directory: ModelDirectory, abstract: Any, shapes: Params) -> Params:
+def load_params(
+    directory: ModelDirectory, abstract: Any, shapes: Params, *, held: Callable[[str, jax.Array], Any] | None = None
+) -> Params:
     """Reads the weights onto the mesh; a shard that several devices of this host hold is read once.
 
     Args:
@@ -37,6 +39,7 @@ def load_params(directory: ModelDirectory, abstract: Any, shapes: Params) -> Par
       abstract: tree of abstract nnx parameters; metadata `axes` names each one's axes.
       shapes: shape, type and sharding of each parameter that the files hold; every tensor is converted from its own
         type.
+      held: called with the path of each parameter and its array, once that is complete; gives what is kept of it.
 
     Returns:
       The tree of sharded parameters, as nested dicts.
@@ -63,7 +66,9 @@ def load_params(directory: ModelDirectory, abstract: Any, shapes: Params) -> Par
                 del buffers, buffer
             for param in tensor.params:
                 shape, sharding = flat_shapes[param].shape, flat_shapes[param].sharding
-                loaded[param] = jax.make_array_from_single_device_arrays(shape, sharding, pieces[param])
+                whole = jax.make_array_from_single_device_arrays(shape, sharding, pieces.pop(param))
+                loaded[param] = whole if held is None else held(param, whole)
+                del whole
     return unflatten_dict(loaded, sep=".")
 
 

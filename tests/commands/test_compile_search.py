@@ -149,19 +149,23 @@ def test_a_state_that_stays_too_large_ends_the_search():
         lambda overrides: Attempt(overrides, compiled_of(STATE_TOO_LARGE), None),
     )
     lora = [{"lora.rank": 16}, {"lora.rank": 16, "model.remat": "full"}]
+    lora.append({**lora[-1], "lora.base": "int8"})
     assert [attempt.overrides for attempt in attempts] == [{"mesh.fsdp": -1}, *lora]
 
 
 def test_adapters_are_the_last_resort():
     whole, lora = compiled_of(STATE_TOO_LARGE), "lora.rank=16"
-    for fitting in (lora, f"{lora} model.remat=full"):
+    tried = [lora, f"{lora} model.remat=full", f"{lora} model.remat=full lora.base=int8"]
+    for number, fitting in enumerate(tried, 1):
         names, remedy = outcomes(config_of(), whole, fitting)
-        assert names == [lora, fitting][: 1 + ("remat" in fitting)] and arguments_text(remedy.overrides) == fitting
+        assert names == tried[:number] and arguments_text(remedy.overrides) == fitting
     names, remedy = outcomes(config_of(), compiled_of(TOO_LARGE), lora)
     assert names[-1] == lora and "mesh.tensor=8" in names[-2] and remedy.overrides == {"lora.rank": 16}
     report = dataclasses.replace(report_of(whole), attempts=(Attempt(remedy.overrides, compiled_of(FITS), None),))
     assert aot_print._verdict(report).endswith("lora.rank=16; it trains LoRA adapters in place of all weights")
-    names, remedy = outcomes(config_of(lora={"rank": 4}), whole)
+    names, remedy = outcomes(config_of(lora={"rank": 4}), whole, "model.remat=full lora.base=int8")
+    assert len(names) == 1 and remedy.overrides == {"model.remat": "full", "lora.base": "int8"}
+    names, remedy = outcomes(config_of(lora={"rank": 4, "base": "int8"}), whole)
     assert (names, remedy) == ([], None)
 
 

@@ -170,7 +170,8 @@ def test_greedy_continuations_are_flagged_as_by_the_hf_model(tmp_path):
         assert one == pytest.approx(other, abs=1e-3)
 
 
-def test_a_run_gives_what_its_export_gives(tmp_path, tasks, capsys):
+@pytest.mark.parametrize("lora", [None, {"rank": 8, "alpha": 64.0}], ids=["all weights", "adapters"])
+def test_a_run_gives_what_its_export_gives(tmp_path, tasks, capsys, lora):
     """The command on a run directory against the hf model on `sr-dpo export` of it, and not on the base model."""
     import torch
 
@@ -178,11 +179,12 @@ def test_a_run_gives_what_its_export_gives(tmp_path, tasks, capsys):
     random_weights(torch, directory)
     data = preference_file(tmp_path / "pairs.jsonl", 16)
     config = make_config(
-        tmp_path, directory, data, model={"init": "pretrained"}, optimizer={"learning_rate": 1e-2}, seed=3
+        tmp_path, directory, data, model={"init": "pretrained"}, optimizer={"learning_rate": 1e-2}, seed=3, lora=lora
     )
     assert main(["lm-eval", config.output_dir, "--tasks", "toy_choice", "--include-path", str(tasks)]) == 2
     assert train(config) == 0
-    assert main(["export", config.output_dir, str(tmp_path / "exported")]) == 0
+    merged = [] if lora is None else ["--merge", "--dtype", "float32"]
+    assert main(["export", config.output_dir, str(tmp_path / "exported"), *merged]) == 0
     output = tmp_path / "out.json"
     arguments = ["lm-eval", config.output_dir, *FLOAT32, "--tasks", ",".join(TASKS), "--include-path", str(tasks)]
     assert main([*arguments, "--output", str(output)]) == 0

@@ -289,10 +289,11 @@ def test_finished_runs_are_measured_on_other_held_out_pairs(tmp_path, monkeypatc
 
 @pytest.mark.slow
 def test_a_real_one_is_preempted_and_goes_on(tmp_path):
-    """λ of two values: stopped in the second, gone on with; one reference; the numbers of a run on its own."""
+    """λ of two values, training adapters: stopped in the second, gone on with; one reference; the numbers of a run on
+    its own."""
     data, held_out = preference_file(tmp_path / "train.jsonl", 200), preference_file(tmp_path / "held_out.jsonl", 13)
     sections = {"data": {"eval_path": str(held_out)}, "train": {"epochs": 4}, "checkpoint": {"every_steps": 5}}
-    raw = raw_config(tmp_path, model_directory(tmp_path / "model"), data, **sections)
+    raw = raw_config(tmp_path, model_directory(tmp_path / "model"), data, lora={"rank": 4}, **sections)
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(raw), encoding="utf-8")
     command, root = ["tune", str(path), "objective.lam=0,0.5", "--eval-pairs", "7"], tmp_path / "run" / "tune"

@@ -2,7 +2,8 @@
 
 Changes are tried in the order of what they cost in time: recomputing less, then more; more, smaller micro-batches;
 shorter rows; a mesh that splits parameters or activations further. They add up until it fits; then each of them that
-the last has made needless is taken back. Where none helps, LoRA adapters in place of all weights are tried.
+the last has made needless is taken back. Where none helps, LoRA adapters in place of all weights are tried,
+and then a base in int8.
 
 `show.py` prints the result.
 """
@@ -138,12 +139,23 @@ def search(
             smaller = {key: value for key, value in kept.items() if _part(key) != part}
             attempts.append(attempt(smaller))
             kept = smaller if attempts[-1].fits else kept
-    elif config.lora is None:
-        for remat in dict.fromkeys((config.model.remat, "full")):
-            attempts.append(attempt({**LORA, **({"model.remat": remat} if remat != config.model.remat else {})}))
+    else:
+        for overrides in _with_adapters(config):
+            attempts.append(attempt(overrides))
             if attempts[-1].fits:
                 break
     return attempts
+
+
+def _with_adapters(config: Config) -> Iterator[dict[str, Any]]:
+    """Yields what remains where full training does not fit: adapters, and then a base in half the bytes."""
+    full = {} if config.model.remat == "full" else {"model.remat": "full"}
+    if config.lora is None:
+        yield LORA
+        if full:
+            yield {**LORA, **full}
+    if config.lora is None or config.lora.base is None:
+        yield {**({} if config.lora is not None else LORA), **full, "lora.base": "int8"}
 
 
 def _part(key: str) -> str:

@@ -146,5 +146,6 @@ def _verdict(report: Report) -> str:
     if report.remedy is not None:
         instead = "; it trains LoRA adapters in place of all weights"
         other = instead if LORA.keys() <= report.remedy.overrides.keys() else ""
+        other += "; the base is held in int8" if "lora.base" in report.remedy.overrides else ""
         return f"Does not fit. This does: {arguments_text(report.remedy.overrides)}{other}"
     return "Does not fit, and no change that was tried makes it fit: take more chips, or chips with more memory."
