@@ -151,11 +151,17 @@ class RefinedObjective(ScaledObjective):
     the start; where that cannot be told from 0 the plain objective is trained."""
 
 
+SOURCELESS = {"use_attribute_docstrings": False}
+"""For classes that stand in no file: pydantic would look for their source in every module that is loaded."""
+
+
 def _twin(kind: type[MarginObjective]) -> type[Section]:
     """Makes the class of `sr_NAME` for the names of a class."""
     names = tuple(TWIN + name for name in get_args(kind.model_fields["name"].annotation))
     name: Any = (Literal.__getitem__(names), ...)
-    return create_model(f"Refined{kind.__name__}", __base__=(kind, RefinedObjective), name=name)
+    return create_model(
+        f"Refined{kind.__name__}", __base__=(kind, RefinedObjective), __cls_kwargs__=SOURCELESS, name=name
+    )
 
 
 PLAIN_KINDS: tuple[type[Section], ...] = (
@@ -181,7 +187,8 @@ def _term(kind: type[Section]) -> type[Section]:
     fields: dict[str, Any] = {key: (field.annotation, field) for key, field in own.items()}
     name: Any = (kind.model_fields["name"].annotation, ...)
     weight: Any = (Rate, Field(description="The factor of this term in the sum."))
-    return create_model(f"{kind.__name__}Term", __base__=Section, **{"name": name, **fields, "weight": weight})
+    fields = {"name": name, **fields, "weight": weight}
+    return create_model(f"{kind.__name__}Term", __base__=Section, __cls_kwargs__=SOURCELESS, **fields)
 
 
 TERMS = tuple(_term(kind) for kind in PLAIN_KINDS + TWINS if issubclass(kind, PairObjective))
