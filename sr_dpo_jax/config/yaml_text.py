@@ -25,6 +25,9 @@ CORE_SCHEMA = {
     "merge": (r"<<", ["<"]),  # of YAML 1.1; kept, as a section may be shared so
 }
 """The pattern of each type of plain scalar and the characters that it may begin with; the first that fits counts."""
+TAG, CONTAINERS = "tag:yaml.org,2002:", ("map", "seq", "str")
+MOST_DIGITS = 1000
+"""The most characters of a number; Python refuses to convert thousands of digits."""
 PLAIN_KEY = re.compile(r"[\w-]{1,60}")
 """A key that a message may show; another may be anything."""
 
@@ -38,10 +41,10 @@ class _Dumper(yaml.SafeDumper):
 
 
 for _type, (_pattern, _first) in CORE_SCHEMA.items():
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_type}", re.compile(rf"^(?:{_pattern})$"), _first)
-    _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_type}", re.compile(rf"^(?:{_pattern})$"), _first)
+    _Loader.add_implicit_resolver(f"{TAG}{_type}", re.compile(rf"^(?:{_pattern})$"), _first)
+    _Dumper.add_implicit_resolver(f"{TAG}{_type}", re.compile(rf"^(?:{_pattern})$"), _first)
 _Loader.add_constructor(
-    "tag:yaml.org,2002:int",
+    f"{TAG}int",
     lambda loader, node: int(node.value, 0 if node.value.startswith(("0o", "0x")) else 10),
 )
 
@@ -68,7 +71,7 @@ def parse(text: str, *, where: str) -> Any:
         raise UsageError(
             f"{where}: not valid YAML: character {error.position + 1} (#x{error.character:04x}) is not allowed"
         ) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # PyYAML lets the last two through from `!!int abc`
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"{where}: not valid YAML: {error}") from error
 
 
@@ -95,10 +98,24 @@ class _Check:
             self._above.remove(id(node))
             if size > MOST_VALUES:
                 raise UsageError(f"{place}: stands for more than {MOST_VALUES:,} values, aliases followed; write less")
+            self._require_schema(node, place)
             bad = re.search(r"[\0\ud800-\udfff]", node.value) if isinstance(node, yaml.ScalarNode) else None
             if bad:
                 raise UsageError(f"{place}: holds U+{ord(bad[0]):04X}, which no file or path can; remove it")
         return self._sizes[id(node)]
+
+    def _require_schema(self, node: yaml.Node, place: str) -> None:
+        """Refuses a tag, such as `!!set`, that is not of the core schema, and a scalar that is not of its type."""
+        kind = node.tag.removeprefix(TAG)
+        if kind in CONTAINERS:
+            return
+        if kind not in CORE_SCHEMA:
+            raise UsageError(f"{place}: not valid YAML here: a tag that no configuration needs; remove it")
+        pattern, _ = CORE_SCHEMA[kind]
+        if not isinstance(node, yaml.ScalarNode) or not re.fullmatch(pattern, node.value):
+            raise UsageError(f"{place}: is not of the type that its tag says, {kind}; correct it")
+        if kind in ("int", "float") and len(node.value) > MOST_DIGITS:
+            raise UsageError(f"{place}: a number of {len(node.value)} characters; write less")
 
     def _children(self, node: yaml.Node, path: str) -> Iterator[tuple[yaml.Node, str]]:
         if isinstance(node, yaml.SequenceNode):

@@ -486,6 +486,12 @@ BOMB = "\n".join(["a0: &a0 [x, x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] *
         ('output_dir: "runs/\\0x"\n', "output_dir: holds U\\+0000"),
         ('"\\0": 1\n', "holds U\\+0000"),
         ("output_dir: a\0b\n", "not valid YAML: character 14"),
+        ("train: {max_steps: !!bool abc}\n", "train.max_steps: is not of the type that its tag says, bool"),
+        ("train: {max_steps: !!int 1:30}\n", "train.max_steps: is not of the type that its tag says, int"),
+        ("train: {max_steps: !!timestamp abc}\n", "train.max_steps: not valid YAML here: a tag"),
+        ("train: !!set {a, b}\n", "train: not valid YAML here: a tag"),
+        ("data: {path: !!binary aGk=}\n", "data.path: not valid YAML here: a tag"),
+        (f"seed: {'9' * 5000}\n", "seed: a number of 5000 characters"),
     ],
 )
 def test_yaml_that_says_two_things_or_too_much_is_refused(text, words):
