@@ -26,10 +26,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 
 from sr_dpo_jax.durable import integrity
-from sr_dpo_jax.durable.belonging import reading, run_id_of, stored_position, stranger
-from sr_dpo_jax.durable.files import write_text
+from sr_dpo_jax.durable.belonging import reading, run_id_of, steps_named, stored_position, stranger
+from sr_dpo_jax.durable.files import clear_way, write_text
 from sr_dpo_jax.errors import RunError, UsageError
-from sr_dpo_jax.parallel.processes import largest
+from sr_dpo_jax.parallel.processes import largest, on_leader
 
 log = logging.getLogger(__name__)
 
@@ -70,13 +70,18 @@ class Checkpoints(contextlib.AbstractContextManager):
         self._pending: tuple[int, Future[None]] | None = None
         self._best: int | None = None
         self._failures = 0
-        if self._leader and not read_only:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            for half_deleted in self.directory.glob(f"*{CONDEMNED}"):
-                shutil.rmtree(half_deleted)
-            for half_written in self.directory.glob(f".{LEDGER}.*"):
-                half_written.unlink(missing_ok=True)
-            self._settle_replaced(restore=True)
+        if not read_only:
+            on_leader(self._tidy)
+
+    def _tidy(self) -> None:
+        """Makes the directory, and ends what a kill has left half done in it."""
+        clear_way(self.directory, directory=True)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for half_deleted in steps_named(self.directory, CONDEMNED):
+            shutil.rmtree(half_deleted)
+        for half_written in self.directory.glob(f".{LEDGER}.*"):
+            half_written.unlink(missing_ok=True)
+        self._settle_replaced(restore=True)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Waits for a save under way, except where one of several processes fails: it might wait for a dead one."""
@@ -358,7 +363,7 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     def _settle_replaced(self, *, restore: bool) -> None:
         """Deletes replaced steps whose successors are verified; with `restore` gives the others their place back."""
-        for replaced in self.directory.glob(f"*{REPLACED}"):
+        for replaced in steps_named(self.directory, REPLACED):
             path = replaced.with_name(replaced.name.removesuffix(REPLACED))
             if integrity.is_verified(path):
                 shutil.rmtree(replaced)
@@ -381,14 +386,13 @@ class Checkpoints(contextlib.AbstractContextManager):
         self._settle_replaced(restore=False)
         verified = self.verified_steps()
         if verified:
+            clear_way(self.directory / LEDGER)
             write_text(self.directory / LEDGER, f"{verified[-1]}\n")
         for step in verified[: -self._keep] if self._keep else []:
             if step == self._best:
                 continue
             path = self.directory / str(step)
-            condemned = path.with_name(path.name + CONDEMNED)
-            path.rename(condemned)
-            shutil.rmtree(condemned)
+            shutil.rmtree(path.rename(path.with_name(path.name + CONDEMNED)))
 
 
 def _first_line(error: BaseException) -> str:

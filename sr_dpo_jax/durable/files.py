@@ -8,6 +8,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import secrets
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from sr_dpo_jax.errors import UsageError
+
+log = logging.getLogger(__name__)
 
 PROBE_BYTES = 1 << 16
 SAMPLED, BLOCK_BYTES = 16, 1 << 16
@@ -55,6 +58,14 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes a value as indented JSON, whole; letters of every script stay as they are."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def clear_way(path: Path, *, directory: bool = False) -> None:
+    """Sets aside a directory that stands where a file is to be written, or what stands in the way of a `directory`."""
+    if path.exists() and path.is_dir() != directory:
+        aside = path.with_name(f"{path.name}.damaged-{secrets.token_hex(4)}")
+        path.rename(aside)
+        log.warning("%s: is %s directory; it is kept as %s", path, "no" if directory else "a", aside.name)
 
 
 def json_digest(value: Any) -> str:

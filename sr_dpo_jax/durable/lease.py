@@ -184,7 +184,8 @@ def _holder(content: str) -> tuple[str, int, str | None] | None:
     """Reads host, process id and start of a process that wrote them; None where they cannot be read."""
     try:
         holder: dict[str, Any] = json.loads(content)
-        return (str(holder["host"]), holder["pid"], holder["started"]) if holder["host"] else None
+        host, pid = str(holder["host"]), holder["pid"]
+        return (host, pid, holder["started"]) if host.split() and pid in range(2**31) else None
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
 

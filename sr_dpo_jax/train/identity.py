@@ -293,6 +293,7 @@ def write_run_files(
     """
     manifest = {
         "run_id": record["run_id"],
+        "run_id_digest": json_digest(record["run_id"]),
         "versions": software(),
         "digests": {"data": pairs.content_digest, "tokens": pairs.digest, **digests},
         "model": model,

@@ -8,7 +8,7 @@ import jax
 
 from sr_dpo_jax.config.schema import Config
 from sr_dpo_jax.data.tokens import tokenizer_digest
-from sr_dpo_jax.durable.files import require_writable
+from sr_dpo_jax.durable.files import clear_way, require_writable
 from sr_dpo_jax.durable.lease import Lease
 from sr_dpo_jax.durable.preemption import Preempted, StopSignal
 from sr_dpo_jax.durable.selection import Selection
@@ -27,6 +27,7 @@ from sr_dpo_jax.train.wandb_run import WandbRun, require_wandb
 log = logging.getLogger(__name__)
 
 EXIT_DONE, EXIT_PREEMPTED = 0, 75
+SIDE_FILES = ("lease.json", "config.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl", "skipped.jsonl")
 
 
 def train(config: Config, *, allowed_changes: Sequence[str] = ()) -> int:
@@ -54,7 +55,7 @@ def train(config: Config, *, allowed_changes: Sequence[str] = ()) -> int:
             reference = read_reference(config, tokenizer)
             setup = set_up(config, directory, digests_of(tokenizer, {"data.path": pairs, **eval_sets}, reference))
             stop.joined()
-            on_leader(lambda: require_writable(root))
+            on_leader(lambda: _make_ready(root))
             on_leader(lease.take)
             if config.train.wandb_project is not None:
                 on_leader(require_wandb)
@@ -78,6 +79,14 @@ def train(config: Config, *, allowed_changes: Sequence[str] = ()) -> int:
             log.warning("stopped by a signal before the first step; run the same command to go on")
             return EXIT_PREEMPTED
         return run(job, state, stop, lease)
+
+
+def _make_ready(root: Path) -> None:
+    """Makes the run directory, in which nothing is in the way of what the run will write beside its checkpoints."""
+    require_writable(root)
+    for name in SIDE_FILES:
+        clear_way(root / name)
+    clear_way(root / "tensorboard", directory=True)
 
 
 def run(job: Job, state: TrainState, stop: StopSignal, lease: Lease) -> int:

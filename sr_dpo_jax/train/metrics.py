@@ -137,7 +137,7 @@ def _lines_kept(file: Path, keep: Callable[[dict[str, Any]], bool]) -> list[dict
         try:
             line = json.loads(content)
             if keep(line):
-                kept.append(content)
+                kept.append(content.rstrip(b"\n") + b"\n")  # the last one may have lost its line feed
                 lines.append(line)
         except (ValueError, KeyError, TypeError, RecursionError):
             damaged = damaged or number < len(parts) or content.endswith(b"\n")

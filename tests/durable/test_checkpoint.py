@@ -130,7 +130,7 @@ def test_a_run_without_a_best_says_so(checkpoints):
     save(writer, 1)
     with pytest.raises(UsageError, match=r"checkpoint\.best_metric was not set"):
         writer.best()
-    position = {"selection": {**METRIC, "step": None, "value": None}}
+    position = {"next_step": 2, "selection": {**METRIC, "step": None, "value": None}}
     writer.save(2, state_of(2), position=position, config={})
     writer.await_save()
     with pytest.raises(UsageError, match="eval/loss was never measured"):
@@ -196,6 +196,22 @@ def test_half_deleted_directories_are_deleted_at_the_next_start(checkpoints):
     assert "0.deleting" in names_in(writer), "reading changes nothing"
     checkpoints()
     assert names_in(writer) == {"1", "last_verified"}
+
+
+def test_files_with_the_names_of_directories_stop_no_run(checkpoints, tmp_path, caplog):
+    """Nor a directory with the name of a file; what is in the way is kept, what is not in the way is left alone."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").write_text("x")
+    first = checkpoints()
+    for name in ("2.deleting", "2.replaced"):
+        (first.directory / name).write_text("x")
+    (first.directory / "odd.replaced").mkdir()
+    (first.directory / "last_verified").mkdir()
+    second = checkpoints()
+    save(second, 4)
+    assert second.newest_good() == 4 and (second.directory / "last_verified").read_text() == "4\n"
+    assert {"2.deleting", "2.replaced", "odd.replaced"} <= {path.name for path in second.directory.iterdir()}
+    assert len(list((tmp_path / "run").glob("checkpoints.damaged-*"))) == 1 and "is no directory" in caplog.text
 
 
 def manifest(checkpoints, run_id):

@@ -106,7 +106,13 @@ def test_p2_two_that_a_bucket_lets_create_one_name_agree_on_the_last(tmp_path, q
         lease.take()
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe{", b"", b'{"host": 7}', b"[" * 100_000])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"\xff\xfe{", b"", b'{"host": 7}', b"[" * 100_000, b'{"host": " ", "pid": 1, "started": ""}'),
+        *(json.dumps({**leases._this_process(), "pid": pid}).encode() for pid in ("\0", "9" * 5000, 10**40)),
+    ],
+)
 def test_p2_a_damaged_lease_stops_no_run(tmp_path, quick_lease, content):
     (tmp_path / "lease.json").write_bytes(content)
     with Lease(tmp_path) as lease:

@@ -90,6 +90,14 @@ def test_a_damaged_line_stops_no_run(tmp_path, caplog, name, damaged):
     assert aside.read_bytes() == whole and aside.name in caplog.text
 
 
+def test_the_next_line_stands_behind_one_that_lost_its_line_feed(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 1}')
+    writer = writer_of(tmp_path, first_step=1)
+    writer.write({"step": 2, "loss": 0.1})
+    writer.close()
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2]
+
+
 def test_an_evaluation_that_is_due_is_written_once(tmp_path):
     """A signal saved step 2 in the middle of its evaluation, or another start after it wrote the lines of it."""
     writer = writer_of(tmp_path)

@@ -144,7 +144,7 @@ for root in sys.argv[1:3]:
     params = load_params(directory, model.abstract, model.shapes)
     checkpoints = Checkpoints(root)
     state = {"step": jnp.int32(3), "params": params, "optimizer_state": {"moments": params}}
-    checkpoints.save(3, state, position={}, config={})
+    checkpoints.save(3, state, position={"next_step": 3}, config={})
     checkpoints.finish(3)
 print("result null")
 """
