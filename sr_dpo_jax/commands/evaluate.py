@@ -40,7 +40,7 @@ def evaluate_command(config: Config, *, best: bool = False) -> dict[str, float]:
         )
     directory, tokenizer = read_model(config)
     sets = read_held_out(config, tokenizer, directory.architecture)
-    read = digests_of(tokenizer, sets, read_reference(config, tokenizer))
+    read = {"--best": best, **digests_of(tokenizer, sets, read_reference(config, tokenizer))}
     setup, root = set_up(config, directory, read), Path(config.output_dir)
     with Lease.of_file(root / "eval.json", remedy="choose another output_dir") as lease:
         on_leader(lambda: require_writable(root))
@@ -102,7 +102,8 @@ def score_command(config: Config, output: Path | None, *, knowledge: bool = Fals
     instructions = {"instruction": section.prompt, "against": section.against}
     pairs = read_pairs_of(config, data.path, data.split, tokenizer, directory.architecture, **instructions)
     reference = read_reference(config, tokenizer) if knowledge else None
-    setup = set_up(config, directory, digests_of(tokenizer, {"data.path": pairs}, reference))
+    asked = {"--knowledge": knowledge, "--output": "a file" if output is not None else "none"}
+    setup = set_up(config, directory, {**asked, **digests_of(tokenizer, {"data.path": pairs}, reference)})
     model = setup.reference if knowledge else setup.model
     with contextlib.nullcontext() if output is None else Lease.of_file(output) as lease:
         if lease is not None:

@@ -50,7 +50,8 @@ def generate_command(config: Config, prompts_file: Path, output: Path, *, best: 
     # Refused before any device is touched, or a partial file begun.
     first = _encode(encoder, lines, vocabulary_tokens, turn=0, finished={}, where=prompts_file)
     require_room(directory.architecture, max(map(len, first.values())), generation)
-    setup = set_up(config, directory, {"--prompts": json_digest([line.row for line in lines]), **digests_of(tokenizer)})
+    asked = {"--prompts": json_digest([line.row for line in lines]), "--best": best}
+    setup = set_up(config, directory, {**asked, **digests_of(tokenizer)})
     model, (params, step) = setup.model, setup.latest_params(best=best)
     settings = _settings(config, model, lines, step)
     unfinished = output.with_name(output.name + ".partial")

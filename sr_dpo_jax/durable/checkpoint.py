@@ -115,7 +115,7 @@ class Checkpoints(contextlib.AbstractContextManager):
                         "older one: restore the directory, or set it to false"
                     )
                 self._set_aside(step, "damaged")
-        if damaged or (self.directory / LEDGER).exists():
+        if damaged or largest((self.directory / LEDGER).exists()):
             raise UsageError(
                 f"{self.directory}: none of the checkpoints {steps} can be used (reasons above); restore one from a "
                 "copy, or choose another output_dir to start again"

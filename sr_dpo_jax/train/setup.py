@@ -27,6 +27,7 @@ from sr_dpo_jax.data.read import read_pairs
 from sr_dpo_jax.data.tokenizer_fit import end_tokens, require_fit
 from sr_dpo_jax.data.tokens import load_tokenizer, tokenizer_digest
 from sr_dpo_jax.durable.checkpoint import PARAMS, Checkpoints
+from sr_dpo_jax.durable.files import json_digest
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.generation.decode import Sampling
 from sr_dpo_jax.generation.generator import Settings
@@ -35,7 +36,7 @@ from sr_dpo_jax.model.architecture import Architecture
 from sr_dpo_jax.model.decoder import Params
 from sr_dpo_jax.model.kernels.check import wrong_kernel
 from sr_dpo_jax.parallel.mesh import make_mesh, row_shards
-from sr_dpo_jax.parallel.processes import require_same, start_distributed
+from sr_dpo_jax.parallel.processes import largest, require_same, start_distributed
 from sr_dpo_jax.train.identity import require_same_base, shared_facts
 from sr_dpo_jax.train.knowledge import settled_by
 from sr_dpo_jax.train.objective import OBJECTIVES, Objective, Refinement
@@ -278,13 +279,15 @@ class Setup:
         """Restores the parameters of the latest (or `best`) checkpoint of output_dir, and gives its step.
 
         Without a checkpoint gives `base` or else the base weights, and step 0. Raises UsageError where the run has no
-        best checkpoint.
+        best checkpoint, or processes find another one under its name.
         """
         config = self.config
-        if best or (Path(config.output_dir) / "checkpoints").is_dir():
+        if best or largest((Path(config.output_dir) / "checkpoints").is_dir()):  # each process sees its own disk
             with Checkpoints(config.output_dir, read_only=True, strict=config.checkpoint.strict) as checkpoints:
                 step = checkpoints.best() if best else checkpoints.newest_good(prefix=PARAMS)
                 if step is not None:
+                    place = str(checkpoints.directory / str(step))
+                    require_same({place: json_digest(checkpoints.restore_position(step))})
                     return self._restored(checkpoints, step, base), step
         return self.model.base_params() if base is None else base, 0
 

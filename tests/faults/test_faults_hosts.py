@@ -58,6 +58,21 @@ def test_p1_processes_that_differ_are_refused_by_name(world, tmp_path, kinds):
     assert not list(tmp_path.glob("*/checkpoints/*")) and not list(tmp_path.glob("*/metrics.jsonl"))
 
 
+@pytest.mark.parametrize(
+    ("command", "alone"), [("eval", ["--best"]), ("score", ["--knowledge"]), ("generate", ["--best"])]
+)
+def test_p1_an_option_that_one_process_alone_has_is_refused(world, tmp_path, command, alone):
+    """Options decide which collectives come, so that processes would wait for ever, or take each other's numbers."""
+    raw = raw_config(tmp_path, *world)
+    raw["data"]["eval_path"], prompts = str(world[1]), tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "sort the cat"}) + "\n", encoding="utf-8")
+    both = ["--prompts", str(prompts)] if command == "generate" else []
+    both += [] if command == "eval" else ["--output", str(tmp_path / "out.jsonl")]
+    for process in run_processes([command, written(tmp_path, raw)], own=(both, [*both, *alone])):
+        said, _ = process.communicate(timeout=START_S)
+        assert process.returncode == 2 and f"  {alone[0]}: not on process 1 as on process 0" in said, said
+
+
 def test_p1_generation_goes_on_where_only_process_0_has_the_unfinished_file(world, tmp_path, monkeypatch):
     """Outputs on local disks: process 1 has another directory, and is told what is done."""
     raw = raw_config(tmp_path, *world, generation={"max_new_tokens": 6, "slots": 8})

@@ -87,7 +87,7 @@ def lm_eval_command(
     )
     task_dict = load_tasks(fewshot, include_path)
     directory, tokenizer = read_model(config)
-    setup = set_up(config, directory, {"tasks": [fewshot, limit], **digests_of(tokenizer)})
+    setup = set_up(config, directory, {"tasks": [fewshot, limit], "--best": best, **digests_of(tokenizer)})
     params, step = setup.latest_params(best=best)
     if step == 0 and is_run:
         raise UsageError(f"{model}: has no checkpoint; train first, or name a Hugging Face directory")

@@ -102,7 +102,7 @@ class MeshLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        require_same({"the questions of the tasks": json_digest([request.args[0] for request in requests])})
+        require_same({"the questions of the tasks": json_digest([str(request.args) for request in requests])})
         groups: dict[Settings, list[int]] = {}  # requests that share their settings are generated together
         for number, request in enumerate(requests):
             groups.setdefault(self._settings(request), []).append(number)
