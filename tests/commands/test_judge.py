@@ -1,9 +1,12 @@
 """sr-dpo judge against a server on loopback: verdicts, both orders, bad endpoints, resume, intervals, no secrets."""
 
 import contextlib
+import gzip
 import json
 import re
 import signal
+import socket
+import threading
 import time
 
 import numpy as np
@@ -182,6 +185,64 @@ def test_an_endpoint_that_gives_no_reply_is_one_error(tmp_path, capsys, answer, 
     err = capsys.readouterr().err
     assert f"gave no reply in 2 attempts ({told})" in err and "Traceback" not in err
     assert 2 <= len(endpoint.requests) <= 2 * endpoint.distinct
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nConnection: close\r\n"
+
+
+@contextlib.contextmanager
+def raw_server(send):
+    """A server that sends bytes of any kind to whoever connects; gives its address."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve_all():
+            with contextlib.suppress(OSError):
+                while True:
+                    threading.Thread(target=serve_one, args=server.accept()[:1], daemon=True).start()
+
+        def serve_one(connection):
+            with connection, contextlib.suppress(OSError):
+                connection.recv(2**16)
+                for part in send():
+                    connection.sendall(part)
+
+        threading.Thread(target=serve_all, daemon=True).start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/v1"
+
+
+def endless_headers(first, part):
+    yield first
+    while True:
+        time.sleep(0.1)
+        yield part
+
+
+@pytest.mark.parametrize(
+    ("first", "part"), [(HEAD + b"X: ", b"a"), (b"", b"HTTP/1.1 103 Early Hints\r\n\r\n")], ids=["slow", "103"]
+)
+def test_headers_without_end_are_one_error(tmp_path, capsys, first, part):
+    write_files(tmp_path, questions=1, two_turns=0)
+    started = time.monotonic()
+    with raw_server(lambda: endless_headers(first, part)) as url:
+        assert judge(tmp_path, url, timeout_s=0.5, retries=0) == 1
+    assert "(last: nothing within 0.5 s)" in capsys.readouterr().err and time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    ("headers", "body"),
+    [
+        (b"Content-Encoding: gzip\r\n", gzip.compress(completion("Verdict: A") + b" " * 2**23)),
+        (b"Content-Encoding: gzip, gzip\r\n", gzip.compress(gzip.compress(completion("Verdict: A")))),
+        (b"Content-Type: text/plain; charset=zlib\r\n", b"hello"),
+        (b"Content-Type: text/plain; charset=rot13\r\n", b"hello"),
+    ],
+    ids=["packed", "packed twice", "a codec that fails", "a codec of text"],
+)
+def test_a_body_that_unpacks_to_no_reply_is_malformed(tmp_path, capsys, headers, body):
+    write_files(tmp_path, questions=1, two_turns=0)
+    with raw_server(lambda: [HEAD, headers, b"Content-Length: %d\r\n\r\n" % len(body), body]) as url:
+        assert judge(tmp_path, url, malformed_retries=0) == 2
+    assert "{'malformed reply': 2}" in capsys.readouterr().err
 
 
 def test_a_proxy_of_the_environment_is_asked(tmp_path, monkeypatch):

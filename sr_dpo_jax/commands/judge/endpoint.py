@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sr_dpo_jax.commands.judge.settings import Settings
 from sr_dpo_jax.durable.files import finished_lines, json_digest
@@ -31,9 +31,12 @@ except ImportError as missing:
 log = logging.getLogger(__name__)
 
 Messages = list[dict[str, str]]
+Result = TypeVar("Result")
 KEY_REFUSED, NOT_FOUND, REQUEST_REFUSED = (401, 403), (404, 405), (400, 413, 422)
 MOST_BYTES = 4 * 2**20
-"""The most bytes of a reply's body."""
+"""The most bytes of a reply's body, before and after it is unpacked."""
+ENCODINGS = ("", "identity", "gzip", "deflate")
+"""The encodings of a body that are unpacked; a part of one grows a thousandfold at most. None is asked for."""
 MOST_CHARACTERS = 2**16
 """The most characters of a reply in which a verdict is looked for; a longer one is malformed."""
 
@@ -98,13 +101,45 @@ class _Bounded(openai.DefaultHttpxClient):
         self._reply_s = reply_s
 
     def send(self, request: httpx2.Request, *, stream: bool = False, **options: Any) -> httpx2.Response:
-        deadline = time.monotonic() + self._reply_s
-        response = super().send(request, stream=True, **options)
+        deadline, sent = time.monotonic() + self._reply_s, super().send
+        request.headers["Accept-Encoding"] = "identity"
+        response = _within(self._reply_s, lambda: sent(request, stream=True, **options))
         response.stream = _BoundedStream(response.stream, deadline)
-        if not stream:
-            with contextlib.closing(response):
-                response.read()
-        return response
+        return response if stream else _read_whole(response)
+
+
+def _within(seconds: float, work: Callable[[], Result]) -> Result:
+    """Gives the result of `work`, or raises ReadTimeout after so long: headers may come byte by byte, for ever."""
+    done: concurrent.futures.Future[Result] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:  # noqa: BLE001 (raised where the result is waited for)
+            done.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return done.result(seconds)
+    except TimeoutError:
+        raise httpx2.ReadTimeout("no headers in time") from None
+
+
+def _read_whole(response: httpx2.Response) -> httpx2.Response:
+    """Reads the body, unpacked; of what it says of itself only the type stays, as a charset may be any codec."""
+    headers, size, parts = response.headers.copy(), 0, []
+    with contextlib.closing(response):
+        if headers.get("Content-Encoding", "").lower() not in ENCODINGS:
+            raise _TooLarge
+        for part in response.iter_bytes():
+            size += len(part)
+            if size > MOST_BYTES:
+                raise _TooLarge
+            parts.append(part)
+    for name in ("Content-Encoding", "Content-Length", "Transfer-Encoding"):
+        headers.pop(name, None)
+    headers["Content-Type"] = headers.get("Content-Type", "").partition(";")[0]
+    return httpx2.Response(response.status_code, headers=headers, content=b"".join(parts), request=response.request)
 
 
 class _BoundedStream(httpx2.SyncByteStream):
