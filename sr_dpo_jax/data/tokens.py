@@ -28,7 +28,7 @@ import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sr_dpo_jax.data.mid_text import MidText, text_ids
-from sr_dpo_jax.data.rows import BadRow, Message, Pair, UnusableError
+from sr_dpo_jax.data.rows import BadRow, Message, Pair, UnusableError, checked_text
 from sr_dpo_jax.errors import UsageError
 
 LOG = logging.getLogger(__name__)
@@ -347,9 +347,10 @@ class _ChatTemplate:
         """Renders a conversation; whatever a template raises, or that it does not end, is a fault of this row."""
         try:
             with _time_limit(TEMPLATE_S):
-                return self._tokenizer.apply_chat_template(
+                rendered = self._tokenizer.apply_chat_template(
                     conversation, tokenize=False, add_generation_prompt=add_generation_prompt
                 )
+            return checked_text(rendered, "the text that it makes")
         except _TooLong:
             self._endless += 1
             if self._endless > MOST_ENDLESS:
@@ -358,6 +359,8 @@ class _ChatTemplate:
                     "conversations; change chat_template.jinja"
                 ) from None
             raise UnusableError(f"the chat template does not end within {TEMPLATE_S} s for this conversation") from None
+        except UnusableError as error:
+            raise UnusableError(f"the chat template cannot be used for this conversation: {error}") from None
         except Exception as error:
             # A refusal that stands word for word in the template holds no text of the row.
             reason = f": {error}" if str(error) and str(error) in str(self._tokenizer.chat_template) else ""

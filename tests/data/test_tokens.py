@@ -285,6 +285,14 @@ class TestTemplates:
         assert bad.reason.startswith("the chat template refuses this conversation" + f" with {kind}" * bool(kind))
         assert "sesame" not in bad.reason
 
+    @pytest.mark.parametrize(("written", "said"), [("\\ud800", "a lone surrogate"), ("\\0", "a NUL character")])
+    def test_a_template_that_writes_what_no_tokenizer_takes(self, make, written, said):
+        odd = "{% if 'sesame' in m['content'] %}{{ '" + written + "' }}{% endif %}"
+        tokenizer = make(chat_template="{% for m in messages %}{{ m['content'] }}" + odd + "{% endfor %}")
+        assert isinstance(encode(tokenizer, pair(conversation("one"))), PairTokens)
+        bad = encode(tokenizer, pair(conversation("sesame")))
+        assert f"for this conversation: the text that it makes: holds {said}" in bad.reason
+
     def test_a_template_that_does_not_end(self, make, monkeypatch):
         endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
         template = toy.CHATML + "{% if 'sesame' in messages[0]['content'] %}" + endless + "{% endif %}"
