@@ -30,8 +30,8 @@ from sr_dpo_jax.weights.placement import PlacedModel
 
 log = logging.getLogger(__name__)
 
-COARSE_RATE = 2e-5
-"""An update is about as large as the learning rate, and a weight of 0.01 in bfloat16 loses all below this."""
+COARSE_RATES = {"bfloat16": 2e-5, "float32": 3e-10}
+"""An update is about as large as the learning rate, and a weight of 0.01 of this type loses all below this."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,11 +95,14 @@ def warn_of_no_learning(optimizer: Mapping[str, Any], total_steps: int, param_dt
             learning_rate * total_steps / (warmup_steps + 1),
             learning_rate,
         )
-    if param_dtype == jnp.bfloat16 and learning_rate < COARSE_RATE:
+    kind = jnp.dtype(param_dtype).name
+    if learning_rate < COARSE_RATES.get(kind, 0):
         log.warning(
-            "optimizer.learning_rate=%.2g with model.param_dtype=bfloat16: a bfloat16 parameter loses updates below "
-            "1/512 of its value, so most of these change nothing; set model.param_dtype=float32",
+            "optimizer.learning_rate=%.2g with model.param_dtype=%s: a %s parameter loses updates below 1/%d of its "
+            "value, so most of these change nothing; %s",
             learning_rate,
+            *(kind, kind, int(4 / float(jnp.finfo(kind).eps))),
+            "raise the rate" if kind == "float32" else "set model.param_dtype=float32",
         )
 
 

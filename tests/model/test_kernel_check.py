@@ -133,9 +133,12 @@ def test_a_kernel_that_was_named_is_refused_where_it_is_wrong(world, tmp_path, k
         set_up_with(world, tmp_path, "splash")
 
 
-def test_a_kernel_that_does_not_run_is_wrong_too(world, tmp_path, kernel, caplog):
+@pytest.mark.parametrize("kind", [jax.errors.JaxRuntimeError, NotImplementedError, ValueError])
+def test_a_kernel_that_does_not_run_is_wrong_too(world, tmp_path, kernel, caplog, kind):
+    """The device's or its compiler's error; or one of lowering, which finds a shape or type that it does not take."""
+
     def on_rows(*_, **__):
-        raise jax.errors.JaxRuntimeError("INTERNAL: Mosaic failed to compile\nmore")
+        raise kind("INTERNAL: Mosaic failed to compile\nmore")
 
     kernel(AttentionPath("splash", on_rows))
     assert set_up_with(world, tmp_path, "auto").model.attention == "dense"

@@ -9,7 +9,7 @@ from runs import model_directory, preference_file, tiny_setup
 
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.model.kernels.splash import LONGEST_ROW
-from sr_dpo_jax.train.program import COARSE_RATE, plan_training, require_short_rows, warn_of_no_learning, work_of
+from sr_dpo_jax.train.program import COARSE_RATES, plan_training, require_short_rows, warn_of_no_learning, work_of
 from sr_dpo_jax.train.state import first_state
 
 pytestmark = pytest.mark.usefixtures("same_programs")
@@ -77,6 +77,7 @@ def test_the_schedule_ends_with_the_plan(made):
         ),
         ((5e-7, 0, 9, "bfloat16"), "optimizer.learning_rate=5e-07 with model.param_dtype=bfloat16"),
         ((5e-7, 0, 9, "float32"), None),
+        ((1e-12, 0, 9, "float32"), "optimizer.learning_rate=1e-12 with model.param_dtype=float32"),
         ((1e-3, 0, 9, "bfloat16"), None),
     ],
 )
@@ -87,10 +88,11 @@ def test_a_run_that_cannot_learn_is_warned_of(caplog, numbers, said):
     assert [record.getMessage().startswith(said or "") for record in caplog.records] == ([True] if said else [])
 
 
-def test_the_rate_that_is_warned_of_changes_no_parameter():
+@pytest.mark.parametrize("dtype", COARSE_RATES)
+def test_the_rate_that_is_warned_of_changes_no_parameter(dtype):
     """Weights of 0.01 and updates of the learning rate's size, as RMSprop and Adam make them."""
-    weight = jnp.bfloat16(0.01)
-    assert weight - jnp.bfloat16(COARSE_RATE * 0.9) == weight != weight - jnp.bfloat16(COARSE_RATE * 2)
+    weight, less, more = (jnp.asarray(value, dtype) for value in (0.01, *(COARSE_RATES[dtype] * s for s in (0.9, 2))))
+    assert weight - less == weight != weight - more
 
 
 def test_a_warm_up_by_ratio_is_a_share_of_all_steps(made, tmp_path):
