@@ -47,8 +47,8 @@ def train(config: Config, *, allowed_changes: Sequence[str] = ()) -> int:
     root = Path(config.output_dir)
     if root.exists() and not root.is_dir():
         raise UsageError(f"output_dir={root}: is a file; name a directory")
-    with StopSignal() as stop, Lease(root) as lease:
-        try:
+    try:
+        with StopSignal() as stop, Lease(root) as lease:
             directory, tokenizer = read_model(config)
             pairs = read_training(config, tokenizer, directory.architecture)
             eval_sets = read_held_out(config, tokenizer, directory.architecture)
@@ -75,10 +75,10 @@ def train(config: Config, *, allowed_changes: Sequence[str] = ()) -> int:
                 )
             )
             stop.stepping()  # from here on a signal waits for the end of a step, which saves
-        except Preempted:
-            log.warning("stopped by a signal before the first step; run the same command to go on")
-            return EXIT_PREEMPTED
-        return run(job, state, stop, lease)
+            return run(job, state, stop, lease)
+    except Preempted:
+        log.warning("stopped by a signal before the first step; run the same command to go on")
+        return EXIT_PREEMPTED
 
 
 def _make_ready(root: Path) -> None:

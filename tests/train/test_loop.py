@@ -24,6 +24,7 @@ from runs import (
 from sr_dpo_jax.cli import main
 from sr_dpo_jax.commands.evaluate import evaluate_command
 from sr_dpo_jax.config.checks import evaluation_metrics
+from sr_dpo_jax.durable.lease import Lease
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.train import loop
 from sr_dpo_jax.train.flops import body_weights
@@ -276,6 +277,20 @@ def test_a_signal_before_the_first_step_stops_with_75(world, tmp_path, monkeypat
         assert train(config) == 75
     assert not (tmp_path / "run" / "lease.json").exists()
     assert train(config) == 0
+
+
+@pytest.mark.parametrize("place", ["__enter__", "__exit__"])
+def test_a_signal_at_the_ends_of_the_lease_stops_with_75(world, tmp_path, monkeypatch, place):
+    """Before anything is read, or as a refusal leaves the directory."""
+    config, then = config_of(world, tmp_path, model={"path": "/nowhere"}), getattr(Lease, place)
+
+    def signalled(*given):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2)
+        return then(*given)
+
+    monkeypatch.setattr(Lease, place, signalled, raising=False)
+    assert train(config) == 75
 
 
 def test_exit_codes_and_messages(world, tmp_path, capsys):
