@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 from sr_dpo_jax.data.dataset import TokenizedPairs
 from sr_dpo_jax.data.pipeline import Feed
-from sr_dpo_jax.durable.files import whole
+from sr_dpo_jax.durable.files import clear_way, whole
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.model.decoder import Params
 from sr_dpo_jax.parallel.processes import largest
@@ -182,7 +182,13 @@ def _save(scores: np.ndarray, files: tuple[Path, ...]) -> None:
     if jax.process_index() != 0:
         return
     for kind, file in enumerate(files):
-        file.parent.mkdir(parents=True, exist_ok=True)
         array = np.ascontiguousarray(scores[..., kind])
-        with whole(file) as temporary:
-            save_file({"scores": array}, temporary, {"sha256": hashlib.sha256(array.tobytes()).hexdigest()})
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            clear_way(file)
+            with whole(file) as temporary:
+                save_file({"scores": array}, temporary, {"sha256": hashlib.sha256(array.tobytes()).hexdigest()})
+        except (OSError, SafetensorError) as error:
+            raise UsageError(
+                f"{file.parent}: cannot be written ({error}); free space there, or choose another cache_dir"
+            ) from error

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from runs import model_directory, preference_file, tiny_setup
 
+from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.train.reference import KINDS, _save, cache_files
 
 pytestmark = pytest.mark.usefixtures("same_programs")
@@ -117,3 +118,13 @@ def test_a_key_holds_all_that_the_numbers_depend_on(world, tmp_path):
     assert not set(names(ld_alpha=0.0)) & set(names(ld_alpha=0.5))
     plain, augmented = names(other_p)
     assert plain == names()[0] and augmented != names()[1], "p decides the augmented scores alone"
+
+
+def test_a_cache_that_cannot_be_written_is_named_and_a_directory_in_its_place_is_set_aside(tmp_path):
+    scores, file = np.zeros((2, 2, 1), np.float32), tmp_path / "cache" / "reference.safetensors"
+    file.mkdir(parents=True)
+    _save(scores, (file,))
+    assert file.is_file() and len(list(file.parent.iterdir())) == 2
+    (tmp_path / "full").write_text("x")
+    with pytest.raises(UsageError, match=r"full: cannot be written .*cache_dir"):
+        _save(scores, (tmp_path / "full" / "reference.safetensors",))
