@@ -9,6 +9,11 @@ from typing import Any
 from sr_dpo_jax.durable.files import json_digest
 from sr_dpo_jax.errors import UsageError
 
+DELETED = (
+    "was deleted while it was read, by a run that keeps only its newest checkpoints; run this again, which takes a "
+    "newer one, or raise checkpoint.keep"
+)
+
 
 def run_id_of(root: Path) -> str | None:
     """Reads the id that a run keeps wherever it is moved: drawn at its first start, in its manifest since.
@@ -59,10 +64,7 @@ def reading(path: Path) -> Iterator[None]:
     except (ValueError, OSError, AttributeError) as error:
         if path.is_dir():
             raise
-        raise UsageError(
-            f"{path}: was deleted while it was read, by a run that keeps only its newest checkpoints; run this again, "
-            "which takes a newer one, or raise checkpoint.keep"
-        ) from error
+        raise UsageError(f"{path}: {DELETED}") from error
 
 
 def stranger(path: Path, run_id: str | None) -> str | None:

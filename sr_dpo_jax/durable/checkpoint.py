@@ -26,7 +26,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 
 from sr_dpo_jax.durable import integrity
-from sr_dpo_jax.durable.belonging import reading, run_id_of, steps_named, stored_position, stranger
+from sr_dpo_jax.durable.belonging import DELETED, reading, run_id_of, steps_named, stored_position, stranger
 from sr_dpo_jax.durable.files import clear_way, write_text
 from sr_dpo_jax.errors import RunError, UsageError
 from sr_dpo_jax.parallel.processes import largest, on_leader
@@ -100,19 +100,21 @@ class Checkpoints(contextlib.AbstractContextManager):
           UsageError: no checkpoint is usable although one was damaged or once verified, or with `strict` the newest is
             damaged.
         """
-        damaged = []
-        steps = self._listing()
+        damaged, steps = [], self._listing()
         for step in steps:
             verdict, reason = self._judge(step, prefix)
             if verdict == GOOD:
                 return step
-            log.warning("%s: passed over: %s", self.directory / str(step), reason)
+            path = self.directory / str(step)
+            if largest(not path.exists()):
+                raise UsageError(f"{path}: {DELETED}")
+            log.warning("%s: passed over: %s", path, reason)
             if verdict == DAMAGED:
                 damaged.append(step)
                 if self._strict:
                     raise UsageError(
-                        f"{self.directory / str(step)}: {reason}; checkpoint.strict=true refuses to go back to an "
-                        "older one: restore the directory, or set it to false"
+                        f"{path}: {reason}; checkpoint.strict=true refuses to go back to an older one: restore the "
+                        "directory, or set it to false"
                     )
                 self._set_aside(step, "damaged")
         if damaged or largest((self.directory / LEDGER).exists()):
@@ -344,8 +346,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             numbered = [path for path in self.directory.iterdir() if path.name.isdigit() and path.is_dir()]
             found = sorted((int(path.name) for path in numbered if str(int(path.name)) == path.name), reverse=True)
             steps[: len(found)] = found[:MOST_STEPS]
-            known = {LEDGER, *(str(step) for step in found)}
-            names = {path.name for path in self.directory.iterdir()} - known
+            names = {path.name for path in self.directory.iterdir()} - {LEDGER, *map(str, found)}
             others = sorted(name for name in names if not (name.startswith(f".{LEDGER}.") or name.endswith(REPLACED)))
             if others:
                 log.warning("%s: not checkpoints, ignored: %s", self.directory, ", ".join(others))
@@ -389,10 +390,9 @@ class Checkpoints(contextlib.AbstractContextManager):
             clear_way(self.directory / LEDGER)
             write_text(self.directory / LEDGER, f"{verified[-1]}\n")
         for step in verified[: -self._keep] if self._keep else []:
-            if step == self._best:
-                continue
-            path = self.directory / str(step)
-            shutil.rmtree(path.rename(path.with_name(path.name + CONDEMNED)))
+            if step != self._best:
+                path = self.directory / str(step)
+                shutil.rmtree(path.rename(path.with_name(path.name + CONDEMNED)))
 
 
 def _first_line(error: BaseException) -> str:

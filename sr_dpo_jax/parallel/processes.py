@@ -171,6 +171,25 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def everywhere(work: Callable[[], None]) -> None:
+    """Runs `work` on every process; where it fails on one, none goes on.
+
+    Raises:
+      UsageError: as `work` does; on the other processes, the first process that it failed on.
+    """
+    error = None
+    try:
+        work()
+    except UsageError as failure:
+        error = failure
+    last = jax.process_count()
+    first_failed = last - largest(0 if error is None else last - jax.process_index())
+    if error is not None:
+        raise error
+    if first_failed < last:
+        raise UsageError(f"process {first_failed} has stopped, and its own message says why")
+
+
 def on_leader(work: Callable[[], Result]) -> Result | None:
     """Runs `work` on process 0 while the others wait; what stops it stops all, with its message.
 

@@ -16,7 +16,7 @@ from sr_dpo_jax.durable.watchdog import Watchdog
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.model.adapter import join
 from sr_dpo_jax.model.decoder import Params
-from sr_dpo_jax.parallel.processes import from_leader, on_leader
+from sr_dpo_jax.parallel.processes import everywhere, from_leader, on_leader
 from sr_dpo_jax.train.identity import digests_of, write_run_files
 from sr_dpo_jax.train.metrics import MetricsWriter, Progress, StepLog, Trace, is_due
 from sr_dpo_jax.train.prepare import Job, prepare
@@ -55,6 +55,7 @@ def train(config: Config, *, allowed_changes: Sequence[str] = ()) -> int:
             reference = read_reference(config, tokenizer)
             setup = set_up(config, directory, digests_of(tokenizer, {"data.path": pairs, **eval_sets}, reference))
             stop.joined()
+            everywhere(lambda: require_writable(root))  # each process writes its part of a checkpoint
             on_leader(lambda: _make_ready(root))
             on_leader(lease.take)
             if config.train.wandb_project is not None:
@@ -82,8 +83,7 @@ def train(config: Config, *, allowed_changes: Sequence[str] = ()) -> int:
 
 
 def _make_ready(root: Path) -> None:
-    """Makes the run directory, in which nothing is in the way of what the run will write beside its checkpoints."""
-    require_writable(root)
+    """Moves out of the way whatever stands where the run will write beside its checkpoints."""
     for name in SIDE_FILES:
         clear_way(root / name)
     clear_way(root / "tensorboard", directory=True)
@@ -161,6 +161,7 @@ def _step_log(job: Job, writer: MetricsWriter, progress: Progress) -> StepLog:
         every_steps=section.log_every_steps,
         total_steps=job.total_steps,
         max_skipped_steps=section.max_skipped_steps,
+        usual_loss=job.setup.objective.kind.loss_at_zero(job.setup.config.objective.model_dump()),
     )
 
 

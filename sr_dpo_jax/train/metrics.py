@@ -28,7 +28,7 @@ from sr_dpo_jax.train.wandb_run import WandbRun
 log = logging.getLogger(__name__)
 
 DIVERGED = 1000
-"""A loss this many times the first one, or 1 where that is less, is warned of."""
+"""A loss this many times the usual one, or 1 where that is less, is warned of."""
 
 
 class MetricsWriter:
@@ -244,11 +244,13 @@ class StepLog:
     total_steps: int
     max_skipped_steps: int
     """More steps in a row that change nothing end the run."""
+    usual_loss: float | None = None
+    """The loss of a policy that is still the reference; None takes the first one of this start."""
 
     def __post_init__(self) -> None:
         self._pending: tuple[int, HostStep, dict[str, jax.Array]] | None = None
         self._skipped_in_a_row = 0
-        self._usual_loss, self._warned = None, False
+        self._warned = False
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -287,13 +289,13 @@ class StepLog:
         self._warn_of_divergence(step, numbers["loss"])
 
     def _warn_of_divergence(self, step: int, loss: float) -> None:
-        """Warns once of a loss far above the first one, which a run would otherwise carry to its end without a word."""
-        if self._usual_loss is None:
-            self._usual_loss = max(abs(loss), 1.0)
-        if not self._warned and loss > DIVERGED * self._usual_loss:
+        """Warns once of a loss far above the usual one, which a run would otherwise carry to its end without a word."""
+        if self.usual_loss is None:
+            self.usual_loss = abs(loss)
+        if not self._warned and loss > DIVERGED * max(self.usual_loss, 1.0):
             self._warned = True
             log.warning(
-                "step %d: the loss is %.3g, more than %d times the first one of this start: the run diverges; lower "
+                "step %d: the loss is %.3g, more than %d times what it is at the start: the run diverges; lower "
                 "optimizer.learning_rate, or start again from an earlier checkpoint",
                 step,
                 loss,

@@ -289,3 +289,18 @@ def test_a_step_that_is_saved_again_stays_until_its_successor_is_verified(checkp
 
 def fail(*_):
     raise integrity.Damaged("as a bad disk would give it back")
+
+
+def test_a_step_that_is_pruned_while_it_is_judged_is_one_error(checkpoints, monkeypatch):
+    """Another run keeps one step and has written a newer one: nothing is damaged."""
+    writing = checkpoints()
+    save(writing, 1)
+    check = integrity.check
+
+    def pruned(path, **options):
+        shutil.rmtree(path)
+        check(path, **options)
+
+    monkeypatch.setattr(integrity, "check", pruned)
+    with pytest.raises(UsageError, match=r"1: was deleted while it was read, .*run this again"):
+        checkpoints(read_only=True).newest_good()

@@ -212,3 +212,29 @@ def test_what_stops_process_0_stops_all_with_its_message(monkeypatch, error, kin
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     with pytest.raises(kind, match=f"process 0 has stopped with {type(error).__name__}: "):
         processes.on_leader(work)
+
+
+def test_what_fails_on_one_process_stops_all(monkeypatch):
+    """The second of three cannot write; the others say which one it was."""
+
+    def ask(number, work):
+        monkeypatch.setattr(jax, "process_index", lambda: number)
+        handed = []
+        monkeypatch.setattr(processes, "largest", lambda value: handed.append(value) or max(value, *others))
+        try:
+            processes.everywhere(work)
+        finally:
+            others.append(handed[0])
+
+    def work():
+        raise UsageError("no permission")
+
+    others = [0, 0]
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    with pytest.raises(UsageError, match="no permission"):
+        ask(1, work)
+    for number in (0, 2):
+        with pytest.raises(UsageError, match="process 1 has stopped, and its own message says why"):
+            ask(number, lambda: None)
+    others = [0, 0]
+    ask(0, lambda: None)

@@ -1,5 +1,6 @@
 """The lines of a run: one a step, written when the next is on its way, dropped after the step that is resumed."""
 
+import dataclasses
 import json
 import math
 
@@ -125,6 +126,14 @@ def test_a_loss_far_above_the_first_is_said_once(steps, caplog):
     steps.flush()
     (said,) = [record.getMessage() for record in caplog.records if "diverges" in record.getMessage()]
     assert said.startswith("step 3: the loss is 2e+03") and "optimizer.learning_rate" in said
+
+
+def test_a_run_that_goes_on_diverged_is_said_too(steps, caplog):
+    """The first loss of a start is no measure then; that of an untrained policy is."""
+    log = dataclasses.replace(steps, usual_loss=math.log(2))
+    add(log, 1, loss=np.float32(1e15))
+    log.flush()
+    assert [record for record in caplog.records if "diverges" in record.getMessage()]
 
 
 def test_another_process_writes_nothing(tmp_path):
