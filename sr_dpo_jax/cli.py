@@ -142,10 +142,16 @@ def _compile(config: Config, *, slices: int, json: Path | None, **options: Any) 
     return 0 if report.compiled.fits else EXIT_USAGE
 
 
-def _compare(path: str, *, named: Sequence[str], seeds: int, betas: Sequence[float]) -> int:
+def _compare(
+    path: str, *, named: Sequence[str], seeds: int, betas: Sequence[float], prompts: Path | None, scorer: str | None
+) -> int:
     from sr_dpo_jax.commands.compare import compare
+    from sr_dpo_jax.commands.scorer import Generation
 
-    return compare(path, named, seeds=seeds, factors=betas)
+    if scorer is not None and prompts is None:
+        raise UsageError(f"--scorer {scorer}: there is nothing to score; give --prompts FILE.jsonl too")
+    generation = None if prompts is None else Generation(prompts, scorer)
+    return compare(path, named, seeds=seeds, factors=betas, generation=generation)
 
 
 def _factors(text: str) -> tuple[float, ...]:
@@ -216,6 +222,10 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--seeds", type=int, default=1, metavar="N", help="default: 1")
     factors = "of each objective's β that the first seed tries; default: 0.1,0.3,1,3"
     compare.add_argument("--betas", type=_factors, default=(0.1, 0.3, 1.0, 3.0), metavar="F1,F2", help=factors)
+    responding = "the runs with the best β respond to these prompts, as in sr-dpo generate"
+    compare.add_argument("--prompts", type=Path, metavar="FILE.jsonl", help=responding)
+    scoring = "reads these responses as JSON lines and writes a number for each"
+    compare.add_argument("--scorer", metavar="COMMAND", help=scoring)
     report = command("report", "one HTML page that compares runs: curves, held-out pairs, tables to copy")
     report.add_argument("directories", nargs="+", type=Path, metavar="RUN_DIR")
     report.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE.html")

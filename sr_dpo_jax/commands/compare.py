@@ -8,6 +8,9 @@ seed takes every β; the best one of each objective, by accuracy on every second
 seeds too. The pairs that did not choose are compared, seed by seed: seeds are the repetitions, and one of them has no
 test. compare.json holds what is finished: the same command goes on.
 
+With `--prompts FILE.jsonl` each of these runs responds to prompts, and `--scorer COMMAND` says how good the responses
+are (`commands/scorer.py`).
+
 β decides more than the objective does (arXiv:2502.01237): without the sweep a comparison says little. Imports no jax.
 """
 
@@ -24,13 +27,14 @@ import numpy as np
 from sr_dpo_jax.commands import console
 from sr_dpo_jax.commands.demo.statistics import holm, mean_of, paired, spearman
 from sr_dpo_jax.commands.report.tables import Table, number, with_interval
+from sr_dpo_jax.commands.scorer import Generation, mean_score
 from sr_dpo_jax.commands.tune import EXIT_DONE, Child, content_reader
 from sr_dpo_jax.config.load import config_from_dict, load_config
 from sr_dpo_jax.config.objectives import ScaledObjective
 from sr_dpo_jax.config.schema import Config, Refinement
 from sr_dpo_jax.config.section import TWIN
 from sr_dpo_jax.config.yaml_text import apply_override
-from sr_dpo_jax.durable.files import json_digest, pairs_file, read_lines, write_json, write_text
+from sr_dpo_jax.durable.files import json_digest, pairs_file, read_lines, sampled_digest, write_json, write_text
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.train.objective import OBJECTIVES
 
@@ -42,6 +46,7 @@ ITEM = re.compile(r"""(?:[^,'"]|'[^']*'|"[^"]*")+""")
 """Matches what stands between commas that are not in quotes."""
 OF_A_REFINEMENT = tuple(key for key in Refinement.model_fields if key != "prompt")
 HELD_OUT = pairs_file("eval")
+RESPONSES, SCORES = "responses.jsonl", "scores.txt"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +105,9 @@ def parse_entry(text: str) -> Entry:
     return Entry(text, sections)
 
 
-def compare(path: str, named: Sequence[str], *, seeds: int, factors: Sequence[float]) -> int:
+def compare(
+    path: str, named: Sequence[str], *, seeds: int, factors: Sequence[float], generation: Generation | None = None
+) -> int:
     """Trains what is not finished, writes table and report, and returns the exit code.
 
     Args:
@@ -108,9 +115,11 @@ def compare(path: str, named: Sequence[str], *, seeds: int, factors: Sequence[fl
       named: objectives, as for `parse_entry`, and overrides `section.key=value` for all runs.
       seeds: how many seeds each objective gets, from the configuration's on.
       factors: multiples of each objective's β that the first seed tries.
+      generation: what the runs with the best β respond to; None: nothing.
 
     Raises:
-      UsageError: fewer than two objectives, one twice, a configuration of a run is refused, or no held-out pairs.
+      UsageError: fewer than two objectives, one twice, a configuration of a run is refused, no held-out pairs, or the
+        scorer cannot be run or does not write a number for each response.
     """
     overrides = [text for text in named if "=" in text.partition(",")[0]]
     entries = [parse_entry(text) for text in named if text not in overrides]
@@ -121,6 +130,8 @@ def compare(path: str, named: Sequence[str], *, seeds: int, factors: Sequence[fl
     base = load_config(path, overrides)
     if base.data.eval_path is None:
         raise UsageError("data.eval_path is not set: it names the held-out pairs on which objectives are compared")
+    if generation is not None:
+        generation.check(base)
     root = Path(base.output_dir) / "compare"
     sweep = {
         entry.label: [_run(base, root, entry, base.seed, factor=factor) for factor in dict.fromkeys(factors)]
@@ -142,7 +153,10 @@ def compare(path: str, named: Sequence[str], *, seeds: int, factors: Sequence[fl
                 if (code := finished.make(run, child, own)) != EXIT_DONE:
                     return code
             of_seeds[entry.label] = [best, *more]
-    _show(root, of_seeds, sweep)
+        for run in (run for runs in of_seeds.values() for run in runs):
+            if generation is not None and (code := finished.respond(run, generation, child, own)) != EXIT_DONE:
+                return code
+    _show(root, of_seeds, sweep, scored=generation is not None and generation.scorer is not None)
     return EXIT_DONE
 
 
@@ -215,9 +229,31 @@ class _Finished:
             if code != EXIT_DONE:
                 log.warning("%s: ended with exit code %d; the same command goes on from here", run.name, code)
                 return code
-        self._digests[str(run.root)] = digest
-        write_json(self._file, {"finished": self._digests})
+        self._note(run.root, digest)
         return EXIT_DONE
+
+    def respond(self, run: Run, generation: Generation, child: Child, own: Sequence[str]) -> int:
+        """Lets a finished run respond to the prompts, and scores the responses; returns the exit code."""
+        responses, scores = run.root / RESPONSES, run.root / SCORES
+        digest = json_digest([self._digests[str(run.root)], sampled_digest(generation.prompts)])
+        if self._digests.get(str(responses)) != digest or not responses.is_file():
+            log.info("%s: responses", run.name)
+            file = run.root.with_name(run.root.name + ".yaml")
+            asked = ["generate", str(file), *own, "--prompts", str(generation.prompts), "--output", str(responses)]
+            if (code := child.run(asked)) != EXIT_DONE:
+                return code
+            self._note(responses, digest)
+        digest = json_digest([digest, generation.scorer])
+        if generation.scorer is not None and (self._digests.get(str(scores)) != digest or not scores.is_file()):
+            log.info("%s: scores", run.name)
+            if (code := generation.score(responses, scores, child)) != EXIT_DONE:
+                return code
+            self._note(scores, digest)
+        return EXIT_DONE
+
+    def _note(self, made: Path, digest: str) -> None:
+        self._digests[str(made)] = digest
+        write_json(self._file, {"finished": self._digests})
 
 
 def _pairs(run: Run, *, deciding: bool) -> list[dict[str, Any]]:
@@ -233,11 +269,11 @@ def _deciding(run: Run) -> float:
     return _accuracy(_pairs(run, deciding=True))
 
 
-def _table(of_seeds: Mapping[str, Sequence[Run]]) -> Table:
+def _table(of_seeds: Mapping[str, Sequence[Run]], *, scored: bool = False) -> Table:
     """Makes the table of the pairs that did not choose: a row an objective, and its difference from the first one.
 
     Intervals are Student's over seeds, differences are paired by seed, and p of their t test has Holm's correction for
-    the number of rows.
+    the number of rows. Where responses were `scored`, their mean scores are compared likewise.
 
     Raises:
       UsageError: two runs were not evaluated on the same pairs.
@@ -263,6 +299,14 @@ def _table(of_seeds: Mapping[str, Sequence[Run]]) -> Table:
         row[f"accuracy, against {first}"] = with_interval(*tests[label].difference, 3) if label in tests else ""
         row["p, Holm"] = number(corrected[label]) if label in tests else ""
         rows.append(row)
+    if scored:
+        of_runs = {label: [mean_score(run.root / SCORES) for run in runs] for label, runs in of_seeds.items()}
+        tests = {label: paired(of_runs[label], of_runs[first]) for label in others}
+        corrected = dict(zip(others, holm([test.p for test in tests.values()]), strict=True))
+        for row, (label, means) in zip(rows, of_runs.items(), strict=True):
+            row["score of responses"] = with_interval(*mean_of(means), 2)
+            row[f"score, against {first}"] = with_interval(*tests[label].difference, 2) if label in tests else ""
+            row["p of scores, Holm"] = number(corrected[label]) if label in tests else ""
     return Table.of(rows)
 
 
@@ -274,10 +318,12 @@ def _lam(runs: Sequence[Run]) -> str:
     return f"auto: {with_interval(*mean_of(settled), 2)}"
 
 
-def _show(root: Path, of_seeds: Mapping[str, Sequence[Run]], sweep: Mapping[str, Sequence[Run]]) -> None:
+def _show(
+    root: Path, of_seeds: Mapping[str, Sequence[Run]], sweep: Mapping[str, Sequence[Run]], *, scored: bool
+) -> None:
     from sr_dpo_jax.commands.report.page import report
 
-    table = _table(of_seeds)
+    table = _table(of_seeds, scored=scored)
     swept = Table.of(
         [
             {"objective": label, "β": f"{run.beta:g}", "accuracy": number(_deciding(run))}

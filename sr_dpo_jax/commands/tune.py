@@ -255,9 +255,13 @@ class Child:
 
     def run(self, arguments: Sequence[str]) -> int:
         """Runs `sr-dpo ARGUMENTS` and returns the exit code."""
+        return self.call([sys.executable, "-m", "sr_dpo_jax.cli", *arguments])
+
+    def call(self, command: Sequence[str], **streams: Any) -> int:
+        """Runs any command and returns the exit code; `streams` are `stdin` and `stdout`, as of a process."""
         if self._stopped:
             return EXIT_PREEMPTED
-        self._process = subprocess.Popen([sys.executable, "-m", "sr_dpo_jax.cli", *arguments])
+        self._process = subprocess.Popen(command, **streams)
         if self._stopped:  # the signal came while the process was being made
             self._process.send_signal(signal.SIGTERM)
         code = self._process.wait()

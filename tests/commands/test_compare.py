@@ -1,6 +1,7 @@
 """Comparing objectives: what is run, what chooses β, what is compared, and that a stopped comparison goes on."""
 
 import json
+import sys
 
 import pytest
 import scipy.stats
@@ -54,6 +55,14 @@ def commands(monkeypatch):
             (root / "eval_pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
             (root / "eval.json").write_text(json.dumps({"step": 1, "eval/margin": 0.5 + config.seed}))
             (root / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 0.7}) + "\n")
+        if command == "generate":
+            prompts, output = (
+                compared.Path(arguments[arguments.index(name) + 1]) for name in ("--prompts", "--output")
+            )
+            # The contrast answers with more words, the second seed with one more.
+            words = config.seed + (3 if config.refinement.form == "contrast" else 1)
+            lines = [json.dumps({**json.loads(line), "response": "word " * words}) for line in prompts.open()]
+            output.write_text("\n".join(lines) + "\n")
         return 0
 
     monkeypatch.setattr("sr_dpo_jax.commands.tune.Child.run", run)
@@ -167,3 +176,67 @@ def test_every_process_keeps_its_own_place(config, commands, monkeypatch, tmp_pa
 def test_a_long_instruction_is_no_directory_name():
     label = f"sr_dpo,refinement.against='{'word ' * 60}'"
     assert len(compared._directory(label)) < 100 and compared._directory("dpo,beta=0.1") == "dpo,beta=0.1"
+
+
+COUNT = """import json, sys
+for number, line in enumerate(sys.stdin):
+    print(len(json.loads(line)["response"].split()) + number)
+"""
+
+
+@pytest.fixture
+def asked(tmp_path):
+    """Options for three prompts and a scorer, a program that counts words and adds the prompt's number."""
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": "c"}\n')
+    (tmp_path / "count.py").write_text(COUNT)
+    scorer = f"{sys.executable} {tmp_path / 'count.py'}"
+    return ["--prompts", str(tmp_path / "prompts.jsonl"), "--scorer", scorer]
+
+
+def test_responses_of_the_best_beta_are_scored(config, commands, asked, tmp_path):
+    ran, _ = commands
+    arguments = ["compare", config, "dpo", CONTRAST, "--betas", "1,3", "--seeds", "2", *asked]
+    assert main(arguments) == 0
+    generated = [(label, name) for command, label, name in ran if command == "generate"]
+    assert generated == [(label, f"beta-0.3-seed-{seed}") for label in ("dpo", CONTRAST) for seed in (0, 1)]
+    table = (tmp_path / "run" / "compare" / "compare.md").read_text().partition("The sweep")[0]
+    dpo, contrast = (
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in table.splitlines()
+        if line.startswith(("| dpo", f"| {CONTRAST}"))
+    )
+    # Words: 1 and 2, or 3 and 4; the numbers of the prompts add 1 in the mean.
+    assert dpo[-3].startswith("2.5") and contrast[-3].startswith("4.5")
+    assert contrast[-2].startswith("2.0") and float(contrast[-1]) == 0
+    before = len(ran)
+    assert main(arguments) == 0 and len(ran) == before, "all finished"
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "another"}\n')
+    assert main(arguments) == 0
+    assert [command for command, *_ in ran[before:]] == ["generate"] * 4
+
+
+@pytest.mark.parametrize(
+    ("scorer", "code", "said"),
+    [
+        ("head -n 2 {counts}", 2, "one finite number on a line for each of 3 responses"),
+        ("echo 1 nan 2", 2, "one finite number"),
+        ("echo a b c", 2, "one finite number"),
+        ("false", 1, "ended with exit code 1"),
+        ("no-such-command", 2, "no such command"),
+        ("cat 'a", 2, "No closing quotation"),
+    ],
+)
+def test_a_scorer_that_gives_no_scores_is_one_error(config, commands, asked, tmp_path, capsys, scorer, code, said):
+    (tmp_path / "counts").write_text("1\n2\n3\n")
+    options = [*asked[:3], scorer.format(counts=tmp_path / "counts")]
+    assert main(["compare", config, "dpo", "ipo", "--betas", "1", *options]) == code
+    assert said in capsys.readouterr().err
+    assert not list((tmp_path / "run").rglob("scores.txt"))
+    if scorer != "false":
+        return
+    assert main(["compare", config, "dpo", "ipo", "--betas", "1", "--scorer", "true"]) == 2
+    assert "--prompts" in capsys.readouterr().err
+    ran, _ = commands
+    before = len(ran)
+    assert main(["compare", config, "dpo", "ipo", "--betas", "1", *asked]) == 0
+    assert [command for command, *_ in ran[before:]] == ["generate"], "the first responses stayed"

@@ -18,6 +18,7 @@ from sr_dpo_jax.train.setup import read_model, read_training, set_up_on
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("same_programs"),  # the start of the adapters is in no program
     pytest.mark.skipif(not HH_FILE.exists(), reason=f"REAL DATA IS ABSENT: {HH_FILE}"),
 ]
 

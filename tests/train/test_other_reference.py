@@ -11,6 +11,8 @@ from sr_dpo_jax.cli import main
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.train.loop import train
 
+pytestmark = pytest.mark.usefixtures("same_programs")
+
 CONTRAST = {"form": "contrast", "judge": "reference"}
 
 

@@ -9,6 +9,7 @@ training there are m and m̂ with the SFT model as reference, and Δ = β·m̂.
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +150,8 @@ def curves(run: Path) -> dict[str, list[float]]:
     return {"step": [line["step"] for line in lines]} | {
         name: [line[f"eval/{name}"] for line in lines] for name in CURVES
     }
+
+
+if __name__ == "__main__":  # a scorer for `sr-dpo compare`
+    for _line in map(json.loads, sys.stdin):
+        print(f"{quality(_line['response'], _line['answer'].split()):.6g}")
