@@ -11,7 +11,7 @@ import numpy as np
 
 from sr_dpo_jax.batch import CHOSEN, REJECTED
 from sr_dpo_jax.commands.correlation import rating_metrics
-from sr_dpo_jax.config.schema import Config
+from sr_dpo_jax.config.schema import ONE_RESPONSE, Config
 from sr_dpo_jax.data.dataset import TokenizedPairs
 from sr_dpo_jax.durable.files import pairs_file, require_output, require_writable, whole, write_json
 from sr_dpo_jax.durable.lease import Lease
@@ -99,6 +99,8 @@ def score_command(config: Config, output: Path | None, *, knowledge: bool = Fals
             "whole and of model.path; ask for one of them, and then for the other"
         )
     directory, tokenizer = read_model(config)
+    if data.format in ONE_RESPONSE:
+        raise UsageError(f"data.format={data.format}: its rows have one response, and score compares two")
     instructions = {"instruction": section.prompt, "against": section.against}
     pairs = read_pairs_of(config, data.path, data.split, tokenizer, directory.architecture, **instructions)
     reference = read_reference(config, tokenizer) if knowledge else None

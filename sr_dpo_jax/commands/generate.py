@@ -21,7 +21,8 @@ import jax
 
 from sr_dpo_jax.commands.prompts import PromptLine, read_prompts
 from sr_dpo_jax.config.schema import Config
-from sr_dpo_jax.data.rows import BadRow, Message
+from sr_dpo_jax.data.messages import Message
+from sr_dpo_jax.data.records import BadRow
 from sr_dpo_jax.data.tokens import PairEncoder
 from sr_dpo_jax.durable.files import finished_lines, json_digest, require_output, whole
 from sr_dpo_jax.durable.lease import Lease
@@ -107,7 +108,8 @@ def _encode(
             response = finished[index, earlier]["response"]
             prompt = (*prompt, Message("assistant", response), Message("user", text))
         prompts.append(prompt)
-    encoded = dict(zip(having, encoder.prompt_ids(prompts), strict=True))
+    options = [lines[index].template_options for index in having]
+    encoded = dict(zip(having, encoder.prompt_ids(prompts, options), strict=True))
     bad = {index: result.reason for index, result in encoded.items() if isinstance(result, BadRow)}
     for index, ids in encoded.items():
         if index not in bad and max(ids) >= vocabulary_tokens:

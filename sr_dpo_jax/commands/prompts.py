@@ -4,15 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from sr_dpo_jax.data.rows import (
-    BadRow,
-    Message,
-    UnusableError,
-    checked_id,
-    checked_messages,
-    checked_text,
-    json_records,
-)
+from sr_dpo_jax.data.messages import Message, checked_id, checked_messages, checked_text, template_options
+from sr_dpo_jax.data.records import BadRow, UnusableError, json_records
 from sr_dpo_jax.errors import UsageError
 
 LISTED = 20
@@ -34,6 +27,8 @@ class PromptLine:
     """The user's next texts, one after each response; empty unless the line has `turns`."""
     row: dict[str, Any]
     """The whole line as it was, to be written out again beside its response."""
+    template_options: str = ""
+    """Its `tools` and `chat_template_kwargs`, as in a `Pair`."""
 
     @property
     def key(self) -> str:
@@ -98,4 +93,5 @@ def _line(row: dict[str, Any], number: int) -> PromptLine:
             raise UnusableError(f"{key}: must end with a user or tool message")
         if all(message.role != "user" for message in prompt):
             raise UnusableError(f"{key}: holds no user message")
-    return PromptLine(checked_id(row, IDS, number), prompt, tuple(later_turns), row)
+    options = template_options(row, prompt)
+    return PromptLine(checked_id(row, IDS, number), prompt, tuple(later_turns), row, options)

@@ -87,7 +87,7 @@ def _content_of_model(path: str) -> str | None:
 
 def content_reader() -> Callable[[Config], list[str | None]]:
     """Makes a function that digests the data, held-out sets and model of a configuration, and reads each file once."""
-    from sr_dpo_jax.data.rows import content_digest  # its import takes long, which `sr-dpo --help` is spared
+    from sr_dpo_jax.data.records import content_digest  # its import takes long, which `sr-dpo --help` is spared
 
     data, model = functools.cache(content_digest), functools.cache(_content_of_model)
 

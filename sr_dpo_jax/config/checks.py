@@ -4,7 +4,7 @@ What needs the data or the devices is checked where they are. Imports no jax.
 """
 
 from sr_dpo_jax.config.objectives import AotObjective, PairObjective, is_a, is_refined, parts_of
-from sr_dpo_jax.config.schema import Config, Refinement
+from sr_dpo_jax.config.schema import ONE_RESPONSE, Config, Refinement
 
 MEASURES = ("loss", "logps/chosen")
 PAIR_MEASURES = (
@@ -51,6 +51,7 @@ def cross_checks(config: Config) -> list[str]:
             "  generation.top_k, generation.top_p: without effect at generation.temperature=0, the likeliest token; "
             "remove them, or raise the temperature"
         )
+    found += _one_response_problems(config)
     if config.data.max_prompt_length >= config.data.max_length:
         found.append(
             f"  data.max_prompt_length={config.data.max_prompt_length} leaves no room for a response in "
@@ -69,6 +70,20 @@ def cross_checks(config: Config) -> list[str]:
     if list(sizes.values()).count(-1) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         found.append(f"  mesh={sizes}: sizes are positive, and at most one of them is -1 (all devices left)")
     return found
+
+
+def _one_response_problems(config: Config) -> list[str]:
+    """Finds data with one response a row where the objective compares two."""
+    if not isinstance(config.objective, PairObjective):
+        return []
+    formats = {f"data.eval_sets.{name}.format": one.format for name, one in config.data.eval_sets}
+    formats |= {"data.format": config.data.format}
+    return [
+        f"  {key}={format}: its rows have one response, and objective.name={config.objective.name} compares two; set "
+        "preference where they have two, or train by objective.name=sft"
+        for key, format in formats.items()
+        if format in ONE_RESPONSE
+    ]
 
 
 def _objective_problems(config: Config) -> list[str]:

@@ -49,7 +49,7 @@ class Model(Section):
 
 class Source(Section):
     path: str
-    """A .jsonl, .jsonl.gz or .parquet file, or a hub name."""
+    """A file, a pattern such as `data/*.jsonl`, a directory, or a hub name; see the page of `data`."""
     weight: Rate = 1.0
     """An epoch draws each pair of this source this often: 0.5 takes a fresh half each time, 2 takes each pair twice."""
     revision: str | None = None
@@ -68,7 +68,30 @@ def _as_sources(value: Any) -> Any:
 Sources = Annotated[tuple[Source, ...], BeforeValidator(_as_sources), Field(min_length=1)]
 
 
-Format = Literal["hh_rlhf", "ultrafeedback", "preference"]
+Format = Literal["hh_rlhf", "ultrafeedback", "preference", "sft"]
+ONE_RESPONSE: tuple[Format, ...] = ("sft",)
+"""The formats whose rows have one response, which no objective can compare with another."""
+Column = Literal[
+    "id",
+    "system",
+    "prompt",
+    "chosen",
+    "rejected",
+    "completion",
+    "messages",
+    "score_chosen",
+    "score_rejected",
+    "tools",
+    "chat_template_kwargs",
+]
+if TYPE_CHECKING:
+    Columns = tuple[tuple[str, str], ...]
+else:
+    Columns = Annotated[
+        dict[Column, Annotated[str, Field(min_length=1)]],
+        AfterValidator(lambda columns: tuple(sorted(columns.items()))),
+        PlainSerializer(dict, return_type=dict),
+    ]
 
 
 class EvalSet(Section):
@@ -94,7 +117,8 @@ else:
 
 class Data(Section):
     path: Sources
-    """A path, or a list of paths and of {path, weight, revision}. Without weights each pair comes once an epoch."""
+    """A path, or a list of paths and of {path, weight, revision}. Without weights each pair comes once an epoch. A path
+    is a file, a pattern such as `data/*.jsonl`, a directory or a hub name."""
     eval_path: Sources | None = None
     """Held-out pairs for `sr-dpo eval` and for evaluation while training, without weights."""
     eval_pairs: Positive | None = None
@@ -103,6 +127,10 @@ class Data(Section):
     """More held-out sets, a mapping of name -> {path, format, split, pairs}; the metrics of each stand under
     `eval/NAME/`. A name begins with a letter and has a-z, 0-9, _ and - in it."""
     format: Format = "hh_rlhf"
+    columns: Columns = ()
+    """The names that columns have in all these files where they are not ours, as in {prompt: question}."""
+    ignored_columns: tuple[str, ...] = ()
+    """Columns that stay unread although their names say that they belong to the prompt, such as `system`."""
     split: str = "train"
     """Split of a hub data set; files have none."""
     eval_split: str = "test"

@@ -25,21 +25,15 @@ import safetensors
 import safetensors.numpy
 from transformers import PreTrainedTokenizerBase
 
-from sr_dpo_jax.data.rows import BadRow, Pair, content_digest, read_rows
-from sr_dpo_jax.data.tokens import (
-    FORMERLY_UNPLACED,
-    UNPLACED,
-    PairEncoder,
-    PairTokens,
-    UnplacedError,
-    tokenizer_digest,
-    truncate,
-)
+from sr_dpo_jax.data.chat_template import UNPLACED, UnplacedError
+from sr_dpo_jax.data.records import BadRow, content_digest, files_of
+from sr_dpo_jax.data.rows import OUR_NAMES, Naming, Pair, read_rows
+from sr_dpo_jax.data.tokens import PairEncoder, PairTokens, tokenizer_digest, truncate
 from sr_dpo_jax.durable import files
 from sr_dpo_jax.errors import UsageError
 
 LOG = logging.getLogger(__name__)
-CODE_VERSION = 4
+CODE_VERSION = 5
 """Part of every cache key: raise it with any change that gives other tokens, other bad rows or another file layout."""
 LISTED_BAD_ROWS = 50
 ROWS_AT_ONCE = 1024
@@ -47,7 +41,7 @@ ROWS_AT_ONCE = 1024
 
 @dataclass(frozen=True)
 class Source:
-    """One file or hub data set; see `rows.read_rows` for what a path may be."""
+    """One file, glob pattern, directory or hub data set; see `records.py` for what a path may be."""
 
     path: str
     weight: float = 1.0
@@ -71,6 +65,8 @@ class Report:
     """Pairs whose two responses have the same ids; they train nothing."""
     duplicate_pairs: int
     """Pairs whose prompt, chosen and rejected ids equal those of an earlier pair."""
+    text_prompts: int = 0
+    """Pairs whose prompt is text and no conversation."""
 
 
 COUNTED = ("truncated_prompts", "truncated_responses", "identical_pairs", "duplicate_pairs")
@@ -163,31 +159,42 @@ def prepare(
     prompt_truncation: str,
     max_bad_rows: int,
     cache_dir: str | os.PathLike,
+    naming: Naming = OUR_NAMES,
 ) -> TokenizedPairs:
     """Reads, checks and tokenises the whole of every source, or loads the cached result.
 
-    `format` and `split` are as for `rows.read_rows`, lengths and `prompt_truncation` as for `tokens.truncate`. Up to
-    `max_bad_rows` unusable rows, over all sources, are skipped. Many processes may use one `cache_dir` at once.
+    `format`, `split` and `naming` are as for `rows.read_rows`, lengths and `prompt_truncation` as for
+    `tokens.truncate`. Up to `max_bad_rows` unusable rows, over all sources, are skipped. Many processes may use one
+    `cache_dir` at once.
 
     Raises:
       UsageError: a source cannot be read or has no rows, more than `max_bad_rows` rows are unusable (every one is
         named), no pair is usable, or `cache_dir` cannot be written. It is an UnplacedError where p is at fault.
     """
+    sources = [part for source in sources for part in _parts(source, split)]
     contents = [content_digest(source.path, split=split, revision=source.revision) for source in sources]
     limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "prompt_truncation": prompt_truncation}
     settings = {"format": format, "split": split, "augmentation_prompt": augmentation_prompt, **limits}
-    key = files.json_digest([CODE_VERSION, contents, tokenizer_digest(tokenizer), settings])
+    renamed = [sorted(naming.columns.items()), list(naming.ignored)]
+    key = files.json_digest([CODE_VERSION, contents, tokenizer_digest(tokenizer), settings, renamed])
     cache_dir = Path(cache_dir)
     cached = cache_dir / f"tokens-{key}.safetensors"
     content = _load(cached)
     if content is None:
-        content = _tokenize(sources, PairEncoder(tokenizer, augmentation_prompt=augmentation_prompt), **settings)
+        encoder = PairEncoder(tokenizer, augmentation_prompt=augmentation_prompt)
+        content = _tokenize(sources, encoder, naming=naming, **settings)
         arrays, report = content
         metadata = {"report": report, "sha256": _digest_of_arrays(arrays, report)}
         _write(cached, lambda path: safetensors.numpy.save_file(arrays, path, metadata))
     pairs = _assemble(content, sources, files.json_digest(contents))
     _refuse(pairs.report, max_bad_rows, cache_dir / f"bad_rows-{key[:16]}.jsonl")
     return pairs
+
+
+def _parts(source: Source, split: str) -> list[Source]:
+    """Gives the files of a glob pattern or directory as sources of the same weight, so that rows have their file."""
+    paths = files_of(source.path, split=split, revision=source.revision)
+    return [dataclasses.replace(source, path=path) for path in paths]
 
 
 def first(pairs: TokenizedPairs, count: int) -> TokenizedPairs:
@@ -234,6 +241,7 @@ class _Collector:
         self.counts["duplicate_pairs"] += fingerprint in self._seen
         self._seen.add(fingerprint)
         self.counts["identical_pairs"] += identical
+        self.counts["text_prompts"] += isinstance(pair.prompt, str)
         self.counts["truncated_prompts"] += len(prompt) < len(tokens.prompt)
         self.counts["truncated_responses"] += lengths[1:] != [len(tokens.chosen), len(tokens.rejected)]
         self.heads.setdefault((tokens.head, tokens.augmentation), f"{pair.file}:{pair.line}")
@@ -264,7 +272,8 @@ class _Collector:
         }
         if len(heads) > 1 and augmentation:
             arrays["head_tokens"] = np.frombuffer(self.head_tokens, np.int32)
-        counts = {"rows": rows, "pairs": len(ends), **{name: int(self.counts[name]) for name in COUNTED}}
+        counts = {name: int(self.counts[name]) for name in (*COUNTED, "text_prompts")}
+        counts |= {"rows": rows, "pairs": len(ends)}
         return arrays, json.dumps({**counts, "bad_rows": self.bad_rows})
 
 
@@ -274,13 +283,14 @@ def _tokenize(
     *,
     format: str,
     split: str,
+    naming: Naming,
     augmentation_prompt: str | None,
     **limits,
 ) -> _Content:
     collector, rows = _Collector(), 0
     for index, source in enumerate(sources):
         before = rows
-        stream = read_rows(source.path, format=format, split=split, revision=source.revision)
+        stream = read_rows(source.path, format=format, split=split, revision=source.revision, naming=naming)
         while batch := list(itertools.islice(stream, ROWS_AT_ONCE)):
             rows += len(batch)
             encoded = iter(encoder.encode([row for row in batch if isinstance(row, Pair)]))
@@ -361,8 +371,6 @@ def _load(path: Path) -> _Content | None:
     report = metadata.get("report", "")
     if _digest_of_arrays(arrays, report) != metadata.get("sha256"):
         LOG.warning("%s is damaged (its content does not match its digest): tokenising again", path)
-        return None
-    if FORMERLY_UNPLACED in report:  # rows that an earlier version refused and this one takes
         return None
     return arrays, report
 

@@ -10,9 +10,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from sr_dpo_jax.data import dataset
+from sr_dpo_jax.data.chat_template import UNPLACED, UnplacedError
 from sr_dpo_jax.data.dataset import Source, TokenizedPairs
 from sr_dpo_jax.data.tokenizer_fit import require_embedded
-from sr_dpo_jax.data.tokens import UNPLACED, UnplacedError
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.model.architecture import Architecture, require_exact_positions
 
@@ -55,6 +55,12 @@ def read_pairs(
         f"{len(report.bad_rows)} bad; truncated {report.truncated_prompts} prompts and {report.truncated_responses} "
         f"responses; {report.identical_pairs} pairs of two equal responses, {report.duplicate_pairs} that came before"
     )
+    if report.text_prompts and tokenizer.chat_template is not None:
+        log.info(
+            "%d prompts are plain text, to which the chat template of model.path is not applied; give prompts as "
+            "messages where it should be",
+            report.text_prompts,
+        )
     if first_pairs is not None:
         pairs = dataset.first(pairs, first_pairs)
     try:

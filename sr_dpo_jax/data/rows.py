@@ -1,40 +1,42 @@
-"""A preference file or hub data set -> checked pairs, one row at a time.
+"""Records of a file or data set -> checked pairs, one row at a time.
 
     hh_rlhf        whole transcripts `chosen`, `rejected`; the prompt runs up to the last "\\n\\nAssistant:"
-    ultrafeedback  `prompt`, message lists `chosen`, `rejected`, and their two scores (the binarized release)
+    ultrafeedback  `prompt`, message lists `chosen`, `rejected`, and their two scores where there are any
     preference     text or messages, with or without `prompt`; each row may have another of these forms
+    sft            `messages`, of which the last is the response, or `prompt` and `completion`; text or messages
 
-Each row becomes a `Pair` or a `BadRow`; no row is repaired or silently dropped.
+Each row becomes a `Pair` or a `BadRow`; no row is repaired or silently dropped, and no column that says something.
 """
 
-import gzip
-import hashlib
-import json
 import os
 import re
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any
 
-import pyarrow
-import pyarrow.parquet
-
+from sr_dpo_jax.data.messages import (
+    FIRST_ROLES,
+    Message,
+    checked_id,
+    checked_messages,
+    checked_text,
+    get,
+    kind_of,
+    template_options,
+)
+from sr_dpo_jax.data.records import BadRow, Record, UnusableError, records_of
 from sr_dpo_jax.errors import UsageError
 
-FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
-ROLES = ("system", "user", "assistant", "tool")
 HH_MARKER = "\n\nAssistant:"
-COLUMNS = ("id", "prompt_id", "prompt", "chosen", "rejected", "score_chosen", "score_rejected")
-"""The columns that are read. The digest of a hub data set covers these alone."""
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn of a conversation; `role` is one of `ROLES`."""
-
-    role: str
-    content: str
+RESPONSES = ("chosen", "rejected")
+COLUMNS = (
+    *("id", "prompt_id", "system", "prompt", *RESPONSES, "completion", "messages", "score_chosen", "score_rejected"),
+    *("tools", "chat_template_kwargs"),
+)
+"""The columns that are read."""
+UNREAD = ("question", "instruction", "input", "query", "context", "history", "conversation", "conversations", "images")
+"""Columns that are part of the prompt where data has them, under names that are not ours."""
 
 
 @dataclass(frozen=True)
@@ -50,33 +52,76 @@ class Pair:
     prompt: str | tuple[Message, ...]
     """Text, or a conversation that ends with a user or tool message."""
     chosen: str
-    rejected: str
+    rejected: str | None
+    """None where there is one response a row, `chosen`, as in `sft`."""
     chosen_score: float | None = None
     rejected_score: float | None = None
+    template_options: str = ""
+    """JSON of the row's `tools` and `chat_template_kwargs`, which go to the chat template; empty without them."""
 
 
 @dataclass(frozen=True)
-class BadRow:
-    """A row that cannot be used. The reason holds none of its text, because reasons end up in logs and bug reports."""
+class Naming:
+    """The names that a file's columns have, where they are not ours."""
 
-    file: str
-    line: int
-    reason: str
+    columns: Mapping[str, str]
+    """The file's name of a column by ours."""
+    ignored: Sequence[str] = ()
+    """Columns of the file that are left unread although they may say something."""
+
+    def picked(self, names: Sequence[str], file: str, format: str) -> list[str]:
+        """Picks the columns of a table that are read.
+
+        Raises:
+          UsageError: one stands twice, one that the format needs is missing, or one that says something is not read.
+        """
+        needed = () if FORMATS[format] is _sft else RESPONSES
+        for ours in COLUMNS:
+            name, count = self.columns.get(ours, ours), names.count(self.columns.get(ours, ours))
+            if count > 1 or (count == 0 and (ours in needed or ours in self.columns)):
+                there = f"are {count} columns" if count else "is no column"
+                raise UsageError(
+                    f"{file}: there {there} {name!r}; correct data.path, or set data.columns={{{ours}: its name}}"
+                )
+        try:
+            self._require_read(names)
+        except UnusableError as error:
+            raise UsageError(f"{file}: {error}") from error
+        return [name for ours in COLUMNS if (name := self.columns.get(ours, ours)) in names and self._reads(name, ours)]
+
+    def renamed(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Gives a row its columns under our names; raises UnusableError where one that says something is not read."""
+        self._require_read([name for name, value in row.items() if value not in (None, "", [], {})])
+        theirs = {ours: self.columns.get(ours, ours) for ours in COLUMNS}
+        return {ours: row[name] for ours, name in theirs.items() if name in row and self._reads(name, ours)}
+
+    def _reads(self, name: str, ours: str) -> bool:
+        return name not in self.ignored and (ours == name or ours in self.columns)
+
+    def _require_read(self, names: Sequence[str]) -> None:
+        read = {*self.columns.values(), *self.ignored}
+        name = next((name for name in UNREAD if name in names and name not in read), None)
+        if name is not None:
+            raise UnusableError(
+                f"holds {name!r}, which is not read: set data.columns={{prompt: {name}}}, or "
+                f"data.ignored_columns=[{name}] where it says nothing"
+            )
 
 
-class UnusableError(Exception):
-    """The reason why a row cannot be used. Readers of rows catch it and make it a `BadRow` or a line of their error."""
+OUR_NAMES = Naming({})
 
 
-def read_rows(path: str, *, format: str, split: str, revision: str | None = None) -> Iterator[Pair | BadRow]:
-    """Reads one source as a stream, each row once, in order.
+def read_rows(
+    path: str, *, format: str, split: str, revision: str | None = None, naming: Naming = OUR_NAMES
+) -> Iterator[Pair | BadRow]:
+    """Reads one file or data set as a stream, each row once, in order.
 
     Args:
-      path: a .jsonl, .jsonl.gz or .parquet file, or a directory or hub name ("owner/name") that
-        `datasets.load_dataset` reads. No code that comes with the data is run.
+      path: one of `records.files_of`.
       format: one of `FORMATS`.
       split: the split of a directory or hub data set; files have none.
       revision: the branch, tag or commit of a hub name.
+      naming: the names of its columns.
 
     Returns:
       An iterator of `Pair` and `BadRow`. Blank lines at the end of a file are ignored; one before the last row is bad.
@@ -87,163 +132,45 @@ def read_rows(path: str, *, format: str, split: str, revision: str | None = None
     """
     if format not in FORMATS:
         raise UsageError(f"data.format={format!r} is not known; choose one of {', '.join(FORMATS)}")
-    if not _is_file(path, revision):
-        records = _hub_records(path, split, revision)
-    elif path.endswith(".parquet"):
-        records = _parquet_records(path)
-    else:
-        records = json_records(path)
-    return _checked(records, path, format)
+    picked = partial(naming.picked, file=path, format=format)
+    return _checked(records_of(path, split=split, revision=revision, columns=picked), path, format, naming)
 
 
-def content_digest(path: str, *, split: str, revision: str | None = None) -> str:
-    """Computes the sha256 (hex) of the bytes of a file, or of the rows of a directory or hub data set.
-
-    Raises:
-      UsageError: as in `read_rows`.
-    """
-    if _is_file(path, revision):
-        try:
-            with open(path, "rb") as data:
-                return hashlib.file_digest(data, "sha256").hexdigest()
-        except OSError as error:
-            _cannot_read(path, error)
-    digest = hashlib.sha256()
-    for _, row in _hub_records(path, split, revision):
-        digest.update(json.dumps(row, sort_keys=True, default=repr).encode() + b"\n")
-    return digest.hexdigest()
-
-
-def _is_file(file: str, revision: str | None) -> bool:
-    """Tells an existing file from a directory or a possible hub name."""
-    if os.path.exists(file):
-        if not os.path.isdir(file) and not file.endswith(FILE_SUFFIXES):
-            raise UsageError(f"{file}: not a known kind of file; data.path takes {', '.join(FILE_SUFFIXES)}")
-        if revision is not None:
-            raise UsageError(f"{file}: revision={revision!r} pins a hub name, but this is on disk; remove the revision")
-        return not os.path.isdir(file)
-    if file.endswith(FILE_SUFFIXES) or file.startswith(("/", "./", "../", "~")):
-        raise UsageError(f"{file}: no such file or directory; correct data.path (it is relative to where you run)")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", file):
-        raise UsageError(f"{file}: neither an existing file nor a hub name like owner/name; correct data.path")
-    return False
-
-
-def _cannot_read(file: str, error: OSError) -> NoReturn:
-    raise UsageError(f"{file}: cannot be read ({error.strerror or type(error).__name__})") from error
-
-
-# Records: (1-based line, row), where the row is a BadRow if the line could not be parsed.
-
-
-def json_records(file: str) -> Iterator[tuple[int, Any]]:
-    """Yields number and value of each line of a .jsonl or .jsonl.gz file, a `BadRow` for one that cannot be parsed.
-
-    Raises:
-      UsageError: the file cannot be read to its end.
-    """
-    last = 0
-    try:
-        with (gzip.open if file.endswith(".gz") else open)(file, "rb") as lines:
-            for line, data in enumerate(lines, 1):
-                if not data.strip():
-                    continue
-                for blank in range(last + 1, line):
-                    yield blank, BadRow(file, blank, "blank line")
-                last = line
-                try:
-                    yield line, _parse(data.rstrip(b"\r\n"))
-                except UnusableError as error:
-                    yield line, BadRow(file, line, str(error))
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UsageError(f"{file}: truncated or corrupt gzip data; fetch or compress the file again") from error
-    except OSError as error:
-        _cannot_read(file, error)
-
-
-def _parse(data: bytes) -> Any:
-    if b"\0" in data:
-        raise UnusableError(f"NUL byte at byte {data.index(0) + 1} of the line")
-    try:
-        return json.loads(data.decode(), parse_constant=_refuse_constant, object_pairs_hook=_each_key_once)
-    except UnicodeDecodeError as error:
-        raise UnusableError(f"bad UTF-8 at byte {error.start + 1} of the line") from error
-    except json.JSONDecodeError as error:
-        raise UnusableError(f"bad JSON: {error.msg.rstrip(': ')} at column {error.colno}") from error
-    except RecursionError as error:
-        raise UnusableError("bad JSON: nested too deeply") from error
-    except ValueError as error:  # Python refuses to convert integers of thousands of digits
-        raise UnusableError("bad JSON: a number has too many digits") from error
-
-
-def _each_key_once(members: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(found := dict(members)) < len(members):
-        raise UnusableError("bad JSON: an object has a key twice")
-    return found
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise UnusableError(f"bad JSON: {name} is not JSON")
-
-
-def _parquet_records(file: str) -> Iterator[tuple[int, Any]]:
-    line = 0
-    try:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            columns = _columns(table.schema_arrow.names, file)
-            for batch in table.iter_batches(batch_size=1024, columns=columns):
-                for row in batch.to_pylist():
-                    line += 1
-                    yield line, row
-    except (pyarrow.ArrowException, ValueError, OverflowError, LookupError) as error:  # no UTF-8, no date or time zone
-        raise UsageError(f"{file}: not a sound parquet file, after row {line}; fetch or write it again") from error
-    except OSError as error:
-        _cannot_read(file, error)
-
-
-def _hub_records(name: str, split: str, revision: str | None) -> Iterator[tuple[int, Any]]:
-    import datasets  # takes seconds, which a run on plain files is spared
-
-    try:
-        table = datasets.load_dataset(name, split=split, revision=revision)
-    except datasets.exceptions.DatasetGenerationError as error:
-        # A trap: the error's text may quote the data, so it is left out.
-        raise UsageError(f"{name}: its files cannot be read as one data set; check that they are sound") from error
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
-        first_line = str(error).partition("\n")[0]
-        raise UsageError(f"{name}, split {split!r}: cannot be loaded as a data set: {first_line}") from error
-    table = table.select_columns(_columns(table.column_names, name))
-    rows = (
-        dict(zip(batch, row, strict=True)) for batch in table.iter(1024) for row in zip(*batch.values(), strict=True)
-    )
-    yield from enumerate(rows, 1)
-
-
-def _columns(names: list[str], file: str) -> list[str]:
-    for name in COLUMNS:
-        if (count := names.count(name)) > 1 or (count == 0 and name in ("chosen", "rejected")):
-            there = f"are {count} columns" if count else "is no column"
-            raise UsageError(f"{file}: there {there} {name!r}; correct data.path or rename it")
-    return [name for name in COLUMNS if name in names]
-
-
-def _checked(records: Iterator[tuple[int, Any]], file: str, format: str) -> Iterator[Pair | BadRow]:
+def _checked(records: Iterator[Record], file: str, format: str, naming: Naming) -> Iterator[Pair | BadRow]:
     for line, row in records:
         if isinstance(row, BadRow):
             yield row
             continue
         try:
             if not isinstance(row, dict):
-                raise UnusableError(f"expected an object, got {_kind(row)}")
+                raise UnusableError(f"expected an object, got {kind_of(row)}")
+            row = naming.renamed(row)
             prompt, chosen, rejected = FORMATS[format](row)
             for side, response in (("chosen", chosen), ("rejected", rejected)):
-                if not response.strip():
+                if response is not None and not response.strip():
                     raise UnusableError(f"empty {side} response")
-            scores = (None, None) if format == "hh_rlhf" else _scores(row, required=format == "ultrafeedback")
+            prompt, options = _after_system(row.get("system"), prompt), template_options(row, prompt)
+            scores = _scores(row) if FORMATS[format] in (_ultrafeedback, _preference) else (None, None)
             row_id = checked_id(row, ("id", "prompt_id") if format == "ultrafeedback" else ("id",), line)
-            yield Pair(row_id, file, line, prompt, chosen, rejected, *scores)
+            yield Pair(row_id, file, line, prompt, chosen, rejected, *scores, options)
         except UnusableError as error:
             yield BadRow(file, line, str(error))
+
+
+def _after_system(system: Any, prompt: str | tuple[Message, ...]) -> str | tuple[Message, ...]:
+    """Puts the text of a column `system` before a conversation, which must have no system message of its own."""
+    if system in (None, ""):
+        return prompt
+    checked_text(system, "system")
+    if isinstance(prompt, str):
+        raise UnusableError(
+            "system: a prompt of plain text has no place for it; give messages, or set data.ignored_columns=[system]"
+        )
+    if prompt[0].role in FIRST_ROLES:
+        if prompt[0].content != system:
+            raise UnusableError("system: the conversation has another system message of its own")
+        return prompt
+    return Message("system", system), *prompt
 
 
 def _hh_rlhf(row: dict) -> tuple[str, str, str]:
@@ -254,21 +181,23 @@ def _hh_rlhf(row: dict) -> tuple[str, str, str]:
 
 
 def _transcript(row: dict, side: str) -> tuple[str, str]:
-    head, marker, response = checked_text(_get(row, side), side).rpartition(HH_MARKER)
+    if isinstance(get(row, side), list):
+        raise UnusableError(f"{side}: expected a transcript, got a list; messages need data.format=preference")
+    head, marker, response = checked_text(row[side], side).rpartition(HH_MARKER)
     if not marker:
-        raise UnusableError(f'{side} holds no "\\n\\nAssistant:"')
+        raise UnusableError(f'{side} holds no "\\n\\nAssistant:"; text without it needs data.format=preference')
     return head + marker, response
 
 
 def _ultrafeedback(row: dict) -> tuple[tuple[Message, ...], str, str]:
-    checked_text(_get(row, "prompt"), "prompt")
+    checked_text(get(row, "prompt"), "prompt")
     return _two_conversations(row)
 
 
 def _preference(row: dict) -> tuple[str | tuple[Message, ...], str, str]:
-    prompt, chosen, rejected = row.get("prompt"), _get(row, "chosen"), _get(row, "rejected")
+    prompt, chosen, rejected = row.get("prompt"), get(row, "chosen"), get(row, "rejected")
     if isinstance(chosen, list) != isinstance(rejected, list):
-        raise UnusableError(f"chosen is {_kind(chosen)} but rejected is {_kind(rejected)}")
+        raise UnusableError(f"chosen is {kind_of(chosen)} but rejected is {kind_of(rejected)}")
     if isinstance(chosen, list):
         return _two_conversations(row) if prompt is None else _explicit_messages(prompt, chosen, rejected)
     chosen, rejected = checked_text(chosen, "chosen"), checked_text(rejected, "rejected")
@@ -277,29 +206,40 @@ def _preference(row: dict) -> tuple[str | tuple[Message, ...], str, str]:
     return checked_text(prompt, "prompt"), chosen, rejected
 
 
-def _explicit_messages(prompt: Any, chosen: list, rejected: list) -> tuple[tuple[Message, ...], str, str]:
+def _explicit_messages(
+    prompt: Any, chosen: list, rejected: list, *, names: tuple[str, str] = RESPONSES
+) -> tuple[tuple[Message, ...], str, str]:
     if isinstance(prompt, str):
-        raise UnusableError(
-            "prompt is text but the responses are lists: give a list of messages, or set data.format=ultrafeedback"
-        )
+        prompt = [{"role": "user", "content": prompt}]
+        if len(chosen) > 1 or len(rejected) > 1:  # whole conversations, in which the prompt stands too
+            pair = _two_conversations({"chosen": chosen, "rejected": rejected})
+            if prompt[0]["content"] not in [message.content for message in pair[0] if message.role == "user"]:
+                raise UnusableError("prompt: is no user message of the conversations in chosen and rejected")
+            return pair
     messages, responses = _prompt(checked_messages(prompt, "prompt")), []
-    for side, value in (("chosen", chosen), ("rejected", rejected)):
+    for side, value in zip(names, (chosen, rejected), strict=True):
         response = checked_messages(value, side)
         if len(response) != 1 or response[0].role != "assistant":
             raise UnusableError(f"{side}: expected exactly one assistant message after an explicit prompt")
-        responses.append(response[0].content)
+        responses.append(_response(response[0], side))
     return messages, *responses
+
+
+def _response(message: Message, side: str) -> str:
+    if message.extras:
+        raise UnusableError(f"{side}: a response that calls tools, or has a name, is not supported")
+    return message.content
 
 
 def _two_conversations(row: dict) -> tuple[tuple[Message, ...], str, str]:
     """Splits two whole conversations, which must agree in all but their last messages: those are the responses."""
-    chosen, rejected = (checked_messages(_get(row, side), side) for side in ("chosen", "rejected"))
+    chosen, rejected = (checked_messages(get(row, side), side) for side in ("chosen", "rejected"))
     for side, conversation in (("chosen", chosen), ("rejected", rejected)):
         if not conversation or conversation[-1].role != "assistant":
             raise UnusableError(f"{side}: the last message must be the assistant's")
     if chosen[:-1] != rejected[:-1]:
         raise UnusableError("the prompts of chosen and rejected differ")
-    return _prompt(chosen[:-1]), chosen[-1].content, rejected[-1].content
+    return _prompt(chosen[:-1]), _response(chosen[-1], "chosen"), _response(rejected[-1], "rejected")
 
 
 def _implicit_text(chosen: str, rejected: str) -> tuple[str, str, str]:
@@ -317,7 +257,25 @@ def _implicit_text(chosen: str, rejected: str) -> tuple[str, str, str]:
     raise UnusableError("chosen and rejected share no first word: give an explicit prompt")
 
 
-FORMATS = {"hh_rlhf": _hh_rlhf, "ultrafeedback": _ultrafeedback, "preference": _preference}
+def _sft(row: dict) -> tuple[str | tuple[Message, ...], str, None]:
+    """Splits a conversation before its last message, or takes prompt and completion."""
+    if row.get("messages") is not None:
+        if any(row.get(name) is not None for name in ("prompt", "completion")):
+            raise UnusableError("messages: stands beside prompt or completion; give one form")
+        conversation = checked_messages(row["messages"], "messages")
+        if not conversation or conversation[-1].role != "assistant":
+            raise UnusableError("messages: the last message must be the assistant's")
+        return _prompt(conversation[:-1]), _response(conversation[-1], "messages"), None
+    if any(row.get(name) is not None for name in RESPONSES):
+        raise UnusableError("holds two responses: set data.format=preference, of which sft takes the chosen one")
+    prompt, completion = get(row, "prompt"), get(row, "completion")
+    if isinstance(completion, list):
+        messages, response, _ = _explicit_messages(prompt, completion, completion, names=("completion",) * 2)
+        return messages, response, None
+    return checked_text(prompt, "prompt"), checked_text(completion, "completion"), None
+
+
+FORMATS = {"hh_rlhf": _hh_rlhf, "ultrafeedback": _ultrafeedback, "preference": _preference, "sft": _sft}
 """The function that splits a row into prompt, chosen and rejected, for each `data.format`."""
 
 
@@ -327,74 +285,26 @@ def _prompt(messages: tuple[Message, ...]) -> tuple[Message, ...]:
         raise UnusableError("the prompt holds no user message")
     if roles[-1] not in ("user", "tool"):
         raise UnusableError("the prompt must end with a user or tool message")
-    if "system" in roles[1:]:
+    if any(role in FIRST_ROLES for role in roles[1:]):
         raise UnusableError("a system message stands after the first message")
     return messages
 
 
-def checked_messages(value: Any, key: str) -> tuple[Message, ...]:
-    """Checks a list of messages; raises UnusableError with `key` and the number of the message."""
-    if not isinstance(value, list):
-        raise UnusableError(f"{key}: expected a list of messages, got {_kind(value)}")
-    messages = []
-    for number, item in enumerate(value, 1):
-        where = f"{key}, message {number}"
-        if not isinstance(item, dict):
-            raise UnusableError(f"{where}: expected an object, got {_kind(item)}")
-        role = checked_text(_get(item, "role", f"{where}: "), f"{where}, role")
-        if role not in ROLES:
-            raise UnusableError(f"{where}: the role must be one of {', '.join(ROLES)}")
-        content = checked_text(_get(item, "content", f"{where}: "), f"{where}, content")
-        # A trap: tool calls and the like change what a chat template writes; without them it would be another text.
-        if any(item[name] not in (None, [], "") for name in item.keys() - {"role", "content"}):
-            raise UnusableError(f"{where}: holds more than role and content, which is not supported")
-        messages.append(Message(role, content))
-    return tuple(messages)
+NUMBER = re.compile(r"[-+]?\d{1,30}(\.\d*)?([eE][-+]?\d{1,3})?")
 
 
-def _scores(row: dict, *, required: bool) -> tuple[float | None, float | None]:
+def _scores(row: dict) -> tuple[float | None, float | None]:
     scores = []
     for key in ("score_chosen", "score_rejected"):
-        value = _get(row, key) if required else row.get(key)
-        if value is None and not required:
+        value = row.get(key)
+        if isinstance(value, str) and NUMBER.fullmatch(value):  # a CSV file has text alone
+            value = float(value)
+        if value is None:
             scores.append(None)
         elif isinstance(value, bool) or not isinstance(value, int | float):
-            raise UnusableError(f"{key}: expected a number, got {_kind(value)}")
+            raise UnusableError(f"{key}: expected a number, got {kind_of(value)}")
         elif not abs(value) <= 1e38:  # scores are kept in float32, whose largest is 3.4e38; NaN is refused too
             raise UnusableError(f"{key}: not a finite number of ordinary size")
         else:
             scores.append(float(value))
     return scores[0], scores[1]
-
-
-def checked_id(row: dict, keys: tuple[str, ...], line: int) -> str:
-    """Gives the first id that a row has under `keys`, or its 0-based number; raises UnusableError for another type."""
-    key = next((key for key in keys if row.get(key) is not None), None)
-    if key is None:
-        return str(line - 1)
-    if isinstance(row[key], bool) or not isinstance(row[key], str | int):
-        raise UnusableError(f"{key}: expected text or an integer, got {_kind(row[key])}")
-    return checked_text(str(row[key]), key)
-
-
-def _get(row: dict, key: str, prefix: str = "") -> Any:
-    if key not in row:
-        raise UnusableError(f"{prefix}missing key {key!r}")
-    return row[key]
-
-
-def checked_text(value: Any, name: str) -> str:
-    """Checks a text that a tokenizer can encode; raises UnusableError with its name."""
-    if not isinstance(value, str):
-        raise UnusableError(f"{name}: expected text, got {_kind(value)}")
-    if "\0" in value:
-        raise UnusableError(f"{name}: holds a NUL character")
-    # A trap: JSON can hold half of a surrogate pair, which no tokenizer can encode.
-    if not value.isascii() and re.search("[\ud800-\udfff]", value):
-        raise UnusableError(f"{name}: holds a lone surrogate, which is not valid Unicode")
-    return value
-
-
-def _kind(value: Any) -> str:
-    kinds = {str: "text", dict: "an object", list: "a list", bool: "true or false", type(None): "null"}
-    return kinds.get(type(value), "a number" if isinstance(value, int | float) else "another type")

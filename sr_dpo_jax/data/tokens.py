@@ -12,42 +12,20 @@ Prompt and responses are tokenised apart as well. A trap: in the ids of prompt +
 cutting them at the length of the prompt's ids can lose the response's first letters.
 """
 
-import contextlib
-import dataclasses
 import hashlib
 import json
-import logging
 import os
-import signal
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import FrameType
 
-import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from sr_dpo_jax.data.chat_template import ChatTemplate, Texts, UnplacedError
+from sr_dpo_jax.data.messages import Message
 from sr_dpo_jax.data.mid_text import MidText, text_ids
-from sr_dpo_jax.data.rows import BadRow, Message, Pair, UnusableError, checked_text
+from sr_dpo_jax.data.records import BadRow, UnusableError
+from sr_dpo_jax.data.rows import Pair
 from sr_dpo_jax.errors import UsageError
-
-LOG = logging.getLogger(__name__)
-SENTINEL = "\ue000sr-dpo\ue001"  # private-use characters: no template writes them, none trims them
-TEMPLATE_S = 5
-"""The seconds that a chat template has for one conversation; it is a program, and may loop without end."""
-MOST_ENDLESS = 8
-"""The most conversations for which it may take longer."""
-UNPLACED = (
-    "the chat template cannot place refinement.prompt verbatim before the first user message (as where it trims "
-    "messages, and refinement.prompt starts with whitespace)"
-)
-"""The reason of a row that only p makes unusable."""
-FORMERLY_UNPLACED = "and that message or refinement.prompt starts with whitespace)"
-"""The end of that reason in caches of earlier versions, which refused a trimmed message too."""
-
-
-class UnplacedError(UsageError):
-    """Says that p cannot stand in these prompts, all of which can be used without it."""
 
 
 @dataclass(frozen=True)
@@ -60,16 +38,7 @@ class PairTokens:
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
-
-
-@dataclass(frozen=True)
-class _Text:
-    """The four texts of a pair that are tokenised apart."""
-
-    head: str
-    rest: str
-    chosen: str
-    rejected: str
+    """Empty where the row has one response."""
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -172,7 +141,7 @@ class PairEncoder:
         self._tokenizer, self._augmentation_prompt = tokenizer, augmentation_prompt
         self._mid_text = MidText(tokenizer)
         self._bos = [tokenizer.bos_token_id] if uses_bos(tokenizer) else []
-        self._template: _ChatTemplate | None = None
+        self._template: ChatTemplate | None = None
         self._heads: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
 
     def encode(self, pairs: Sequence[Pair]) -> list[PairTokens | BadRow]:
@@ -182,11 +151,11 @@ class PairEncoder:
           UsageError: the pairs are conversations, and the tokenizer has no chat template or one that cannot be used.
         """
         texts = [self._text(pair) for pair in pairs]
-        good = [text for text in texts if isinstance(text, _Text)]
+        good = [text for text in texts if isinstance(text, Texts)]
         prompts = self._prompts(good)
         last = [_last(prompt) for _, _, prompt in prompts]
         chosen = self._mid_text.ids([text.chosen for text in good], after=last)
-        rejected = self._mid_text.ids([text.rejected for text in good], after=last)
+        rejected = self._mid_text.ids([text.rejected or "" for text in good], after=last)
         encoded = zip(prompts, chosen, rejected, strict=True)
         results: list[PairTokens | BadRow] = []
         for pair, text in zip(pairs, texts, strict=True):
@@ -197,18 +166,27 @@ class PairEncoder:
             try:
                 if not prompt:
                     raise UnusableError("the prompt has no tokens")
-                ended = [self._ended(ids, side) for ids, side in zip(responses, ("chosen", "rejected"), strict=True)]
-                results.append(PairTokens(head, augmentation, prompt, *ended))
+                first, second = responses
+                ended = [] if pair.rejected is None else self._ended(second, "rejected")
+                results.append(PairTokens(head, augmentation, prompt, self._ended(first, "chosen"), ended))
             except UnusableError as error:
                 results.append(BadRow(pair.file, pair.line, str(error)))
         return results
 
-    def prompt_ids(self, prompts: Sequence[str | tuple[Message, ...]]) -> list[list[int] | BadRow]:
-        """Encodes prompts without responses, as `encode` does; the line of a `BadRow` is the number of the prompt."""
-        pairs = [Pair(str(number), "", number, prompt, "a", "a") for number, prompt in enumerate(prompts, 1)]
+    def prompt_ids(
+        self, prompts: Sequence[str | tuple[Message, ...]], options: Sequence[str] | None = None
+    ) -> list[list[int] | BadRow]:
+        """Encodes prompts without responses, as `encode` does; the line of a `BadRow` is the number of the prompt.
+
+        `options` has the `template_options` of each prompt.
+        """
+        numbered = enumerate(zip(prompts, options or [""] * len(prompts), strict=True), 1)
+        pairs = [
+            Pair(str(number), "", number, prompt, "a", None, template_options=own) for number, (prompt, own) in numbered
+        ]
         return [result if isinstance(result, BadRow) else result.prompt for result in self.encode(pairs)]
 
-    def _prompts(self, texts: list[_Text]) -> list[tuple[tuple[int, ...], tuple[int, ...], list[int]]]:
+    def _prompts(self, texts: list[Texts]) -> list[tuple[tuple[int, ...], tuple[int, ...], list[int]]]:
         heads = [self._head(text.head) for text in texts]
         # Only a rest without a head opens a text; every other part stands in the middle of one.
         opening = iter(text_ids(self._tokenizer, [text.rest for text in texts if not text.head]))
@@ -222,13 +200,13 @@ class PairEncoder:
             prompts.append((head, augmentation, [*head, *rest]))
         return prompts
 
-    def _text(self, pair: Pair) -> _Text | BadRow:
+    def _text(self, pair: Pair) -> Texts | BadRow:
         if isinstance(pair.prompt, str):
-            return _Text("", pair.prompt, pair.chosen, pair.rejected)
+            return Texts("", pair.prompt, pair.chosen, pair.rejected)
         if self._template is None:
-            self._template = _ChatTemplate(self._tokenizer, self._augmentation_prompt)
+            self._template = ChatTemplate(self._tokenizer, self._augmentation_prompt)
         try:
-            return self._template.text(pair)
+            return self._template.texts(pair)
         except UnusableError as error:
             return BadRow(pair.file, pair.line, str(error))
 
@@ -254,146 +232,6 @@ class PairEncoder:
         if not ids:
             raise UnusableError(f"the {side} response has no tokens")
         return [*ids, eos]
-
-
-class _ChatTemplate:
-    """Splits conversations into the texts of head, rest and responses, and proves for each that p stands verbatim."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, augmentation_prompt: str | None):
-        if tokenizer.chat_template is None:
-            raise UsageError(
-                "the data holds conversations, but the tokenizer of model.path has no chat template; choose a model "
-                "with one, add a chat_template.jinja, or give prompts and responses as text"
-            )
-        if "strftime_now" in str(tokenizer.chat_template):
-            LOG.warning("the chat template writes today's date: pairs tokenised tomorrow will get other ids")
-        self._tokenizer, self._augmentation_prompt = tokenizer, augmentation_prompt
-        self._heads: dict[tuple, str] = {}
-        self._endless = 0
-        self._ending = self._ending_of_turns()
-
-    def text(self, pair: Pair) -> _Text:
-        prompt = [dataclasses.asdict(message) for message in pair.prompt]
-        rendered = self._render(prompt, add_generation_prompt=True)
-        head, rest = self._split(prompt, rendered)
-        responses = []
-        for side, content in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-            whole = self._render([*prompt, {"role": "assistant", "content": content}])
-            unended = whole.removesuffix(self._ending)
-            turn = unended[len(rendered) :]
-            placed = unended.startswith(rendered) and whole == unended + self._ending and turn.strip()
-            # The turn may lack the first letters of the content: a generation prompt that opens a block of thought has
-            # them.
-            if not placed or not unended.rstrip().endswith(content.strip()):
-                raise UnusableError(f"the chat template does not place the {side} response after its own prompt")
-            # Whitespace after the end-of-turn token belongs to the next turn; generation never reaches it.
-            responses.append(turn + self._ending.rstrip())
-        return _Text(head, rest, *responses)
-
-    def _ending_of_turns(self) -> str:
-        """Refuses a template that fails on the plainest conversation, before any row; finds how it ends a turn."""
-        user, reply = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": SENTINEL}
-        try:
-            rendered = self._render([user], add_generation_prompt=True)
-            self._split([user], rendered)
-            whole = self._render([user, reply])
-        except UnusableError as error:
-            kind = UnplacedError if str(error) == UNPLACED else UsageError
-            raise kind(
-                f"the chat template of model.path cannot be used: {error}; change chat_template.jinja, or set "
-                "refinement.prompt=null where the objective needs none"
-            ) from error
-        if not whole.startswith(rendered) or whole.count(SENTINEL) != 1:
-            raise UsageError(
-                "the chat template of model.path cannot be used: a prompt with its response does not start with the "
-                "prompt and its generation prompt, so the response cannot be told apart; change chat_template.jinja"
-            )
-        return whole.partition(SENTINEL)[2]
-
-    def _split(self, prompt: list[dict[str, str]], rendered: str) -> tuple[str, str]:
-        """Splits a rendered prompt into head and rest, and checks that p fits between them verbatim."""
-        first = next(number for number, message in enumerate(prompt) if message["role"] == "user")
-        # A trap: some templates write the system message before the last user turn, so the head depends on all roles.
-        shape = (tuple(m["role"] for m in prompt), tuple(m["content"] for m in prompt[:first]))
-        if shape not in self._heads:
-            marked = self._render(_put_before(SENTINEL, prompt, first), add_generation_prompt=True)
-            if marked.count(SENTINEL) != 1:
-                raise UnusableError("the chat template does not write the first user message exactly once")
-            self._heads[shape] = marked.partition(SENTINEL)[0]
-        head = self._heads[shape]
-        if not rendered.startswith(head):
-            raise UnusableError("the chat template writes another start for this conversation than for others like it")
-        rest, p = rendered[len(head) :], self._augmentation_prompt
-        if p is not None and not self._stands(p, prompt, first, head + p + rest):
-            raise UnusableError(UNPLACED)
-        return head, rest
-
-    def _stands(self, p: str, prompt: list[dict[str, str]], first: int, expected: str) -> bool:
-        """Tells whether the template writes p verbatim before the first user message as it stands in the prompt.
-
-        A trap: a template that trims messages leaves whitespace between p and the message, where the prompt has none.
-        """
-        content = prompt[first]["content"]
-        for shown in dict.fromkeys((content, content.lstrip(), content.strip())):
-            trimmed = [*prompt[:first], {**prompt[first], "content": shown}, *prompt[first + 1 :]]
-            try:
-                if self._render(_put_before(p, trimmed, first), add_generation_prompt=True) == expected:
-                    return True
-            except UnusableError:  # refuses or does not end: only p is new in this conversation
-                continue
-        return False
-
-    def _render(self, conversation: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
-        """Renders a conversation; whatever a template raises, or that it does not end, is a fault of this row."""
-        try:
-            with _time_limit(TEMPLATE_S):
-                rendered = self._tokenizer.apply_chat_template(
-                    conversation, tokenize=False, add_generation_prompt=add_generation_prompt
-                )
-            return checked_text(rendered, "the text that it makes")
-        except _TooLong:
-            self._endless += 1
-            if self._endless > MOST_ENDLESS:
-                raise UsageError(
-                    f"the chat template of model.path did not end within {TEMPLATE_S} s for {self._endless} "
-                    "conversations; change chat_template.jinja"
-                ) from None
-            raise UnusableError(f"the chat template does not end within {TEMPLATE_S} s for this conversation") from None
-        except UnusableError as error:
-            raise UnusableError(f"the chat template cannot be used for this conversation: {error}") from None
-        except Exception as error:
-            # A refusal that stands word for word in the template holds no text of the row.
-            reason = f": {error}" if str(error) and str(error) in str(self._tokenizer.chat_template) else ""
-            kind = "" if isinstance(error, jinja2.TemplateError) else f" with {type(error).__name__}"
-            raise UnusableError(f"the chat template refuses this conversation{kind}{reason}") from error
-
-
-class _TooLong(BaseException):
-    """The time of a `_time_limit` is over. No `Exception`, so that nothing on the way takes it for one of its own."""
-
-
-@contextlib.contextmanager
-def _time_limit(seconds: int) -> Iterator[None]:
-    """Raises _TooLong in the block after so many seconds; only the main thread gets signals, others have no limit."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(_number: int, _frame: FrameType | None) -> None:
-        raise _TooLong
-
-    before = signal.signal(signal.SIGALRM, end)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def _put_before(text: str, prompt: list[dict[str, str]], first: int) -> list[dict[str, str]]:
-    changed = {**prompt[first], "content": text + prompt[first]["content"]}
-    return [*prompt[:first], changed, *prompt[first + 1 :]]
 
 
 def _last(ids: Sequence[int]) -> int | None:

@@ -24,6 +24,7 @@ from sr_dpo_jax.data.dataset import TokenizedPairs
 from sr_dpo_jax.data.pipeline import Packing
 from sr_dpo_jax.data.plan import Limits, Plan
 from sr_dpo_jax.data.read import read_pairs
+from sr_dpo_jax.data.rows import Naming
 from sr_dpo_jax.data.tokenizer_fit import end_tokens, require_fit
 from sr_dpo_jax.data.tokens import load_tokenizer, tokenizer_digest
 from sr_dpo_jax.durable.checkpoint import PARAMS, Checkpoints
@@ -157,6 +158,7 @@ def read_pairs_of(
         prompt_truncation=section.prompt_truncation,
         max_bad_rows=section.max_bad_rows,
         cache_dir=config.cache_path,
+        naming=Naming(dict(section.columns), section.ignored_columns),
     )
 
 

@@ -10,7 +10,9 @@ from runs import make_config, metrics_of
 from transformers import GPTNeoXConfig, LlamaConfig
 
 from sr_dpo_jax.cli import main
-from sr_dpo_jax.data.rows import BadRow, Message, Pair
+from sr_dpo_jax.data.messages import Message
+from sr_dpo_jax.data.records import BadRow
+from sr_dpo_jax.data.rows import Pair
 from sr_dpo_jax.data.tokens import PairEncoder, PairTokens, load_tokenizer, uses_bos
 from sr_dpo_jax.train.loop import train
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import toy_tokenizers as toy
 
-from sr_dpo_jax.data import dataset
+from sr_dpo_jax.data.chat_template import UnplacedError
 from sr_dpo_jax.data.dataset import Source, TokenizedPairs, first, prepare
-from sr_dpo_jax.data.tokens import FORMERLY_UNPLACED, UnplacedError, load_tokenizer
+from sr_dpo_jax.data.tokens import load_tokenizer
 from sr_dpo_jax.errors import UsageError
 
 REAL_FILE = Path(__file__).resolve().parents[3] / "shared" / "data" / "hh_rlhf_harmless_base_test.jsonl.gz"
@@ -259,22 +259,6 @@ class TestHeads:
         source = write(tmp_path / "a.jsonl", [self.ROWS[0], {"prompt": "Hm", "chosen": "yes", "rejected": "no"}])
         with pytest.raises(UnplacedError, match=rf"{source.path}:2: .*other ids .* of {source.path}:1, .*set"):
             run(tmp_path, load_tokenizer(str(directory)), source, **self.OPTIONS)
-
-    def test_rows_that_an_earlier_version_refused_are_tokenised_again(self, tmp_path, monkeypatch):
-        directory = toy.byte_level_tokenizer(tmp_path / "trims", chat_template=toy.LLAMA3)
-        trims = load_tokenizer(str(directory))
-        row = turns("user")
-        row["prompt"][0]["content"] = " x"
-        source = write(tmp_path / "a.jsonl", [row])
-        old = f"as where it trims messages, {FORMERLY_UNPLACED}"
-        with monkeypatch.context() as before:
-            before.setattr(dataset, "FORMERLY_UNPLACED", "never")
-            before.setattr("sr_dpo_jax.data.tokens.UNPLACED", old)
-            stands = lambda self, p, prompt, first, expected: not prompt[first]["content"].startswith(" ")  # noqa: E731
-            before.setattr("sr_dpo_jax.data.tokens._ChatTemplate._stands", stands)
-            with pytest.raises(UsageError, match="none of 1 rows can be used"):
-                run(tmp_path, trims, source, **self.OPTIONS)
-        assert len(run(tmp_path, trims, source, **self.OPTIONS)) == 1
 
 
 class TestCache:

@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sr_dpo_jax.data.rows import FORMATS, BadRow, Message, Pair, content_digest, read_rows
+from sr_dpo_jax.data.messages import Message
+from sr_dpo_jax.data.records import BadRow, content_digest
+from sr_dpo_jax.data.rows import FORMATS, Pair, read_rows
 from sr_dpo_jax.errors import UsageError
 
 REAL_FILE = Path(__file__).resolve().parents[3] / "shared" / "data" / "hh_rlhf_harmless_base_test.jsonl.gz"
@@ -91,7 +93,12 @@ class TestUltraFeedback:
             == "0"
         )
 
-    @pytest.mark.parametrize("key", ["prompt", "chosen", "rejected", "score_chosen", "score_rejected"])
+    def test_scores_are_not_needed(self, tmp_path):
+        row = {name: value for name, value in self.ROW.items() if not name.startswith("score")}
+        pair = read_row(tmp_path, "ultrafeedback", row)
+        assert (pair.chosen, pair.chosen_score, pair.rejected_score) == ("Yo", None, None)
+
+    @pytest.mark.parametrize("key", ["prompt", "chosen", "rejected"])
     def test_every_key_is_needed(self, tmp_path, key):
         row = {name: value for name, value in self.ROW.items() if name != key}
         assert read_row(tmp_path, "ultrafeedback", row).reason == f"missing key '{key}'"
@@ -170,6 +177,7 @@ class TestPreference:
 TURNS = {"prompt": [user(SECRET)], "chosen": [assistant(SECRET)], "rejected": [assistant(SECRET)]}
 TEXTS = {"prompt": SECRET, "chosen": SECRET, "rejected": SECRET}
 HH_ROW = hh(HI + SECRET + HI, " a", " b")
+NO_TRANSCRIPT = 'holds no "\\n\\nAssistant:"; text without it needs data.format=preference'
 MALFORMED = [
     ("hh_rlhf", b'{"chosen": "\xff' + SECRET.encode(), "bad UTF-8 at byte 13 of the line"),
     ("hh_rlhf", b'{"chosen": "\0' + SECRET.encode(), "NUL byte at byte 13 of the line"),
@@ -187,12 +195,16 @@ MALFORMED = [
     ("hh_rlhf", [SECRET], "expected an object, got a list"),
     ("hh_rlhf", SECRET, "expected an object, got text"),
     ("hh_rlhf", None, "expected an object, got null"),
-    ("hh_rlhf", {"chosen": SECRET}, 'chosen holds no "\\n\\nAssistant:"'),
+    ("hh_rlhf", {"chosen": SECRET}, f"chosen {NO_TRANSCRIPT}"),
     ("hh_rlhf", {"rejected": SECRET}, "missing key 'chosen'"),
     ("hh_rlhf", {"chosen": HI + SECRET}, "missing key 'rejected'"),
-    ("hh_rlhf", {"chosen": [SECRET], "rejected": SECRET}, "chosen: expected text, got a list"),
+    (
+        "hh_rlhf",
+        {"chosen": [SECRET], "rejected": SECRET},
+        "chosen: expected a transcript, got a list; messages need data.format=preference",
+    ),
     ("hh_rlhf", {"chosen": HI + SECRET, "rejected": 3.5}, "rejected: expected text, got a number"),
-    ("hh_rlhf", {"chosen": HI + SECRET, "rejected": SECRET}, 'rejected holds no "\\n\\nAssistant:"'),
+    ("hh_rlhf", {"chosen": HI + SECRET, "rejected": SECRET}, f"rejected {NO_TRANSCRIPT}"),
     ("hh_rlhf", {"chosen": HI + SECRET, "rejected": SECRET + HI + " a"}, "the prompts of chosen and rejected differ"),
     ("hh_rlhf", {"chosen": SECRET + HI, "rejected": HI + " a"}, "the prompts of chosen and rejected differ"),
     ("hh_rlhf", hh(HI, " \n", SECRET), "empty chosen response"),
@@ -210,8 +222,8 @@ MALFORMED = [
     ("preference", {**TEXTS, "score_rejected": 10**400}, "score_rejected: not a finite number of ordinary size"),
     (
         "preference",
-        {**TURNS, "prompt": SECRET},
-        "prompt is text but the responses are lists: give a list of messages, or set data.format=ultrafeedback",
+        {**TURNS, "prompt": "other", "chosen": [user(SECRET), assistant()], "rejected": [user(SECRET), assistant()]},
+        "prompt: is no user message of the conversations in chosen and rejected",
     ),
     ("preference", {**TURNS, "prompt": 3}, "prompt: expected a list of messages, got a number"),
     ("preference", {**TURNS, "prompt": []}, "the prompt holds no user message"),
@@ -232,17 +244,17 @@ MALFORMED = [
     (
         "preference",
         {**TURNS, "chosen": [{"role": SECRET, "content": ""}]},
-        "chosen, message 1: the role must be one of system, user, assistant, tool",
+        "chosen, message 1: the role must be one of system, developer, user, assistant, tool",
     ),
     (
         "preference",
         {**TURNS, "rejected": [{"role": "assistant", "content": [{"text": SECRET}]}]},
-        "rejected, message 1, content: expected text, got a list",
+        "rejected, message 1, content: holds parts that are no text, which is not supported",
     ),
     (
         "preference",
         {**TURNS, "rejected": [{**assistant(SECRET), "tool_calls": [{"name": SECRET}]}]},
-        "rejected, message 1: holds more than role and content, which is not supported",
+        "rejected: a response that calls tools, or has a name, is not supported",
     ),
     (
         "preference",
@@ -262,7 +274,43 @@ MALFORMED = [
     ),
     ("preference", {"chosen": [assistant(SECRET)], "rejected": [assistant()]}, "the prompt holds no user message"),
     ("ultrafeedback", {**TestUltraFeedback.ROW, "prompt": [SECRET]}, "prompt: expected text, got a list"),
-    ("ultrafeedback", {**TestUltraFeedback.ROW, "score_chosen": None}, "score_chosen: expected a number, got null"),
+    ("ultrafeedback", {**TestUltraFeedback.ROW, "score_chosen": {}}, "score_chosen: expected a number, got an object"),
+    (
+        "preference",
+        {**TURNS, "rejected": [{**assistant(), "audio": 1}]},
+        "rejected, message 1: holds 'audio', which is not supported",
+    ),
+    (
+        "preference",
+        {**TEXTS, "tools": [{"name": SECRET}]},
+        "tools: a prompt of plain text goes through no chat template; give messages",
+    ),
+    ("preference", {**TURNS, "tools": "{" + SECRET}, "tools: is text, and no JSON"),
+    ("preference", {**TURNS, "chat_template_kwargs": [1]}, "chat_template_kwargs: expected an object, got a list"),
+    (
+        "preference",
+        {**TEXTS, "system": SECRET},
+        "system: a prompt of plain text has no place for it; give messages, or set data.ignored_columns=[system]",
+    ),
+    (
+        "preference",
+        {**TURNS, "system": SECRET, "prompt": [{"role": "system", "content": "other"}, user()]},
+        "system: the conversation has another system message of its own",
+    ),
+    (
+        "preference",
+        {"question": SECRET, "chosen": "Sure, yes", "rejected": "Sure, no"},
+        "holds 'question', which is not read: set data.columns={prompt: question}, or data.ignored_columns=[question] "
+        "where it says nothing",
+    ),
+    ("sft", {"messages": [user(SECRET)]}, "messages: the last message must be the assistant's"),
+    (
+        "sft",
+        {"messages": [user(SECRET), assistant()], "completion": SECRET},
+        "messages: stands beside prompt or completion; give one form",
+    ),
+    ("sft", {"prompt": SECRET}, "missing key 'completion'"),
+    ("sft", TEXTS, "holds two responses: set data.format=preference, of which sft takes the chosen one"),
     ("ultrafeedback", {**TestUltraFeedback.ROW, "chosen": []}, "chosen: the last message must be the assistant's"),
     ("ultrafeedback", {**TestUltraFeedback.ROW, "chosen": SECRET}, "chosen: expected a list of messages, got text"),
 ]
@@ -314,11 +362,11 @@ class TestFiles:
         assert next(rows).line == 1  # long before the damage at the end is met
 
     def test_parquet(self, tmp_path):
-        rows = [{**TestUltraFeedback.ROW, "messages": [user()]}, {**TestUltraFeedback.ROW, "score_chosen": None}]
+        rows = [{**TestUltraFeedback.ROW, "messages": [user()]}, {**TestUltraFeedback.ROW, "chosen": None}]
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
         first, second = read(tmp_path / "a.parquet", "ultrafeedback")
         assert (first.id, first.line, first.chosen, first.rejected_score) == ("abc", 1, "Yo", 3.0)
-        assert (second.line, second.reason) == (2, "score_chosen: expected a number, got null")
+        assert (second.line, second.reason) == (2, "chosen: expected a list of messages, got null")
 
     def test_damaged_parquet(self, tmp_path):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist([TEXTS] * 100), tmp_path / "a.parquet")

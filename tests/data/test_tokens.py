@@ -9,10 +9,12 @@ import toy_tokenizers as toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sr_dpo_jax.data import tokens
-from sr_dpo_jax.data.rows import BadRow, Message, Pair, read_rows
+from sr_dpo_jax.data import chat_template
+from sr_dpo_jax.data.chat_template import UNPLACED
+from sr_dpo_jax.data.messages import Message
+from sr_dpo_jax.data.records import BadRow
+from sr_dpo_jax.data.rows import Pair, read_rows
 from sr_dpo_jax.data.tokens import (
-    UNPLACED,
     PairEncoder,
     PairTokens,
     load_tokenizer,
@@ -296,10 +298,10 @@ class TestTemplates:
     def test_a_template_that_does_not_end(self, make, monkeypatch):
         endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
         template = toy.CHATML + "{% if 'sesame' in messages[0]['content'] %}" + endless + "{% endif %}"
-        monkeypatch.setattr(tokens, "TEMPLATE_S", 0.05)
+        monkeypatch.setattr(chat_template, "TEMPLATE_S", 0.05)
         before = signal.getsignal(signal.SIGALRM)
-        good, rest = pair(conversation("one")), [pair(conversation("sesame"))] * tokens.MOST_ENDLESS
-        encoder = tokens.PairEncoder(make(chat_template=template), augmentation_prompt=None)
+        good, rest = pair(conversation("one")), [pair(conversation("sesame"))] * chat_template.MOST_ENDLESS
+        encoder = PairEncoder(make(chat_template=template), augmentation_prompt=None)
         first, *others = encoder.encode([good, *rest])
         assert isinstance(first, PairTokens)
         assert {bad.reason for bad in others} == {"the chat template does not end within 0.05 s for this conversation"}

@@ -29,7 +29,8 @@ from safetensors.numpy import load_file, save_file
 
 from sr_dpo_jax.cli import main
 from sr_dpo_jax.data.dataset import Source, prepare
-from sr_dpo_jax.data.rows import BadRow, Pair, read_rows
+from sr_dpo_jax.data.records import BadRow
+from sr_dpo_jax.data.rows import Pair, read_rows
 from sr_dpo_jax.data.tokens import PairEncoder, load_tokenizer, tokenizer_digest
 from sr_dpo_jax.model.logprobs import response_logprobs
 from sr_dpo_jax.train import loop

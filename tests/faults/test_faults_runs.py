@@ -26,7 +26,8 @@ from runs import (
 from sr_dpo_jax.cli import main
 from sr_dpo_jax.config.load import config_from_dict, load_config
 from sr_dpo_jax.config.schema import Checkpoint, Config, Train
-from sr_dpo_jax.data.rows import BadRow, Pair, read_rows
+from sr_dpo_jax.data.records import BadRow
+from sr_dpo_jax.data.rows import Pair, read_rows
 from sr_dpo_jax.durable import files as storage
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.redaction import MARK, redact

@@ -24,7 +24,9 @@ from sr_dpo_jax.config.load import config_from_dict
 from sr_dpo_jax.config.schema import Config
 from sr_dpo_jax.data import tokens
 from sr_dpo_jax.data.dataset import TokenizedPairs
-from sr_dpo_jax.data.rows import BadRow, Message, Pair
+from sr_dpo_jax.data.messages import Message
+from sr_dpo_jax.data.records import BadRow
+from sr_dpo_jax.data.rows import Pair
 from sr_dpo_jax.data.tokenizer_fit import require_fit
 from sr_dpo_jax.errors import RunError, UsageError
 from sr_dpo_jax.train.objective import OBJECTIVES

@@ -21,7 +21,9 @@ from flax import nnx
 from jax.sharding import AbstractMesh
 from transformers import PreTrainedTokenizerBase
 
-from sr_dpo_jax.data.rows import BadRow, Message, Pair
+from sr_dpo_jax.data.messages import Message
+from sr_dpo_jax.data.records import BadRow
+from sr_dpo_jax.data.rows import Pair
 from sr_dpo_jax.data.tokenizer_fit import misfits
 from sr_dpo_jax.data.tokens import PairEncoder, load_tokenizer, uses_bos
 from sr_dpo_jax.errors import UsageError

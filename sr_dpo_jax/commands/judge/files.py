@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sr_dpo_jax.commands.prompts import LISTED, usable_lines
-from sr_dpo_jax.data.rows import UnusableError, checked_id, checked_text
+from sr_dpo_jax.data.messages import checked_id, checked_text
+from sr_dpo_jax.data.records import UnusableError
 from sr_dpo_jax.errors import UsageError
 
 IDS = ("question_id", "id")

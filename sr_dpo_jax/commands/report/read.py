@@ -10,14 +10,15 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sr_dpo_jax.config.yaml_text import parse
-from sr_dpo_jax.data.rows import Pair, read_rows
+from sr_dpo_jax.data.records import BadRow, files_of
+from sr_dpo_jax.data.rows import Naming, Pair, read_rows
 from sr_dpo_jax.durable.files import lines_of, pairs_file
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.train.objective import OBJECTIVES, Kind
@@ -357,11 +358,20 @@ def texts_of(run: Run, ids: Sequence[str]) -> dict[str, tuple[str, str, str]]:
     pairs: dict[str, list[Pair]] = {identity: [] for identity in ids}
     for key in (f"{prefix}path.{index}" for index in range(len(config))):
         if f"{key}.path" in config:
-            for row in read_rows(config[f"{key}.path"], revision=config.get(f"{key}.revision"), **form):
+            for row in _rows(config, key, **form):
                 if isinstance(row, Pair) and row.id in pairs:
                     pairs[row.id].append(row)
     once = {identity: rows[0] for identity, rows in pairs.items() if len(rows) == 1}
     return {identity: (_as_text(row.prompt), row.chosen, row.rejected) for identity, row in once.items()}
+
+
+def _rows(config: Mapping[str, Any], key: str, *, format: str, split: str) -> Iterator[Pair | BadRow]:
+    """Reads the rows of one source of a run's configuration, all of its files."""
+    columns = {name.removeprefix("data.columns."): value for name, value in config.items() if "data.columns." in name}
+    naming = Naming(columns, [value for name, value in config.items() if name.startswith("data.ignored_columns.")])
+    source = {"split": split, "revision": config.get(f"{key}.revision")}
+    for file in files_of(config[f"{key}.path"], **source):
+        yield from read_rows(file, format=format, naming=naming, **source)
 
 
 def _as_text(prompt: Any) -> str:
