@@ -6,6 +6,7 @@ import gc
 import importlib
 import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -24,6 +25,7 @@ from sr_dpo_jax.errors import RunError, UsageError
 from sr_dpo_jax.redaction import Formatter, redact
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
+OVERRIDE = re.compile(r"[a-z_]+(\.\w+)+=.*", re.DOTALL)
 OTHERS_END_S = 2.0
 """Time that a process of several which fails leaves to the others, see `_end`."""
 BEST = "the best checkpoint, by checkpoint.best_metric, in place of the latest"
@@ -31,7 +33,7 @@ BEST = "the best checkpoint, by checkpoint.best_metric, in place of the latest"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
-    options = parser().parse_args(arguments)
+    options = _options(arguments)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Formatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
@@ -49,6 +51,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gc.collect()
     print(last, file=sys.stderr)
     return _end(code)
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line; overrides `section.key=value` may stand behind options too, where argparse sees none."""
+    made = parser()
+    options, rest = made.parse_known_args(arguments)
+    if rest:
+        key = next((name for name in ("overrides", "named") if hasattr(options, name)), None)
+        if key is None or not all(OVERRIDE.fullmatch(word) for word in rest):
+            made.error(f"unrecognized arguments: {' '.join(rest)}")
+        setattr(options, key, [*getattr(options, key), *rest])
+    return options
 
 
 def _fail(_kind: type[BaseException], error: BaseException, _trace: TracebackType | None) -> None:

@@ -6,7 +6,8 @@ from argparse import _SubParsersAction
 
 import pytest
 
-from sr_dpo_jax.cli import DONE, FUNCTIONS, parser
+from sr_dpo_jax import cli
+from sr_dpo_jax.cli import DONE, FUNCTIONS, main, parser
 
 (ACTION,) = (action for action in parser()._actions if isinstance(action, _SubParsersAction))
 LATE = [name for name, function in FUNCTIONS.items() if isinstance(function, str)]
@@ -29,3 +30,26 @@ def test_a_command_names_a_function_that_takes_its_options(name):
         options -= {"overrides"}  # they are in the configuration
     signature = inspect.signature(getattr(importlib.import_module(f"sr_dpo_jax.{module}"), function))
     signature.bind(**dict.fromkeys(options))
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["generate", "c.yaml", "model.path=x", "--output", "o", "--prompts", "p", "seed=3"], None),
+        (["generate", "c.yaml", "--output", "o", "--prompts", "p", "model.path=x"], ["model.path=x"]),
+        (["eval", "c.yaml", "seed.a=1", "--best", "model.path=x y"], ["seed.a=1", "model.path=x y"]),
+        (["train", "c.yaml", "--allow-change", "seed", "data.path=[a, b]"], ["data.path=[a, b]"]),
+        (["compare", "c.yaml", "dpo", "--seeds", "2", "train.epochs=1"], ["dpo", "train.epochs=1"]),
+        (["train", "c.yaml", "--best", "model.path=x"], None),
+        (["inspect", "model", "--digest", "model.path=x"], None),
+    ],
+)
+def test_overrides_stand_behind_options_too(words, found):
+    """argparse takes what follows an option for no part of the list before it; what is no override is refused."""
+    if found is None:
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == 2
+        return
+    options = cli._options(words)
+    assert getattr(options, "named" if words[0] == "compare" else "overrides") == found

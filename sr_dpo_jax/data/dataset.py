@@ -26,6 +26,7 @@ import safetensors.numpy
 from transformers import PreTrainedTokenizerBase
 
 from sr_dpo_jax.data.chat_template import UNPLACED, UnplacedError
+from sr_dpo_jax.data.model_ends import end_tokens
 from sr_dpo_jax.data.records import BadRow, content_digest, files_of
 from sr_dpo_jax.data.rows import OUR_NAMES, Naming, Pair, read_rows
 from sr_dpo_jax.data.tokens import PairEncoder, PairTokens, tokenizer_digest, truncate
@@ -176,7 +177,8 @@ def prepare(
     limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "prompt_truncation": prompt_truncation}
     settings = {"format": format, "split": split, "augmentation_prompt": augmentation_prompt, **limits}
     renamed = [sorted(naming.columns.items()), list(naming.ignored)]
-    key = files.json_digest([CODE_VERSION, contents, tokenizer_digest(tokenizer), settings, renamed])
+    ends = end_tokens(tokenizer, Path(tokenizer.name_or_path))
+    key = files.json_digest([CODE_VERSION, contents, tokenizer_digest(tokenizer), ends, settings, renamed])
     cache_dir = Path(cache_dir)
     cached = cache_dir / f"tokens-{key}.safetensors"
     content = _load(cached)

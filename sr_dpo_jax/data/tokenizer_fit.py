@@ -1,13 +1,12 @@
 """Checks that a tokenizer and its ids belong to the model: a wrong tokenizer trains without any error."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from sr_dpo_jax.data.dataset import TokenizedPairs
+from sr_dpo_jax.data.model_ends import as_list, model_files
 from sr_dpo_jax.data.tokens import uses_bos
 from sr_dpo_jax.errors import UsageError
 
@@ -33,7 +32,7 @@ def misfits(tokenizer: PreTrainedTokenizerBase, directory: Path, *, vocabulary_t
     Raises:
       UsageError: a file cannot be read.
     """
-    config, generation = _model_files(directory)
+    config, generation = model_files(directory)
     problems = []
     spare = set(tokenizer.added_tokens_decoder) - {tokenizer.eos_token_id, tokenizer.bos_token_id}
     largest = max(set(tokenizer.get_vocab().values()) - spare)
@@ -42,7 +41,7 @@ def misfits(tokenizer: PreTrainedTokenizerBase, directory: Path, *, vocabulary_t
             f"it has token id {largest}, but config.json says vocab_size={vocabulary_tokens}; use the tokenizer that "
             "belongs to the model"
         )
-    known = _as_list(config.get("eos_token_id")) + _as_list(generation.get("eos_token_id"))
+    known = as_list(config.get("eos_token_id")) + as_list(generation.get("eos_token_id"))
     if known and tokenizer.eos_token_id not in known:
         problems.append(
             f"its EOS token {tokenizer.eos_token!r} has id {tokenizer.eos_token_id}, but config.json and "
@@ -77,34 +76,3 @@ def require_embedded(pairs: TokenizedPairs, *, vocabulary_tokens: int) -> None:
             f"{pairs.place(pair)}: holds the added token of id {pairs.tokens[beyond[0]]}, but the model has no more "
             f"than {vocabulary_tokens} ids; remove it from the row or from the chat template"
         )
-
-
-def end_tokens(tokenizer: PreTrainedTokenizerBase, directory: Path) -> tuple[int, ...]:
-    """Lists the ids that end a response: the tokenizer's EOS token and those that the model's files name."""
-    config, generation = _model_files(directory)
-    named = _as_list(generation.get("eos_token_id")) or _as_list(config.get("eos_token_id"))
-    return tuple(sorted({tokenizer.eos_token_id, *named}))
-
-
-def _model_files(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads config.json and generation_config.json themselves.
-
-    A trap: transformers fills missing fields with defaults, which the model's authors never stated.
-    """
-    return _fields(directory / "config.json"), _fields(directory / "generation_config.json")
-
-
-def _fields(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UsageError(f"{path}: not valid JSON ({error}); restore the file") from error
-    if not isinstance(fields, dict):
-        raise UsageError(f"{path}: holds {type(fields).__name__}, not an object; restore the file")
-    return fields
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]

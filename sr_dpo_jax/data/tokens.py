@@ -6,7 +6,8 @@
     head       the start of the prompt before the user's words: the BOS token where the tokenizer uses one, and for
                conversations the text that the chat template writes before the content of the first user message
     rest       the remainder of the prompt; for conversations it ends with the generation prompt
-    response   the ids of its text, then exactly one EOS
+    response   the ids of its text, then exactly one end: that of the template's turns where it is an end token of the
+               model (`model_ends.py`), and else the EOS token
 
 Prompt and responses are tokenised apart as well. A trap: in the ids of prompt + response a token may span the seam, so
 cutting them at the length of the prompt's ids can lose the response's first letters.
@@ -17,12 +18,14 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sr_dpo_jax.data.chat_template import ChatTemplate, Texts, UnplacedError
 from sr_dpo_jax.data.messages import Message
 from sr_dpo_jax.data.mid_text import MidText, text_ids
+from sr_dpo_jax.data.model_ends import end_tokens
 from sr_dpo_jax.data.records import BadRow, UnusableError
 from sr_dpo_jax.data.rows import Pair
 from sr_dpo_jax.errors import UsageError
@@ -30,7 +33,7 @@ from sr_dpo_jax.errors import UsageError
 
 @dataclass(frozen=True)
 class PairTokens:
-    """The ids of one pair before truncation. The prompt is head + rest; each response ends with its one EOS."""
+    """The ids of one pair before truncation. The prompt is head + rest; each response ends with its one end token."""
 
     head: tuple[int, ...]
     augmentation: tuple[int, ...]
@@ -141,6 +144,7 @@ class PairEncoder:
         self._tokenizer, self._augmentation_prompt = tokenizer, augmentation_prompt
         self._mid_text = MidText(tokenizer)
         self._bos = [tokenizer.bos_token_id] if uses_bos(tokenizer) else []
+        self._ends = frozenset(end_tokens(tokenizer, Path(tokenizer.name_or_path)))
         self._template: ChatTemplate | None = None
         self._heads: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
 
@@ -224,14 +228,15 @@ class PairEncoder:
         return self._heads[text]
 
     def _ended(self, ids: list[int], side: str) -> list[int]:
+        """Gives a response one end. A trap: a second one after the template's own is a pair of tokens that the model
+        never saw, in every log-prob."""
         eos = self._tokenizer.eos_token_id
-        if ids and ids[-1] == eos:
-            ids = ids[:-1]
+        ids, end = (ids[:-1], ids[-1]) if ids and ids[-1] in self._ends else (ids, eos)
         if eos in ids:
             raise UnusableError(f"the {side} response holds the end-of-sequence token before its end")
         if not ids:
             raise UnusableError(f"the {side} response has no tokens")
-        return [*ids, eos]
+        return [*ids, end]
 
 
 def _last(ids: Sequence[int]) -> int | None:

@@ -10,7 +10,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -283,8 +283,8 @@ class StepLog:
             numbers["mfu"] = float(work.flops[host_step.pair].sum()) / elapsed / work.peak_flops
         if is_due(step, self.every_steps, last=self.total_steps):
             self.writer.write({"step": step, **numbers})
-        accuracy = f"accuracy {numbers['rewards/accuracies']:.2f}  " if "rewards/accuracies" in numbers else ""
-        self.progress.update(step, f"loss {numbers['loss']:.4f}  {accuracy}{numbers['pairs_per_second']:.1f} pairs/s")
+        speed = f"{numbers['pairs_per_second']:.3g} pairs/s"
+        self.progress.update(step, f"loss {numbers['loss']:.4f}  {_accuracy(numbers)}{speed}")
         self._count_skipped(step, host_step, numbers)
         self._warn_of_divergence(step, numbers["loss"])
 
@@ -316,3 +316,11 @@ class StepLog:
                 f"{self.writer.skipped_file} names their pairs. Nothing was saved since. Look at these pairs, lower "
                 "optimizer.learning_rate, or set model.dtype=float32"
             )
+
+
+def _accuracy(numbers: Mapping[str, float]) -> str:
+    """Shows the share of pairs with a margin above 0, which says nothing at the start: all margins are 0 there."""
+    if "rewards/accuracies" not in numbers:
+        return ""
+    untrained = numbers["rewards/accuracies"] == 0 and numbers["margin"] == 0
+    return "all margins 0  " if untrained else f"accuracy {numbers['rewards/accuracies']:.2f}  "

@@ -21,11 +21,12 @@ from transformers import PreTrainedTokenizerBase
 from sr_dpo_jax.config.schema import Config, Source
 from sr_dpo_jax.data import dataset
 from sr_dpo_jax.data.dataset import TokenizedPairs
+from sr_dpo_jax.data.model_ends import end_tokens
 from sr_dpo_jax.data.pipeline import Packing
 from sr_dpo_jax.data.plan import Limits, Plan
 from sr_dpo_jax.data.read import read_pairs
 from sr_dpo_jax.data.rows import Naming
-from sr_dpo_jax.data.tokenizer_fit import end_tokens, require_fit
+from sr_dpo_jax.data.tokenizer_fit import require_fit
 from sr_dpo_jax.data.tokens import load_tokenizer, tokenizer_digest
 from sr_dpo_jax.durable.checkpoint import PARAMS, Checkpoints
 from sr_dpo_jax.durable.files import json_digest

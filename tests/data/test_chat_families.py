@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 
 import pytest
 import toy_tokenizers as toy
@@ -286,3 +287,21 @@ def test_score_and_train_on_conversations(tmp_path, name):
     if name == "qwen25":  # from the ids on, families are no longer told apart
         assert train(config) == 0
         assert metrics_of(config.output_dir)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+def test_a_turn_that_ends_as_the_model_ends_has_no_other_end(tokenizer_of, tmp_path, name):
+    """generation_config.json names the end of a turn; EOS behind it is a pair of tokens that the model never saw."""
+    plain = tokenizer_of(name)
+    end, eos = plain.convert_tokens_to_ids("<end>"), plain.eos_token_id
+    assert end != eos and encode(plain, conversation("Hi")).chosen[-2:] == [end, eos]
+    shutil.copytree(plain.name_or_path, tmp_path / name)
+    (tmp_path / name / "generation_config.json").write_text(json.dumps({"eos_token_id": [eos, end]}))
+    tokenizer = load_tokenizer(str(tmp_path / name))
+    for prompt in prompts(name):
+        tokens = encode(tokenizer, prompt)
+        for ids, response in ((tokens.chosen, "A yes."), (tokens.rejected, "No, no.")):
+            assert [*tokens.prompt, *ids] == whole_ids(plain, prompt, response)[:-1]
+            assert ids[-1] == end and eos not in ids
+    text = encode(tokenizer, "Is it?", chosen=" yes", rejected=" no")
+    assert text.chosen[-1] == eos, "text that goes through no template ends with EOS"

@@ -10,7 +10,7 @@ import pytest
 from sr_dpo_jax.data.pipeline import HostStep
 from sr_dpo_jax.data.plan import Plan, Shape
 from sr_dpo_jax.errors import RunError
-from sr_dpo_jax.train.metrics import MetricsWriter, Progress, StepLog
+from sr_dpo_jax.train.metrics import MetricsWriter, Progress, StepLog, _accuracy
 from sr_dpo_jax.train.program import Work
 
 PLAN = Plan(Shape(2, 1, 20, 8), 4, np.array([[0, 1]] * 8), np.zeros((8, 2), int))
@@ -143,3 +143,11 @@ def test_another_process_writes_nothing(tmp_path):
     writer.write_skipped(1, ["a"], {"loss": math.nan})
     writer.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_start_shows_no_accuracy_of_nothing():
+    """Before the first update all margins are 0, and none is above 0."""
+    numbers = {"rewards/accuracies": 0.0, "margin": 0.0}
+    assert _accuracy(numbers) == "all margins 0  " and _accuracy({}) == ""
+    assert _accuracy({**numbers, "margin": -0.5}) == "accuracy 0.00  "
+    assert _accuracy({"rewards/accuracies": 0.75, "margin": 0.0}) == "accuracy 0.75  "

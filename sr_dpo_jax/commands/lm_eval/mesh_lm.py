@@ -20,7 +20,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedTokenizerBase
 
 from sr_dpo_jax.commands.lm_eval.continuations import ContinuationScorer, Request
-from sr_dpo_jax.data.tokenizer_fit import end_tokens
+from sr_dpo_jax.data.model_ends import end_tokens
 from sr_dpo_jax.durable.files import json_digest
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.generation.decode import Sampling
