@@ -30,6 +30,7 @@ from sr_dpo_jax.data.model_ends import end_tokens
 from sr_dpo_jax.data.records import BadRow, content_digest, files_of
 from sr_dpo_jax.data.rows import OUR_NAMES, Naming, Pair, read_rows
 from sr_dpo_jax.data.tokens import PairEncoder, PairTokens, tokenizer_digest, truncate
+from sr_dpo_jax.data.turns import fitted
 from sr_dpo_jax.durable import files
 from sr_dpo_jax.errors import UsageError
 
@@ -68,6 +69,8 @@ class Report:
     """Pairs whose prompt, chosen and rejected ids equal those of an earlier pair."""
     text_prompts: int = 0
     """Pairs whose prompt is text and no conversation."""
+    dropped_turns: int = 0
+    """Messages that were left out of conversations which were too long."""
 
 
 COUNTED = ("truncated_prompts", "truncated_responses", "identical_pairs", "duplicate_pairs")
@@ -172,7 +175,11 @@ def prepare(
       UsageError: a source cannot be read or has no rows, more than `max_bad_rows` rows are unusable (every one is
         named), no pair is usable, or `cache_dir` cannot be written. It is an UnplacedError where p is at fault.
     """
-    sources = [part for source in sources for part in _parts(source, split)]
+    sources = [  # the files of a pattern or directory are sources of the same weight, so that rows have their file
+        dataclasses.replace(source, path=path)
+        for source in sources
+        for path in files_of(source.path, split=split, revision=source.revision)
+    ]
     contents = [content_digest(source.path, split=split, revision=source.revision) for source in sources]
     limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "prompt_truncation": prompt_truncation}
     settings = {"format": format, "split": split, "augmentation_prompt": augmentation_prompt, **limits}
@@ -191,12 +198,6 @@ def prepare(
     pairs = _assemble(content, sources, files.json_digest(contents))
     _refuse(pairs.report, max_bad_rows, cache_dir / f"bad_rows-{key[:16]}.jsonl")
     return pairs
-
-
-def _parts(source: Source, split: str) -> list[Source]:
-    """Gives the files of a glob pattern or directory as sources of the same weight, so that rows have their file."""
-    paths = files_of(source.path, split=split, revision=source.revision)
-    return [dataclasses.replace(source, path=path) for path in paths]
 
 
 def first(pairs: TokenizedPairs, count: int) -> TokenizedPairs:
@@ -274,7 +275,7 @@ class _Collector:
         }
         if len(heads) > 1 and augmentation:
             arrays["head_tokens"] = np.frombuffer(self.head_tokens, np.int32)
-        counts = {name: int(self.counts[name]) for name in (*COUNTED, "text_prompts")}
+        counts = {name: int(self.counts[name]) for name in (*COUNTED, "text_prompts", "dropped_turns")}
         counts |= {"rows": rows, "pairs": len(ends)}
         return arrays, json.dumps({**counts, "bad_rows": self.bad_rows})
 
@@ -298,6 +299,9 @@ def _tokenize(
             encoded = iter(encoder.encode([row for row in batch if isinstance(row, Pair)]))
             for row in batch:
                 result = row if isinstance(row, BadRow) else next(encoded)
+                if isinstance(result, PairTokens):
+                    result, dropped = fitted(encoder, row, result, **limits)
+                    collector.counts["dropped_turns"] += dropped
                 if isinstance(result, BadRow):
                     collector.bad_rows.append((index, result.line, result.reason))
                 else:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sr_dpo_jax.data import dataset
 from sr_dpo_jax.data.chat_template import UNPLACED, UnplacedError
-from sr_dpo_jax.data.dataset import Source, TokenizedPairs
+from sr_dpo_jax.data.dataset import Report, Source, TokenizedPairs
 from sr_dpo_jax.data.tokenizer_fit import require_embedded
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.model.architecture import Architecture, require_exact_positions
@@ -49,18 +49,7 @@ def read_pairs(
         pairs = _with_p_if_it_stands(prepare, augmentation_prompt)
     if against is not None:
         pairs = _with_second(pairs, prepare(augmentation_prompt=against))
-    report = pairs.report
-    log.info(
-        f"{', '.join(source.path for source in sources)}: {report.pairs} pairs of {report.rows} rows; skipped "
-        f"{len(report.bad_rows)} bad; truncated {report.truncated_prompts} prompts and {report.truncated_responses} "
-        f"responses; {report.identical_pairs} pairs of two equal responses, {report.duplicate_pairs} that came before"
-    )
-    if report.text_prompts and tokenizer.chat_template is not None:
-        log.info(
-            "%d prompts are plain text, to which the chat template of model.path is not applied; give prompts as "
-            "messages where it should be",
-            report.text_prompts,
-        )
+    _log_outcome(pairs.report, sources, tokenizer)
     if first_pairs is not None:
         pairs = dataset.first(pairs, first_pairs)
     try:
@@ -79,6 +68,23 @@ def read_pairs(
             max(len(pairs.augmentation), len(pairs.against)),
         )
     return pairs
+
+
+def _log_outcome(report: Report, sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Logs what became of the rows."""
+    log.info(
+        f"{', '.join(source.path for source in sources)}: {report.pairs} pairs of {report.rows} rows; skipped "
+        f"{len(report.bad_rows)} bad; truncated {report.truncated_prompts} prompts and {report.truncated_responses} "
+        f"responses; {report.identical_pairs} pairs of two equal responses, {report.duplicate_pairs} that came before"
+    )
+    if report.dropped_turns:
+        log.info("%d messages were left out of conversations that were too long", report.dropped_turns)
+    if report.text_prompts and tokenizer.chat_template is not None:
+        log.info(
+            "%d prompts are plain text, to which the chat template of model.path is not applied; give prompts as "
+            "messages where it should be",
+            report.text_prompts,
+        )
 
 
 def heads_of(pairs: TokenizedPairs) -> int:
