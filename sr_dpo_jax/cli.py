@@ -338,6 +338,7 @@ def _add_benchmarks(command: Command) -> None:
     lm_eval.add_argument("--include-path", type=Path, metavar="DIR", help="task files of your own; may hold code")
     lm_eval.add_argument("--num-fewshot", type=int, metavar="N", help="default: what each task says")
     lm_eval.add_argument("--limit", type=int, metavar="N", help="first N examples of each task, for a trial")
+    lm_eval.add_argument("--apply-chat-template", action="store_true", help="asks questions through the chat template")
     lm_eval.add_argument("--output", type=Path, metavar="FILE.json")
     lm_eval.add_argument("--best", action="store_true", help=f"of a run, {BEST}")
 

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from runs import BOS_FAMILIES, FAMILIES, REPOSITORY, make_config, make_pairs, model_directory, preference_file
 from torch_models import random_weights
+from toy_tokenizers import CHATML
 
 from sr_dpo_jax.cli import main
 from sr_dpo_jax.errors import UsageError
@@ -66,14 +67,14 @@ def tasks(tmp_path_factory):
 TASKS = ("toy_choice", "toy_rolling", "toy_write")
 
 
-def run_harness(lm, tasks):
+def run_harness(lm, tasks, **options):
     """Results and, by task, what the model said to every request."""
     from lm_eval.evaluator import evaluate
 
     from sr_dpo_jax.commands.lm_eval.command import load_tasks
 
     loaded = load_tasks(dict.fromkeys(TASKS), tasks)
-    found = evaluate(lm=lm, task_dict=loaded, bootstrap_iters=0, log_samples=True)
+    found = evaluate(lm=lm, task_dict=loaded, bootstrap_iters=0, log_samples=True, **options)
     said = {}
     for name, samples in found["samples"].items():
         samples = sorted(samples, key=lambda sample: sample["doc_id"])
@@ -142,6 +143,27 @@ def test_every_request_is_answered_as_by_the_hf_model(tmp_path, tasks, family):
     compare(run_harness(ours, tasks), run_harness(theirs, tasks))
     ((_, step), *more) = ours._scorer._compiled
     assert step._cache_size() == 1 and len(more) <= 1  # one shape a kind of request
+
+
+def test_the_chat_template_is_applied_as_by_the_hf_model(tmp_path, tasks, capsys):
+    import torch
+
+    directory = model_directory(tmp_path / "model", max_position_embeddings=4 * CONTEXT_TOKENS)
+    random_weights(torch, directory)
+    command = ["lm-eval", str(directory), *FLOAT32, "--tasks", "toy_choice", "--include-path", str(tasks)]
+    assert main([*command, "--apply-chat-template"]) == 2
+    assert "has no chat template" in capsys.readouterr().err
+    (directory / "chat_template.jinja").write_text(CHATML, encoding="utf-8")
+    ours, theirs = (run_harness(model(directory), tasks, apply_chat_template=True) for model in (our_model, hf_model))
+    compare(ours, theirs)
+    assert all("<|im_start|>" in arguments[0][0] for arguments, _ in ours[1]["toy_choice"])
+    output = tmp_path / "out.json"
+    assert main([*command, "--apply-chat-template", "--output", str(output)]) == 0
+    result = json.loads(output.read_text(encoding="utf-8"))
+    assert result["apply_chat_template"] is True
+    for metric, value in theirs[0]["toy_choice"].items():
+        if "," in metric and "stderr" not in metric:
+            assert result["results"]["toy_choice"][metric] == pytest.approx(value, rel=1e-4), metric
 
 
 def test_greedy_continuations_are_flagged_as_by_the_hf_model(tmp_path):

@@ -62,6 +62,7 @@ def lm_eval_command(
     limit: int | None,
     output: Path | None,
     best: bool = False,
+    apply_chat_template: bool = False,
 ) -> None:
     """Runs tasks, prints their metrics and writes them to `output`.
 
@@ -71,9 +72,10 @@ def lm_eval_command(
       tasks: names of tasks of the harness or of `include_path`; None takes those of the paper.
       num_fewshot: examples before each question, except in tasks that fix the count to 0; None takes each task's own.
       limit: the number of first examples of each task; None takes all.
+      apply_chat_template: asks each question as a user of the chat template, with its examples before it.
 
     Raises:
-      UsageError: model, tasks or options cannot be used, or there is no best checkpoint.
+      UsageError: model, tasks or options cannot be used, or there is no best checkpoint or chat template.
     """
     is_run = (Path(model) / "config.yaml").is_file()
     if best and not is_run:
@@ -87,19 +89,23 @@ def lm_eval_command(
     )
     task_dict = load_tasks(fewshot, include_path)
     directory, tokenizer = read_model(config)
-    setup = set_up(config, directory, {"tasks": [fewshot, limit], "--best": best, **digests_of(tokenizer)})
+    if apply_chat_template and tokenizer.chat_template is None:
+        raise UsageError(f"--apply-chat-template: {config.model.path} has no chat template; leave it out")
+    asked = {"tasks": [fewshot, limit], "--best": best, "--apply-chat-template": apply_chat_template}
+    setup = set_up(config, directory, {**asked, **digests_of(tokenizer)})
     params, step = setup.latest_params(best=best)
     if step == 0 and is_run:
         raise UsageError(f"{model}: has no checkpoint; train first, or name a Hugging Face directory")
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # the harness would fork for its bootstrap, below jax's threads
     lm = MeshLM(setup, params, tokenizer)
-    answers = evaluate(lm, task_dict, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False)
+    options = {"limit": limit, "apply_chat_template": apply_chat_template}
+    answers = evaluate(lm, task_dict, bootstrap_iters=BOOTSTRAP, log_samples=False, **options)
     result = {
         "model": model,
         "step": step,
         "dtype": config.model.dtype,
         "revision": directory.revision,
-        "limit": limit,
+        **options,
         "lm_eval": lm_eval.__version__,
         **{name: answers[name] for name in ("results", "n-shot", "n-samples", "versions", "higher_is_better")},
         **({"paper": paper_table(answers["results"])} if tasks is None else {}),
