@@ -361,7 +361,8 @@ class Config(Section):
     output_dir: str
     """Holds everything that the run writes; running the same command again resumes from it."""
     cache_dir: str | None = None
-    """Tokenised data and reference scores, keyed by content; share it between runs. Null: `output_dir`/cache."""
+    """Tokenised data, reference scores and compiled programs, keyed by content; share it between runs. Null:
+    `output_dir`/cache."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     model: Model
     data: Data

@@ -3,7 +3,9 @@
 import hashlib
 import logging
 import os
+import platform
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -73,6 +75,26 @@ def start_distributed(
             f"distributed.processes={processes}, but jax.distributed sees {jax.process_count()}; set the number of "
             "processes that were started"
         )
+
+
+def keep_compiled(cache_dir: Path) -> None:
+    """Lets jax keep compiled programs under `cache_dir`, unless the user has set another place or none.
+
+    jax knows a program by its content, versions, flags and devices; of several processes the first alone writes, and
+    what cannot be read or written is a warning. CPUs that differ do not share: their programs hold other instructions.
+    """
+    if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
+        instructions = next((line for line in _cpu_lines() if line.startswith(("flags", "Features"))), "")
+        name = hashlib.blake2b(f"{platform.machine()} {instructions}".encode(), digest_size=4).hexdigest()
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir / f"compiled-{name}"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def _cpu_lines() -> list[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # another system than Linux
+        return []
 
 
 def _warn_of_others() -> None:

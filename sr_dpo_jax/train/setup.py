@@ -38,7 +38,7 @@ from sr_dpo_jax.model.architecture import Architecture
 from sr_dpo_jax.model.decoder import Params
 from sr_dpo_jax.model.kernels.check import wrong_kernel
 from sr_dpo_jax.parallel.mesh import make_mesh, row_shards
-from sr_dpo_jax.parallel.processes import largest, require_same, start_distributed
+from sr_dpo_jax.parallel.processes import keep_compiled, largest, require_same, start_distributed
 from sr_dpo_jax.train.identity import require_same_base, shared_facts
 from sr_dpo_jax.train.knowledge import settled_by
 from sr_dpo_jax.train.objective import OBJECTIVES, Objective, Refinement
@@ -326,6 +326,7 @@ def set_up(config: Config, directory: weights.ModelDirectory, read: Mapping[str,
       UsageError: the processes cannot be joined or differ in configuration, files or versions; or no mesh can be made.
     """
     start_distributed(**config.distributed.model_dump())
+    keep_compiled(config.cache_path)
     require_same({**shared_facts(config.model_dump(mode="json"), directory), **(read or {})})
     setup = set_up_on(make_mesh(**config.mesh.model_dump()), config, directory)
     model = setup.model

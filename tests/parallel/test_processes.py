@@ -1,5 +1,6 @@
 """How processes join a run, and what is said where the environment tells of others."""
 
+import json
 import os
 import socket
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from runs import REPOSITORY, model_directory, preference_file, raw_config, written
 
 from sr_dpo_jax.errors import RunError, UsageError
 from sr_dpo_jax.parallel import processes
@@ -238,3 +240,50 @@ def test_what_fails_on_one_process_stops_all(monkeypatch):
             ask(number, lambda: None)
     others = [0, 0]
     ask(0, lambda: None)
+
+
+def test_a_place_for_compiled_programs_that_the_user_has_set_stays(monkeypatch, tmp_path):
+    updates = {}
+    monkeypatch.setattr(jax.config, "update", updates.__setitem__)
+    processes.keep_compiled(tmp_path)  # the tests have a place of their own
+    assert updates == {}
+    with jax._src.config.compilation_cache_dir(None):
+        processes.keep_compiled(tmp_path)
+        assert str(updates["jax_compilation_cache_dir"]).startswith(str(tmp_path / "compiled-"))
+        updates.clear()
+        with jax._src.config.enable_compilation_cache(False):
+            processes.keep_compiled(tmp_path)
+    assert updates == {}
+
+
+COMPILES = """
+import collections, json, sys
+import jax
+from sr_dpo_jax.cli import main
+counts = collections.Counter()
+jax.monitoring.register_event_listener(lambda name, **_: counts.update([name.rpartition("/")[2]]))
+code = main(["train", sys.argv[1], f"output_dir={sys.argv[2]}"])
+print(json.dumps({"code": code, "hits": counts["cache_hits"]}))
+"""
+
+
+@pytest.mark.slow
+def test_the_second_start_compiles_no_program_of_the_first(tmp_path):
+    """Each in a process of its own, with the cache that a run has by default."""
+    raw = raw_config(tmp_path, model_directory(tmp_path / "model"), preference_file(tmp_path / "train.jsonl", 16))
+    path = written(tmp_path, raw)
+    unset = (
+        "JAX_COMPILATION_CACHE_DIR",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
+        "JAX_COMPILATION_CACHE_MAX_SIZE",
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    found = []
+    for start in ("first", "second"):
+        command = [sys.executable, "-c", COMPILES, path, str(tmp_path / start)]
+        done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+        said = json.loads(done.stdout.splitlines()[-1])
+        assert said["code"] == 0, done.stderr
+        found.append((said["hits"], {path.name for path in (tmp_path / "cache").glob("compiled-*/*-cache")}))
+    (no_hits, first), (hits, second) = found
+    assert no_hits == 0 and first and first == second and hits == len(first)

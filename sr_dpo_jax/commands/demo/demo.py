@@ -11,8 +11,6 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
-
 from sr_dpo_jax.commands import console
 from sr_dpo_jax.commands.demo.corpus import Knobs
 from sr_dpo_jax.commands.demo.page import write_page
@@ -61,7 +59,6 @@ def run_setting(output_dir: Path, setting: Setting, knobs: Knobs) -> int:
 def _run(layout: Layout, setting: Setting, knobs: Knobs, check: Callable[[], None]) -> int:
     output_dir = layout.root
     _begin(layout, setting, knobs)
-    _keep_compiled(output_dir / "cache" / "compiled")
     try:
         console.say("base model", "bold")
         make_base(layout, setting, knobs)
@@ -113,10 +110,3 @@ def _begin(layout: Layout, setting: Setting, knobs: Knobs) -> None:
         write_text(file, text)
     elif file.read_text(encoding="utf-8") != text:
         raise UsageError(f"{file}: was begun with another setting or other knobs; name another --output")
-
-
-def _keep_compiled(directory: Path) -> None:
-    """Keeps compiled programs, as most runs differ only in data; leaves a cache that the user has set."""
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(directory))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
