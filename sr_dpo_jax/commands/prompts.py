@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from sr_dpo_jax.data.messages import Message, checked_id, checked_messages, checked_text, template_options
 from sr_dpo_jax.data.records import BadRow, UnusableError, json_records
+from sr_dpo_jax.data.rows import after_system
 from sr_dpo_jax.errors import UsageError
 
 LISTED = 20
@@ -37,6 +38,8 @@ class PromptLine:
 
 def read_prompts(path: str) -> list[PromptLine]:
     """Reads a .jsonl or .jsonl.gz file, each line with `prompt` (text or messages), `messages` or `turns`.
+
+    The text of a key `system` stands before a conversation, as in the rows of training.
 
     Raises:
       UsageError: the file cannot be read, holds no line, or lines cannot be used, with each line and reason.
@@ -93,5 +96,8 @@ def _line(row: dict[str, Any], number: int) -> PromptLine:
             raise UnusableError(f"{key}: must end with a user or tool message")
         if all(message.role != "user" for message in prompt):
             raise UnusableError(f"{key}: holds no user message")
+    if row.get("system") and isinstance(prompt, str):
+        raise UnusableError("system: a prompt of plain text has no place for it; give messages, or remove it")
+    prompt = after_system(row.get("system"), prompt)
     options = template_options(row, prompt)
     return PromptLine(checked_id(row, IDS, number), prompt, tuple(later_turns), row, options)

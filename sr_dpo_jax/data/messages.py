@@ -41,16 +41,18 @@ def checked_messages(value: Any, key: str) -> tuple[Message, ...]:
         if role not in ROLES:
             raise UnusableError(f"{where}: the role must be one of {', '.join(ROLES)}")
         extras = {
-            name: _without_nulls(value)
+            name: value
             for name, value in item.items()
             if name not in ("role", "content") and value not in (None, [], "", {})
         }
         # A trap: what a chat template does not know of changes nothing, and the text would be another one in silence.
         if unknown := sorted(extras.keys() - set(EXTRAS)):
             raise UnusableError(f"{where}: holds {unknown[0][:40]!r}, which is not supported")
+        if not isinstance(calls := extras.get("tool_calls", []), list):
+            raise UnusableError(f"{where}, tool_calls: expected a list, got {kind_of(calls)}")
         content = _content(None if extras else get(item, "content", f"{where}: "), item, where)
         # In the order of the row, which a template writes out.
-        messages.append(Message(role, content, json.dumps(extras) if extras else ""))
+        messages.append(Message(role, content, _json_of(extras, where) if extras else ""))
     return tuple(messages)
 
 
@@ -83,12 +85,21 @@ def template_options(row: Mapping[str, Any], prompt: str | tuple[Message, ...]) 
             continue
         if not isinstance(value, kind):
             raise UnusableError(f"{key}: expected {'a list' if kind is list else 'an object'}, got {kind_of(value)}")
-        options[key] = _without_nulls(value)
+        options[key] = value
     if options and isinstance(prompt, str):
         raise UnusableError(
             f"{next(iter(options))}: a prompt of plain text goes through no chat template; give messages"
         )
-    return json.dumps(options) if options else ""
+    return _json_of(options, " or ".join(options)) if options else ""
+
+
+def _json_of(value: Any, name: str) -> str:
+    try:
+        return json.dumps(_without_nulls(value))
+    except RecursionError as error:
+        raise UnusableError(f"{name}: nested too deeply") from error
+    except TypeError as error:  # as a table may hold
+        raise UnusableError(f"{name}: holds a date, bytes or another value that JSON lacks; give it as text") from error
 
 
 def _without_nulls(value: Any) -> Any:

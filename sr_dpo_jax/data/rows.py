@@ -93,6 +93,9 @@ class Naming:
         """Gives a row its columns under our names; raises UnusableError where one that says something is not read."""
         self._require_read([name for name, value in row.items() if value not in (None, "", [], {})])
         theirs = {ours: self.columns.get(ours, ours) for ours in COLUMNS}
+        # A trap: without its prompt the common start of two responses would be taken for one.
+        if "prompt" in self.columns and row.get(theirs["prompt"]) is None and row.get(theirs["messages"]) is None:
+            raise UnusableError(f"missing key {theirs['prompt']!r}, which data.columns names as the prompt")
         return {ours: row[name] for ours, name in theirs.items() if name in row and self._reads(name, ours)}
 
     def _reads(self, name: str, ours: str) -> bool:
@@ -149,7 +152,7 @@ def _checked(records: Iterator[Record], file: str, format: str, naming: Naming) 
             for side, response in (("chosen", chosen), ("rejected", rejected)):
                 if response is not None and not response.strip():
                     raise UnusableError(f"empty {side} response")
-            prompt, options = _after_system(row.get("system"), prompt), template_options(row, prompt)
+            prompt, options = after_system(row.get("system"), prompt), template_options(row, prompt)
             scores = _scores(row) if FORMATS[format] in (_ultrafeedback, _preference) else (None, None)
             row_id = checked_id(row, ("id", "prompt_id") if format == "ultrafeedback" else ("id",), line)
             yield Pair(row_id, file, line, prompt, chosen, rejected, *scores, options)
@@ -157,7 +160,7 @@ def _checked(records: Iterator[Record], file: str, format: str, naming: Naming) 
             yield BadRow(file, line, str(error))
 
 
-def _after_system(system: Any, prompt: str | tuple[Message, ...]) -> str | tuple[Message, ...]:
+def after_system(system: Any, prompt: str | tuple[Message, ...]) -> str | tuple[Message, ...]:
     """Puts the text of a column `system` before a conversation, which must have no system message of its own."""
     if system in (None, ""):
         return prompt
@@ -202,6 +205,11 @@ def _preference(row: dict) -> tuple[str | tuple[Message, ...], str, str]:
         return _two_conversations(row) if prompt is None else _explicit_messages(prompt, chosen, rejected)
     chosen, rejected = checked_text(chosen, "chosen"), checked_text(rejected, "rejected")
     if prompt is None:
+        if row.get("messages") is not None:
+            raise UnusableError(
+                "messages: is not read beside two texts; give prompt, chosen and rejected as messages, or set "
+                "data.ignored_columns=[messages] where it says nothing"
+            )
         return _implicit_text(chosen, rejected)
     return checked_text(prompt, "prompt"), chosen, rejected
 

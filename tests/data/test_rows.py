@@ -1,5 +1,6 @@
 """Files -> pairs: what is read, what is refused and in which words."""
 
+import datetime
 import gzip
 import json
 from collections import Counter
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from sr_dpo_jax.data.messages import Message
 from sr_dpo_jax.data.records import BadRow, content_digest
-from sr_dpo_jax.data.rows import FORMATS, Pair, read_rows
+from sr_dpo_jax.data.rows import FORMATS, Naming, Pair, read_rows
 from sr_dpo_jax.errors import UsageError
 
 REAL_FILE = Path(__file__).resolve().parents[3] / "shared" / "data" / "hh_rlhf_harmless_base_test.jsonl.gz"
@@ -286,6 +287,18 @@ MALFORMED = [
         "tools: a prompt of plain text goes through no chat template; give messages",
     ),
     ("preference", {**TURNS, "tools": "{" + SECRET}, "tools: is text, and no JSON"),
+    ("preference", {**TURNS, "tools": "[" * 900 + "]" * 900}, "tools: nested too deeply"),
+    (
+        "preference",
+        {**TURNS, "prompt": [user(), {"role": "assistant", "tool_calls": 5}, user()]},
+        "prompt, message 2, tool_calls: expected a list, got a number",
+    ),
+    (
+        "preference",
+        {"messages": [user()], "chosen": "Sure, a", "rejected": "Sure, b"},
+        "messages: is not read beside two texts; give prompt, chosen and rejected as messages, or set "
+        "data.ignored_columns=[messages] where it says nothing",
+    ),
     ("preference", {**TURNS, "chat_template_kwargs": [1]}, "chat_template_kwargs: expected an object, got a list"),
     (
         "preference",
@@ -520,3 +533,21 @@ def test_content_digest_of_a_file_is_of_its_bytes(tmp_path):
         (tmp_path / name).write_bytes(data)
     one, same, other = (content_digest(str(tmp_path / name), split="x") for name in ("a.jsonl", "b.jsonl", "c.jsonl"))
     assert one == same != other
+
+
+def test_a_prompt_of_another_name_that_is_not_there_is_not_made_up(tmp_path):
+    """The common start of two responses is a prompt only where none has been named."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"request": "Hi?", "chosen": "Sure, a", "rejected": "Sure, b"}))
+    for name, expected in (("request", "Hi?"), ("requests", None)):
+        (row,) = read_rows(str(path), format="preference", split="train", naming=Naming({"prompt": name}))
+        assert getattr(row, "prompt", None) == expected
+    assert row.reason == "missing key 'requests', which data.columns names as the prompt"
+
+
+def test_a_value_of_a_table_that_json_lacks_makes_a_bad_row(tmp_path):
+    row = {"prompt": [user()], "chosen": [assistant()], "rejected": [assistant("No")]}
+    row["chat_template_kwargs"] = {"today": datetime.date(2024, 1, 1)}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "a.parquet")
+    (bad,) = read(tmp_path / "a.parquet", "preference")
+    assert bad.reason.startswith("chat_template_kwargs: holds a date, bytes or another value that JSON lacks")

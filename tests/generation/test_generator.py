@@ -247,6 +247,18 @@ def test_bad_prompts_are_named(tmp_path, line, reason):
         read_prompts(str(path))
 
 
+def test_a_system_text_stands_before_a_conversation(tmp_path):
+    from sr_dpo_jax.commands.prompts import read_prompts
+
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"turns": ["a", "b"], "system": "Be brief."}')
+    (line,) = read_prompts(str(path))
+    assert [(message.role, message.content) for message in line.prompt] == [("system", "Be brief."), ("user", "a")]
+    path.write_text('{"prompt": "a", "system": "Be brief."}')
+    with pytest.raises(UsageError, match="system: a prompt of plain text has no place for it"):
+        read_prompts(str(path))
+
+
 def test_slots_must_divide_over_the_devices(model, tmp_path, capsys):
     prompts = prompts_file(tmp_path / "prompts.jsonl", 3)
     assert main(command(tmp_path, model, prompts, tmp_path / "out.jsonl", slots=6)) == 2
