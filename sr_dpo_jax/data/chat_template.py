@@ -109,6 +109,7 @@ class ChatTemplate:
         given = json.loads(text) if text else {}
         options = given.get("chat_template_kwargs", {})
         own = inspect.signature(self._tokenizer.apply_chat_template).parameters.keys() & options.keys()
+        own |= self._tokenizer.special_tokens_map.keys() & options.keys()  # a template gets them in the same way
         if own:
             raise UnusableError(f"chat_template_kwargs: {min(own)} is no argument of a template; remove it")
         return {**options, "tools": given["tools"]} if "tools" in given else options
@@ -127,9 +128,11 @@ class ChatTemplate:
         """Splits a rendered prompt into head and rest, and checks that p fits between them verbatim."""
         first = next(number for number, message in enumerate(prompt) if message["role"] == "user")
         # A trap: some templates write the system message before the last user turn, so the head depends on all roles.
-        before = tuple(m["content"] for m in prompt[:first])
+        # So it does on the name of the user, which may stand before the content.
+        before = json.dumps([*prompt[:first], {**prompt[first], "content": ""}])
         shape = (tuple((m["role"], *sorted(m)) for m in prompt), before, json.dumps(options))
         if shape not in self._heads:
+            self._require_written(prompt, options, rendered)
             marked = self._render(_put_before(SENTINEL, prompt, first), options, add_generation_prompt=True)
             if marked.count(SENTINEL) != 1:
                 raise UnusableError("the chat template does not write the first user message exactly once")
@@ -141,6 +144,14 @@ class ChatTemplate:
         if p is not None and not self._stands(p, prompt, options, first, head + p + rest):
             raise UnusableError(UNPLACED)
         return head, rest
+
+    def _require_written(self, prompt: list[dict[str, Any]], options: dict[str, Any], rendered: str) -> None:
+        """Refuses a message of a role that the template passes over: the text would say nothing of it."""
+        for number, message in enumerate(prompt):
+            if message["role"] not in ("user", "assistant") and message["content"].strip():
+                marked = self._render(_put_before(SENTINEL, prompt, number), options, add_generation_prompt=True)
+                if marked == rendered:
+                    raise UnusableError(f"the chat template leaves out the message of the {message['role']}")
 
     def _stands(self, p: str, prompt: list[dict[str, Any]], options: dict[str, Any], first: int, expected: str) -> bool:
         """Tells whether the template writes p verbatim before the first user message as it stands in the prompt.
@@ -207,6 +218,6 @@ def _time_limit(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def _put_before(text: str, prompt: list[dict[str, Any]], first: int) -> list[dict[str, Any]]:
-    changed = {**prompt[first], "content": text + prompt[first]["content"]}
-    return [*prompt[:first], changed, *prompt[first + 1 :]]
+def _put_before(text: str, prompt: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
+    changed = {**prompt[number], "content": text + prompt[number]["content"]}
+    return [*prompt[:number], changed, *prompt[number + 1 :]]

@@ -5,6 +5,7 @@ import json
 import pytest
 import toy_tokenizers as toy
 
+from sr_dpo_jax.data.messages import checked_messages
 from sr_dpo_jax.data.records import BadRow
 from sr_dpo_jax.data.rows import Naming, Pair, read_rows
 from sr_dpo_jax.data.tokens import PairEncoder, load_tokenizer
@@ -14,6 +15,11 @@ WITH_TOOLS = (
     "{% for m in messages %}<|im_start|>{{ m.role + ' ' + m.name | default('') + '\\n' + m.content }}"
     "{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant \\n' }}{% endif %}"
+)
+THREE_ROLES = (
+    "{% for m in messages %}{% if m.role in ['system', 'user', 'assistant'] %}"
+    "<|im_start|>{{ m.role + '\\n' + m.content }}<|im_end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"city": "string", "unit": None}}}
 CALL = {
@@ -85,11 +91,33 @@ def test_arguments_of_the_template_are_those_of_transformers(encoded):
         ({"prompt": [USER, CALL, USER]}, "tool_calls: the chat template does not write them for this conversation"),
         ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "chat_template is no argument of a template"),
         ({"chat_template_kwargs": {"tokenize": True}}, "tokenize is no argument of a template"),
+        ({"chat_template_kwargs": {"eos_token": "x"}}, "eos_token is no argument of a template"),
     ],
 )
 def test_what_a_template_does_not_take_is_refused(encoded, row, said):
     _, reason = encoded(toy.CHATML, {**ROW, **row})
     assert said in reason
+
+
+@pytest.mark.parametrize("role", ["developer", "tool"])
+def test_a_role_that_a_template_passes_over_is_refused(encoded, role):
+    """Templates such as Zephyr's write nothing of them, so that the prompt would be another one in silence."""
+    message = {"role": role, "content": "Be brief."}
+    prompt = [message, USER] if role == "developer" else [USER, ANSWER, message]
+    _, reason = encoded(THREE_ROLES, {**ROW, "prompt": prompt})
+    assert reason == f"the chat template leaves out the message of the {role}"
+    _, tokens = encoded(toy.CHATML, {**ROW, "prompt": prompt})
+    assert not isinstance(tokens, str)
+
+
+def test_users_of_other_names_each_have_their_head(encoded, tmp_path):
+    tokenizer, _ = encoded(WITH_TOOLS, ROW)
+    encoder = PairEncoder(tokenizer, augmentation_prompt="Be kind.")
+    for name in ("Ann", "Bob"):
+        user = {**USER, "name": name}
+        pair = Pair("0", "f", 1, checked_messages([user], "prompt"), "Yo", "No")
+        (tokens,) = encoder.encode([pair])
+        assert tokens.prompt == ids_of(tokenizer, [user], add_generation_prompt=True)
 
 
 def test_a_column_of_system_messages_stands_first(encoded):
