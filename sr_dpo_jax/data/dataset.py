@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sr_dpo_jax.data.chat_template import UNPLACED, UnplacedError
 from sr_dpo_jax.data.model_ends import end_tokens
-from sr_dpo_jax.data.records import BadRow, content_digest, files_of
+from sr_dpo_jax.data.records import BadRow, content_digest, files_of, kind_of_file
 from sr_dpo_jax.data.rows import OUR_NAMES, Naming, Pair, read_rows
 from sr_dpo_jax.data.tokens import PairEncoder, PairTokens, tokenizer_digest, truncate
 from sr_dpo_jax.data.turns import fitted
@@ -185,9 +185,9 @@ def prepare(
     settings = {"format": format, "split": split, "augmentation_prompt": augmentation_prompt, **limits}
     renamed = [sorted(naming.columns.items()), list(naming.ignored)]
     ends = end_tokens(tokenizer, Path(tokenizer.name_or_path))
-    key = files.json_digest([CODE_VERSION, contents, tokenizer_digest(tokenizer), ends, settings, renamed])
-    cache_dir = Path(cache_dir)
-    cached = cache_dir / f"tokens-{key}.safetensors"
+    kinds = [kind_of_file(source.path) for source in sources]  # the same bytes are other rows in another kind of file
+    key = files.json_digest([CODE_VERSION, contents, kinds, tokenizer_digest(tokenizer), ends, settings, renamed])
+    cached = Path(cache_dir) / f"tokens-{key}.safetensors"
     content = _load(cached)
     if content is None:
         encoder = PairEncoder(tokenizer, augmentation_prompt=augmentation_prompt)
@@ -196,7 +196,7 @@ def prepare(
         metadata = {"report": report, "sha256": _digest_of_arrays(arrays, report)}
         _write(cached, lambda path: safetensors.numpy.save_file(arrays, path, metadata))
     pairs = _assemble(content, sources, files.json_digest(contents))
-    _refuse(pairs.report, max_bad_rows, cache_dir / f"bad_rows-{key[:16]}.jsonl")
+    _refuse(pairs.report, max_bad_rows, cached.parent / f"bad_rows-{key[:16]}.jsonl")
     return pairs
 
 

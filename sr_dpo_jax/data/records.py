@@ -119,6 +119,11 @@ def _digest_of(path: str, split: str, revision: str | None) -> str:
     return digest.hexdigest()
 
 
+def kind_of_file(path: str) -> str:
+    """Gives the end of a file's name, which decides how it is read; empty for a data set."""
+    return next((end for end in FILE_ENDS if path.endswith(end)), "")
+
+
 def _is_file(file: str, revision: str | None) -> bool:
     """Tells an existing file from a directory or a possible hub name."""
     if os.path.exists(file):
@@ -147,11 +152,19 @@ def _split_files(directory: str, split: str) -> list[str] | None:
     from datasets import data_files  # takes seconds, which a run on plain files is spared
 
     try:
-        patterns = data_files.get_data_patterns(directory)
-        found = data_files.DataFilesDict.from_patterns(patterns, base_path=directory).get(split, [])
+        base = glob.escape(directory)  # in which `datasets` looks for patterns
+        patterns = data_files.get_data_patterns(base)
+        found = data_files.DataFilesDict.from_patterns(patterns, base_path=base).get(split, [])
     except (OSError, ValueError):  # no data files: what reads the directory as a whole says so
         return None
-    return sorted(map(str, found)) if found and all(str(name).endswith(FILE_ENDS) for name in found) else None
+    known = sorted(str(name) for name in found if str(name).endswith(FILE_ENDS))
+    if 0 < len(known) < len(found):  # `datasets` would read one kind of them and leave the others out
+        other = next(str(name) for name in found if str(name) not in known)
+        raise UsageError(
+            f"{directory}: {other} is not a known kind of file; name those to read, as by {directory}/*"
+            f"{os.path.splitext(known[0])[1]}"
+        )
+    return known or None
 
 
 def _cannot_read(file: str, error: OSError) -> NoReturn:
@@ -245,12 +258,18 @@ def _refuse_constant(name: str) -> NoReturn:
 
 def _csv_records(file: str, columns: Callable[[Sequence[str]], list[str]]) -> Iterator[Record]:
     """Yields the 1-based line on which each row ends, and its texts by column; an empty one is null."""
+    csv.field_size_limit(MOST_JSON_BYTES - 1)  # of all readers; a transcript may be longer than the default
     with _opened(file) as data:
         rows = csv.reader(io.TextIOWrapper(data, "utf-8", newline=""), strict=True)
         try:
             names = next(rows, [])
-            kept = columns(names)
+            kept, blank = columns(names), []
             for row in rows:
+                if not row:
+                    blank.append(rows.line_num)
+                    continue
+                yield from ((line, BadRow(file, line, "blank line")) for line in blank)
+                blank = []
                 if len(row) != len(names):
                     yield rows.line_num, BadRow(file, rows.line_num, f"{len(row)} fields under {len(names)} names")
                     continue
@@ -287,12 +306,16 @@ def _table_records(
             table = datasets.load_dataset(name, split=split, revision=revision)
         else:
             table = datasets.load_from_disk(name)
+            if saved == "dataset_dict.json" and split not in table:
+                raise UsageError(f"{name}: has no split {split!r}, but {', '.join(table)}; correct data.split")
             table = table[split] if saved == "dataset_dict.json" else table
     except datasets.exceptions.DatasetGenerationError as error:
         # A trap: the error's text may quote the data, so it is left out.
         raise UsageError(f"{name}: its files cannot be read as one data set; check that they are sound") from error
-    except KeyError as error:
-        raise UsageError(f"{name}: has no split {split!r}, but {', '.join(table)}; correct data.split") from error
+    except (LookupError, TypeError) as error:  # facts of a saved data set that are not as `datasets` writes them
+        raise UsageError(
+            f"{name}: is damaged or no data set as `datasets` saves it ({type(error).__name__})"
+        ) from error
     except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError, ValueError, RuntimeError) as error:
         first_line = str(error).partition("\n")[0]
         raise UsageError(f"{name}, split {split!r}: cannot be loaded as a data set: {first_line}") from error

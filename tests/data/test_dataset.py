@@ -279,6 +279,13 @@ class TestCache:
             run(tmp_path, counting, write(tmp_path / "b.jsonl", [ROW, "{"]))
         assert counting.calls == 0
 
+    def test_the_same_bytes_in_another_kind_of_file_are_other_rows(self, tmp_path, words):
+        source = write(tmp_path / "a.jsonl", [json.dumps([ROW, ROW])])
+        with pytest.raises(UsageError, match="expected an object, got a list"):
+            run(tmp_path, words, source)
+        (tmp_path / "a.jsonl").rename(tmp_path / "a.json")
+        assert run(tmp_path, words, Source(str(tmp_path / "a.json"))).report.pairs == 2
+
     def test_a_refusal_is_cached_too(self, tmp_path, words):
         source, counting = write(tmp_path / "a.jsonl", [ROW, "{"]), CountingTokenizer(words)
         messages = []

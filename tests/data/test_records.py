@@ -78,6 +78,18 @@ def test_a_csv_row_of_other_fields_is_named_by_its_line(tmp_path):
     assert records(path) == [(2, {"chosen": "a", "rejected": "b"}), (3, bad), (4, {"chosen": None, "rejected": "d"})]
 
 
+def test_blank_lines_at_the_end_of_a_csv_file_are_ignored(tmp_path):
+    (tmp_path / "a.csv").write_text("chosen,rejected\na,b\n\nc,d\n\n\n")
+    blank = BadRow(str(tmp_path / "a.csv"), 3, "blank line")
+    first, last = ({"chosen": "a", "rejected": "b"}, {"chosen": "c", "rejected": "d"})
+    assert records(tmp_path / "a.csv") == [(2, first), (3, blank), (4, last)]
+
+
+def test_a_csv_field_may_be_long(tmp_path):
+    (tmp_path / "a.csv").write_text(f"chosen,rejected\n{'a' * 200_000},b\n")
+    assert records(tmp_path / "a.csv") == [(2, {"chosen": "a" * 200_000, "rejected": "b"})]
+
+
 class TestFilesOf:
     @pytest.fixture
     def directory(self, tmp_path):
@@ -109,6 +121,18 @@ class TestFilesOf:
     def test_a_directory_is_read_file_by_file(self, directory, split, names):
         assert files_of(str(directory), split=split) == [str(directory / name) for name in names]
 
+    def test_a_directory_whose_name_is_a_pattern(self, tmp_path):
+        (tmp_path / "run[1]").mkdir()
+        (tmp_path / "run[1]" / "a.jsonl").write_bytes(LINES)
+        assert files_of(f"{tmp_path}/run[1]", split="train") == [f"{tmp_path}/run[1]/a.jsonl"]
+
+    def test_files_of_other_kinds_are_not_passed_over(self, directory):
+        """`datasets` reads one kind of them and leaves the others out: of these three it gave one."""
+        (directory / "train-2.csv").write_bytes(CSV)
+        (directory / "train-3.txt").write_text("x")
+        with pytest.raises(UsageError, match=r"train-3\.txt is not a known kind of file; name those to read, as by "):
+            files_of(str(directory), split="train")
+
     def test_what_a_directory_lacks_is_said_by_datasets(self, directory, tmp_path_factory):
         with pytest.raises(UsageError, match="split 'other': cannot be loaded"):
             (path,) = files_of(str(directory), split="other")
@@ -128,3 +152,7 @@ def test_what_datasets_saved_is_read(tmp_path):
         assert [row for _, row in records(only, split=split)] == expected
     with pytest.raises(UsageError, match=r"has no split 'other', but train, test; correct data\.split"):
         records(tmp_path / "several", split="other")
+    for damage in ("{}", "[]"):
+        (tmp_path / "one" / "state.json").write_text(damage)
+        with pytest.raises(UsageError, match="is damaged or no data set as `datasets` saves it"):
+            records(tmp_path / "one")
