@@ -41,6 +41,9 @@ def fitted(
         tokens, dropped = found, len(pair.prompt) - len(prompt)
         if not _too_long(tokens, max_length, max_prompt_length):
             return tokens, dropped
+    if len(tokens.head) >= max_prompt_length:
+        reason = f"the head of the prompt alone (BOS, system message) has {len(tokens.head)} tokens"
+        return BadRow(pair.file, pair.line, f"{reason}; raise data.max_prompt_length above it"), 0
     left = pair.prompt[_last_turn(pair.prompt) :]
     if len(left) > 1 or prompt_truncation != "keep_end":
         within = "holds calls of tools" if len(left) > 1 else "would lose its end to data.prompt_truncation=keep_start"

@@ -60,9 +60,9 @@ def test_what_fits_and_text_stay(encoder):
 
 
 def test_the_last_message_of_the_user_is_cut_at_its_start_alone(encoder):
-    tokens, dropped = fit(encoder, (SYSTEM, *TURNS), 12)
+    tokens, dropped = fit(encoder, (SYSTEM, *TURNS), 24)
     assert tokens == encoded(encoder, (SYSTEM, TURNS[6])) and dropped == 6, "truncate cuts what is left"
-    bad, _ = fit(encoder, (SYSTEM, *TURNS), 12, keep="keep_start")
+    bad, _ = fit(encoder, (SYSTEM, *TURNS), 24, keep="keep_start")
     assert (bad.file, bad.line) == ("f", 3) and "would lose its end to data.prompt_truncation=keep_start" in bad.reason
 
 
@@ -70,3 +70,10 @@ def test_a_last_turn_with_a_tool_is_not_cut(encoder):
     tool = (*TURNS, Message("assistant", "call"), Message("tool", "a long result " * 30))
     bad, _ = fit(encoder, tool, 12)
     assert "holds calls of tools; raise data.max_prompt_length" in bad.reason
+
+
+@pytest.mark.parametrize("keep", ["keep_end", "keep_start"])
+def test_a_system_message_that_leaves_no_room_makes_a_bad_row(encoder, keep):
+    """It was an error that named no row and that no data.max_bad_rows allowed."""
+    bad, _ = fit(encoder, (Message("system", "be kind " * 40), *TURNS), 12, keep=keep)
+    assert (bad.file, bad.line) == ("f", 3) and "the head of the prompt alone" in bad.reason
