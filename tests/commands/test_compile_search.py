@@ -424,3 +424,10 @@ def test_slices_of_eight_chips_are_one_host_where_cloud_tpu_has_such(kind, slice
     """libtpu describes all of them as hosts of four chips."""
     devices = [Chip(kind, chip // 4, part) for part in range(slices) for chip in range(chips)]
     assert hosts_of(devices) == hosts
+
+
+def test_lengths_of_data_with_one_response_are_typical_too(tmp_path):
+    directory = open_directory(str(runs.model_directory(tmp_path / "model")))
+    sft = config_of(objective={"name": "sft"}, data={"path": "unread", "format": "sft"})
+    pairs, _, said = aot_search._typical(sft, directory)
+    assert len(pairs) > 1000 and "typical of sft" in said

@@ -25,7 +25,7 @@ class Typical:
 HH = Typical(pairs=160_800, prompt=(113, 0.88), chosen=(39, 0.9), rejected=(49, 0.9))
 """95 of 100 prompts are shorter than 326 tokens."""
 ULTRAFEEDBACK = Typical(pairs=61_135, prompt=(180, 0.9), chosen=(300, 0.7), rejected=(300, 0.7))
-LENGTHS = {"hh_rlhf": HH, "ultrafeedback": ULTRAFEEDBACK, "preference": ULTRAFEEDBACK}
+LENGTHS = {"hh_rlhf": HH, **dict.fromkeys(("ultrafeedback", "preference", "sft"), ULTRAFEEDBACK)}
 
 
 def typical_pairs(
