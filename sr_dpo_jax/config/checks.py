@@ -51,7 +51,7 @@ def cross_checks(config: Config) -> list[str]:
             "  generation.top_k, generation.top_p: without effect at generation.temperature=0, the likeliest token; "
             "remove them, or raise the temperature"
         )
-    found += _one_response_problems(config)
+    found += [*_one_response_problems(config), *_column_problems(config)]
     if config.data.max_prompt_length >= config.data.max_length:
         found.append(
             f"  data.max_prompt_length={config.data.max_prompt_length} leaves no room for a response in "
@@ -83,6 +83,18 @@ def _one_response_problems(config: Config) -> list[str]:
         "preference where they have two, or train by objective.name=sft"
         for key, format in formats.items()
         if format in ONE_RESPONSE
+    ]
+
+
+def _column_problems(config: Config) -> list[str]:
+    """Finds columns that are read as two things, or named and ignored at once."""
+    data = config.data
+    responses = {} if data.format in ONE_RESPONSE else {"chosen": "chosen", "rejected": "rejected"}
+    names = {**responses, **dict(data.columns)}
+    return [
+        f"  data.columns.{ours}={name}: is {'also ignored' if ignored else 'read as two columns'}; correct data.columns"
+        for ours, name in data.columns
+        if (ignored := name in data.ignored_columns) or list(names.values()).count(name) > 1
     ]
 
 

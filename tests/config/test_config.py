@@ -552,3 +552,21 @@ def test_what_another_kind_has_is_said(section, words):
     with pytest.raises(UsageError) as refusal:
         config_from_dict(SMALLEST | section, where="run.yaml")
     assert all(word in str(refusal.value) for word in words), str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"columns": {"prompt": "q", "system": "q"}}, r"data\.columns\.prompt=q: is read as two columns"),
+        ({"columns": {"chosen": "rejected"}}, r"data\.columns\.chosen=rejected: is read as two columns"),
+        (
+            {"columns": {"prompt": "q"}, "ignored_columns": ["q"]},
+            r"data\.columns\.prompt=q: is also ignored",
+        ),
+    ],
+)
+def test_a_column_is_read_as_one_thing(data, words):
+    with pytest.raises(UsageError, match=words):
+        config_from_dict(smallest(data=data), where="x")
+    swapped = {"columns": {"chosen": "rejected", "rejected": "chosen"}}
+    assert config_from_dict(smallest(data=swapped), where="x").data.columns
