@@ -173,7 +173,8 @@ def quantised(name: str, weight: jax.Array) -> Int8:
         raise UsageError("lora.base=int8 needs qwix: pip install 'sr_dpo_jax[int8]'; or leave it out") from error
     inputs = tuple(range(1, 1 + input_axes(name)))
     outputs = [axis for axis in range(weight.ndim) if axis not in inputs]
-    array = qwix.quantize(weight, jnp.int8, channelwise_axes=outputs, scale_dtype=jnp.float32)
+    # A trap: bfloat16 has no room for the fractions of 64 to 127, which would round these twice.
+    array = qwix.quantize(weight.astype(jnp.float32), jnp.int8, channelwise_axes=outputs, scale_dtype=jnp.float32)
     return Int8(array.qvalue, array.scale.squeeze(inputs))
 
 

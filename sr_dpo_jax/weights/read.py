@@ -69,6 +69,7 @@ def load_params(
                 whole = jax.make_array_from_single_device_arrays(shape, sharding, pieces.pop(param))
                 loaded[param] = whole if held is None else held(param, whole)
                 del whole
+            pending = jax.tree.leaves([loaded[param] for param in tensor.params])  # and not what they were made from
     return unflatten_dict(loaded, sep=".")
 
 

@@ -259,6 +259,20 @@ def test_replicas_are_read_once(tmp_path, monkeypatch):
     assert Counting.bytes_read == sum(array.nbytes for array in tensors_in(directory.path).values())
 
 
+def test_what_is_held_in_another_form_is_not_kept_beside_it(tmp_path, monkeypatch):
+    """While a tensor is read, those before it are there in the form in which they are held alone."""
+    directory, model, _ = written(tmp_path, "llama")
+    shapes, there, read_shard = in_type(model.shapes, "float16"), [], read._read_shard
+
+    def watched(*arguments):
+        there.extend(live.shape for live in jax.live_arrays() if live.dtype == np.float16)
+        return read_shard(*arguments)
+
+    monkeypatch.setattr(read, "_read_shard", watched)
+    load_params(directory, model.abstract, shapes, held=lambda _, array: array.astype(np.int8))
+    assert there == []
+
+
 def test_files_are_planned_before_they_are_written():
     sizes = {"a": 4, "b": 6, "c": 11, "d": 1, "e": 9, "f": 1}
     names = ["model-00001-of-00004", "model-00002-of-00004", "model-00003-of-00004", "model-00004-of-00004"]
