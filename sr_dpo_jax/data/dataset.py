@@ -35,7 +35,7 @@ from sr_dpo_jax.durable import files
 from sr_dpo_jax.errors import UsageError
 
 LOG = logging.getLogger(__name__)
-CODE_VERSION = 5
+CODE_VERSION = 6
 """Part of every cache key: raise it with any change that gives other tokens, other bad rows or another file layout."""
 LISTED_BAD_ROWS = 50
 ROWS_AT_ONCE = 1024

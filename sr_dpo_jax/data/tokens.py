@@ -234,6 +234,8 @@ class PairEncoder:
         ids, end = (ids[:-1], ids[-1]) if ids and ids[-1] in self._ends else (ids, eos)
         if eos in ids:
             raise UnusableError(f"the {side} response holds the end-of-sequence token before its end")
+        if not self._ends.isdisjoint(ids):  # generation would end there
+            raise UnusableError(f"the {side} response holds another end token of the model before its end")
         if not ids:
             raise UnusableError(f"the {side} response has no tokens")
         return [*ids, end]

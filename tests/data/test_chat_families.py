@@ -305,3 +305,6 @@ def test_a_turn_that_ends_as_the_model_ends_has_no_other_end(tokenizer_of, tmp_p
             assert ids[-1] == end and eos not in ids
     text = encode(tokenizer, "Is it?", chosen=" yes", rejected=" no")
     assert text.chosen[-1] == eos, "text that goes through no template ends with EOS"
+    pair = Pair("0", "f", 1, conversation("Hi"), "A<end>yes.", "No.")
+    (bad,) = PairEncoder(tokenizer, augmentation_prompt=None).encode([pair])
+    assert bad.reason == "the chosen response holds another end token of the model before its end"
