@@ -41,10 +41,15 @@ def fitted(
         tokens, dropped = found, len(pair.prompt) - len(prompt)
         if not _too_long(tokens, max_length, max_prompt_length):
             return tokens, dropped
-    if len(tokens.head) >= max_prompt_length:
-        reason = f"the head of the prompt alone (BOS, system message) has {len(tokens.head)} tokens"
-        return BadRow(pair.file, pair.line, f"{reason}; raise data.max_prompt_length above it"), 0
     left = pair.prompt[_last_turn(pair.prompt) :]
+    # A trap: a cut that takes the whole message of the user goes on into the markers behind it.
+    bare = (*pair.prompt[: _first_turn(pair.prompt)], dataclasses.replace(left[0], content="a"))
+    (least,) = encoder.encode([dataclasses.replace(pair, prompt=bare)])
+    if isinstance(least, BadRow):
+        return least, 0
+    if len(least.prompt) > max_prompt_length:
+        reason = f"system message and markers of the template alone have {len(least.prompt)} tokens"
+        return BadRow(pair.file, pair.line, f"{reason}; raise data.max_prompt_length"), 0
     if len(left) > 1 or prompt_truncation != "keep_end":
         within = "holds calls of tools" if len(left) > 1 else "would lose its end to data.prompt_truncation=keep_start"
         return BadRow(
