@@ -48,7 +48,7 @@ from sr_dpo_jax.train.scored_set import ScoredSet, make_scored_set
 from sr_dpo_jax.weights import directory as weights
 from sr_dpo_jax.weights.adapters import open_adapter
 from sr_dpo_jax.weights.adapters import require_fit as require_adapter
-from sr_dpo_jax.weights.placement import PlacedModel, abstract_params, place_model
+from sr_dpo_jax.weights.placement import PlacedModel, abstract_params, place_model, require_int8
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +59,7 @@ def read_model(config: Config) -> tuple[weights.ModelDirectory, PreTrainedTokeni
     Weights that are to be read are checked too.
     """
     pretrained = config.model.init == "pretrained"
+    require_int8(lora_of(config))
     directory = weights.open_directory(config.model.path, revision=config.model.revision, weights=pretrained)
     tokenizer = load_tokenizer(str(directory.path))
     require_fit(tokenizer, directory.path, vocabulary_tokens=directory.architecture.vocabulary_tokens)

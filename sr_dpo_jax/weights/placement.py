@@ -161,16 +161,19 @@ class PlacedModel:
         return reference_copy(split(params)[0], self.dtype)
 
 
-def quantised(name: str, weight: jax.Array) -> Int8:
-    """Rounds a stacked matrix `[layers, inputs, outputs]` of this name to int8, the largest input of an output to ±127.
-
-    Raises:
-      UsageError: qwix, which does it, is not installed.
-    """
+def require_int8(lora: Lora | None) -> None:
+    """Raises UsageError where a base is to be held in int8, and qwix, which rounds it, is not installed."""
     try:
-        import qwix
+        if lora is not None and lora.base == "int8":
+            import qwix  # noqa: F401
     except ImportError as error:
         raise UsageError("lora.base=int8 needs qwix: pip install 'sr_dpo_jax[int8]'; or leave it out") from error
+
+
+def quantised(name: str, weight: jax.Array) -> Int8:
+    """Rounds a stacked matrix `[layers, inputs, outputs]` of this name to int8, the largest of an output to ±127."""
+    import qwix  # an extra, see `require_int8`
+
     inputs = tuple(range(1, 1 + input_axes(name)))
     outputs = [axis for axis in range(weight.ndim) if axis not in inputs]
     # A trap: bfloat16 has no room for the fractions of 64 to 127, which would round these twice.
