@@ -80,25 +80,22 @@ def lm_eval_command(
     is_run = (Path(model) / "config.yaml").is_file()
     if best and not is_run:
         raise UsageError(f"{model}: is no run, and --best takes the best checkpoint of one; name a run's output_dir")
-    _check(tasks, include_path, num_fewshot, limit)
-    if output is not None:
-        require_output(output)
+    _check(tasks, include_path, num_fewshot, limit, output)
     config = read_config(model, overrides)
-    fewshot = (
-        {task: count for task, (count, _) in PAPER.items()} if tasks is None else dict.fromkeys(tasks, num_fewshot)
-    )
+    of_paper = {task: count for task, (count, _) in PAPER.items()}
+    fewshot = of_paper if tasks is None else dict.fromkeys(tasks, num_fewshot)
     task_dict = load_tasks(fewshot, include_path)
     directory, tokenizer = read_model(config)
     if apply_chat_template and tokenizer.chat_template is None:
         raise UsageError(f"--apply-chat-template: {config.model.path} has no chat template; leave it out")
     asked = {"tasks": [fewshot, limit], "--best": best, "--apply-chat-template": apply_chat_template}
-    setup = set_up(config, directory, {**asked, **digests_of(tokenizer)})
+    setup = set_up(config, directory, asked | digests_of(tokenizer))
     params, step = setup.latest_params(best=best)
     if step == 0 and is_run:
         raise UsageError(f"{model}: has no checkpoint; train first, or name a Hugging Face directory")
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # the harness would fork for its bootstrap, below jax's threads
-    lm = MeshLM(setup, params, tokenizer)
     options = {"limit": limit, "apply_chat_template": apply_chat_template}
+    lm = MeshLM(setup, params, tokenizer)
     answers = evaluate(lm, task_dict, bootstrap_iters=BOOTSTRAP, log_samples=False, **options)
     result = {
         "model": model,
@@ -187,7 +184,15 @@ def print_result(result: dict[str, Any]) -> None:
         print(f"{task:16} {100 * value:6.2f}")
 
 
-def _check(tasks: Sequence[str] | None, include_path: Path | None, num_fewshot: int | None, limit: int | None) -> None:
+def _check(
+    tasks: Sequence[str] | None,
+    include_path: Path | None,
+    num_fewshot: int | None,
+    limit: int | None,
+    output: Path | None,
+) -> None:
+    if output is not None:
+        require_output(output)
     if tasks is None and num_fewshot is not None:
         raise UsageError(f"--num-fewshot {num_fewshot}: --paper has its own counts; name --tasks, or leave it out")
     if tasks is not None and not all(tasks):
