@@ -38,6 +38,7 @@ from sr_dpo_jax.parallel.chips import GIB, TPUS, Chip, chip_of
 from sr_dpo_jax.train.setup import Setup, set_up_on
 from sr_dpo_jax.train.train_step import make_score_step
 from sr_dpo_jax.weights.directory import ModelDirectory
+from sr_dpo_jax.weights.layout import flatten
 from sr_dpo_jax.weights.placement import PlacedModel, reference_copy
 
 RUNTIME_SHARE = 0.05
@@ -155,7 +156,7 @@ def compile_for(
         hosts=hosts_of(devices),
         device_kind=devices[0].device_kind,
         mesh=dict(mesh.shape),
-        parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(setup.model.shapes)),
+        parameters=sum(math.prod(param.shape) for param in flatten(setup.model.abstract).values()),
         adapters=adapter_weights(setup.model.shapes),
         attention=setup.model.attention,
         shape=plan.shape,
