@@ -218,7 +218,7 @@ def test_a_run_gives_what_its_export_gives(tmp_path, tasks, capsys, lora):
             if "," in metric and not metric.split(",")[0].endswith("_stderr"):
                 assert result["results"][name][metric] == pytest.approx(value, rel=1e-4), (name, metric)
     perplexity = "byte_perplexity,none"
-    assert base["toy_rolling"][perplexity] != pytest.approx(results["toy_rolling"][perplexity], rel=1e-2)
+    assert base["toy_rolling"][perplexity] != pytest.approx(results["toy_rolling"][perplexity], rel=1e-3)
     assert result["step"] == 2 and result["n-shot"] == {"toy_choice": 2, "toy_rolling": 0, "toy_write": 1}
     assert "toy_choice" in capsys.readouterr().out
 
