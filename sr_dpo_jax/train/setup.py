@@ -315,19 +315,23 @@ class Setup:
         )
 
 
-def set_up(config: Config, directory: weights.ModelDirectory, read: Mapping[str, Any] | None = None) -> Setup:
+def set_up(
+    config: Config, directory: weights.ModelDirectory, read: Mapping[str, Any] | None = None, *, has_cache: bool = True
+) -> Setup:
     """Starts the devices: joins the processes, which must agree, makes the mesh, lays the model out on it.
 
     Args:
       config: the configuration.
       directory: of the model.
       read: digests of all else that the command has read, by the key that names it.
+      has_cache: whether the configuration has a place for compiled programs; that of a bare model has none.
 
     Raises:
       UsageError: the processes cannot be joined or differ in configuration, files or versions; or no mesh can be made.
     """
     start_distributed(**config.distributed.model_dump())
-    keep_compiled(config.cache_path)
+    if has_cache:
+        keep_compiled(config.cache_path)
     require_same({**shared_facts(config.model_dump(mode="json"), directory), **(read or {})})
     setup = set_up_on(make_mesh(**config.mesh.model_dump()), config, directory)
     model = setup.model

@@ -89,7 +89,7 @@ def lm_eval_command(
     if apply_chat_template and tokenizer.chat_template is None:
         raise UsageError(f"--apply-chat-template: {config.model.path} has no chat template; leave it out")
     asked = {"tasks": [fewshot, limit], "--best": best, "--apply-chat-template": apply_chat_template}
-    setup = set_up(config, directory, asked | digests_of(tokenizer))
+    setup = set_up(config, directory, asked | digests_of(tokenizer), has_cache=is_run)
     params, step = setup.latest_params(best=best)
     if step == 0 and is_run:
         raise UsageError(f"{model}: has no checkpoint; train first, or name a Hugging Face directory")
