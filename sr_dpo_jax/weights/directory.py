@@ -143,25 +143,43 @@ def open_directory(path: str, *, revision: str | None = None, weights: bool = Tr
 def weights_digest(directory: ModelDirectory) -> str:
     """Computes the sha256 (hex) of config and weight files, which keys reference caches and stands in the manifest.
 
-    In a run of several processes each reads its share of the files, so all must call it.
+    In a run of several processes two of them read each file, so all must call it: of two hosts with copies of their
+    own every difference is found, of more hosts those between the two that read a file.
+
+    Raises:
+      UsageError: two processes hold other bytes under one name, on all processes.
     """
     files = [directory.path / CONFIG, *weight_files(directory.path)[0]]
     digests = np.zeros((len(files), 32), np.uint8)
     together = jax.distributed.is_initialized() and jax.process_count() > 1
-    mine = slice(jax.process_index(), None, jax.process_count()) if together else slice(None)
+    process, processes = (jax.process_index(), jax.process_count()) if together else (0, 1)
+    mine = [number for number in range(len(files)) if (number - process) % processes < 2]
     with ThreadPoolExecutor() as pool:
-        for digest, content in zip(digests[mine], pool.map(_file_digest, files[mine]), strict=True):
-            digest[:] = np.frombuffer(content, np.uint8)
+        for number, content in zip(mine, pool.map(_file_digest, [files[n] for n in mine]), strict=True):
+            digests[number] = np.frombuffer(content, np.uint8)
     if together:
-        digests = np.asarray(multihost_utils.process_allgather(digests)).max(axis=0)  # zeros where another process read
+        digests = _agreed(np.asarray(multihost_utils.process_allgather(digests)), files)
     return hashlib.sha256("".join(digest.tobytes().hex() for digest in digests).encode()).hexdigest()
+
+
+def _agreed(digests: np.ndarray, files: Sequence[Path]) -> np.ndarray:
+    """Takes each file's digest from the processes that read it, of `[processes, files, 32]`, zeros where one did not."""
+    for number, path in enumerate(files):
+        readers = [process for process in range(len(digests)) if digests[process, number].any()]
+        differing = [process for process in readers if (digests[process, number] != digests[readers[0], number]).any()]
+        if differing:
+            raise UsageError(
+                f"{path.name}: holds other bytes on process {differing[0]} than on process {readers[0]}; give all "
+                f"hosts the same copy of {path.parent}"
+            )
+    return digests.max(axis=0)
 
 
 def fingerprint(directory: ModelDirectory) -> str:
     """Digests the config, and samples of each weight file.
 
     A process compares it with the other ones before any reads weights. Damage to single bytes of one host's copy is
-    left to `check` and to the digest, for which hosts share the reading.
+    left to `check` and to `weights_digest`, for which two hosts read each file.
 
     Raises:
       UsageError: a file cannot be read.

@@ -629,3 +629,35 @@ def test_a_tied_model_may_hold_its_head_where_it_is_the_embedding(tmp_path, monk
         save_file({**tensors, "lm_head.weight": other}, directory.path / "model.safetensors")
         with pytest.raises(UsageError, match=r"lm_head.weight: is not model.embed_tokens.weight.*tie_word_embeddings"):
             weights.check(directory, model.abstract)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_hosts_whose_copies_differ_in_one_byte_are_told(tmp_path, monkeypatch, processes):
+    """Of two processes one has another byte, far from every sample: each of them reads each file."""
+    copies = []
+    for process in range(processes):
+        copies.append(tmp_path / str(process))
+        copies[-1].mkdir()
+        (copies[-1] / "config.json").write_text("{}")
+        (copies[-1] / "model.safetensors").write_bytes(bytes(3_000_000))
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+
+    def digests_of(copies):
+        """What all processes hand in, and then what each makes of it."""
+        tables, made = [], []
+        for gather in (lambda table: tables.append(table) or table[None], lambda _: np.stack(tables)):
+            monkeypatch.setattr(weights.multihost_utils, "process_allgather", gather)
+            made.clear()
+            for process, copy in enumerate(copies):
+                monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+                made.append(weights.weights_digest(SimpleNamespace(path=copy)))
+        return made
+
+    assert len(set(digests_of(copies))) == 1
+    changed = bytearray(3_000_000)
+    changed[1_234_567] = 1
+    # With three processes the second file, which is number 1, is read by the processes 0 and 1.
+    (copies[1] / "model.safetensors").write_bytes(changed)
+    with pytest.raises(UsageError, match=r"model\.safetensors: holds other bytes on process 1 than on process 0"):
+        digests_of(copies)
