@@ -163,7 +163,7 @@ def weights_digest(directory: ModelDirectory) -> str:
 
 
 def _agreed(digests: np.ndarray, files: Sequence[Path]) -> np.ndarray:
-    """Takes each file's digest from the processes that read it, of `[processes, files, 32]`, zeros where one did not."""
+    """Takes each file's digest from the processes that read it: `[processes, files, 32]`, zeros where one did not."""
     for number, path in enumerate(files):
         readers = [process for process in range(len(digests)) if digests[process, number].any()]
         differing = [process for process in readers if (digests[process, number] != digests[readers[0], number]).any()]
