@@ -21,7 +21,7 @@ from sr_dpo_jax.errors import RunError, UsageError
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What compared runs respond to, and how their responses are scored."""
+    """Names the prompts that compared runs respond to, and the command that scores the responses."""
 
     prompts: Path
     scorer: str | None

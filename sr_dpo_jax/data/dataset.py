@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sr_dpo_jax.data.chat_template import UNPLACED, UnplacedError
 from sr_dpo_jax.data.model_ends import end_tokens
-from sr_dpo_jax.data.records import BadRow, content_digest, files_of, kind_of_file
+from sr_dpo_jax.data.records import BadRow, digest_of, files_of, kind_of_file
 from sr_dpo_jax.data.rows import OUR_NAMES, Naming, Pair, read_rows
 from sr_dpo_jax.data.tokens import PairEncoder, PairTokens, tokenizer_digest, truncate
 from sr_dpo_jax.data.turns import fitted
@@ -180,7 +180,7 @@ def prepare(
         for source in sources
         for path in files_of(source.path, split=split, revision=source.revision)
     ]
-    contents = [content_digest(source.path, split=split, revision=source.revision) for source in sources]
+    contents = [digest_of(source.path, split=split, revision=source.revision) for source in sources]
     limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "prompt_truncation": prompt_truncation}
     settings = {"format": format, "split": split, "augmentation_prompt": augmentation_prompt, **limits}
     renamed = [sorted(naming.columns.items()), list(naming.ignored)]

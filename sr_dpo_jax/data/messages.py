@@ -50,16 +50,15 @@ def checked_messages(value: Any, key: str) -> tuple[Message, ...]:
             raise UnusableError(f"{where}: holds {unknown[0][:40]!r}, which is not supported")
         if not isinstance(calls := extras.get("tool_calls", []), list):
             raise UnusableError(f"{where}, tool_calls: expected a list, got {kind_of(calls)}")
-        content = _content(None if extras else get(item, "content", f"{where}: "), item, where)
+        content = _content(item.get("content") if extras else get(item, "content", f"{where}: "), extras, where)
         # In the order of the row, which a template writes out.
         messages.append(Message(role, content, _json_of(extras, where) if extras else ""))
     return tuple(messages)
 
 
-def _content(value: Any, item: dict, where: str) -> str:
+def _content(value: Any, extras: Mapping[str, Any], where: str) -> str:
     """Gives the text of a message, which may come in parts; a message that calls tools may have none."""
-    value = item.get("content") if value is None else value
-    if value is None and item.get("tool_calls"):
+    if value is None and "tool_calls" in extras:
         return ""
     if isinstance(value, list):
         if not all(isinstance(part, dict) and part.get("type") == "text" for part in value):
@@ -120,6 +119,7 @@ def checked_id(row: dict, keys: tuple[str, ...], line: int) -> str:
 
 
 def get(row: dict, key: str, prefix: str = "") -> Any:
+    """Gives the value of a key; raises UnusableError where it is missing."""
     if key not in row:
         raise UnusableError(f"{prefix}missing key {key!r}")
     return row[key]
@@ -138,5 +138,6 @@ def checked_text(value: Any, name: str) -> str:
 
 
 def kind_of(value: Any) -> str:
+    """Names the type of a JSON value, for messages."""
     kinds = {str: "text", dict: "an object", list: "a list", bool: "true or false", type(None): "null"}
     return kinds.get(type(value), "a number" if isinstance(value, int | float) else "another type")

@@ -37,4 +37,5 @@ def _fields(path: Path) -> dict[str, Any]:
 
 
 def as_list(value: Any) -> list[Any]:
+    """Gives a field of a model's files that holds one value, several or none as a list."""
     return value if isinstance(value, list) else [] if value is None else [value]

@@ -102,11 +102,14 @@ def content_digest(path: str, *, split: str, revision: str | None = None) -> str
     Raises:
       UsageError: as in `records_of`.
     """
-    digests = [_digest_of(name, split, revision) for name in files_of(path, split=split, revision=revision)]
+    digests = [
+        digest_of(name, split=split, revision=revision) for name in files_of(path, split=split, revision=revision)
+    ]
     return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
-def _digest_of(path: str, split: str, revision: str | None) -> str:
+def digest_of(path: str, *, split: str, revision: str | None = None) -> str:
+    """Computes the sha256 (hex) of one of `files_of`; arguments and errors as in `content_digest`."""
     if _is_file(path, revision):
         try:
             with open(path, "rb") as data:
@@ -314,7 +317,7 @@ def _table_records(
         raise UsageError(f"{name}: its files cannot be read as one data set; check that they are sound") from error
     except (LookupError, TypeError) as error:  # facts of a saved data set that are not as `datasets` writes them
         raise UsageError(
-            f"{name}: is damaged or no data set as `datasets` saves it ({type(error).__name__})"
+            f"{name}: is damaged or no data set as `datasets` saves it ({type(error).__name__}); save it there again"
         ) from error
     except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError, ValueError, RuntimeError) as error:
         first_line = str(error).partition("\n")[0]

@@ -5,6 +5,7 @@ import gzip
 import json
 from collections import Counter
 from pathlib import Path
+from typing import get_args
 
 import pyarrow
 import pyarrow.parquet
@@ -12,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sr_dpo_jax.config.schema import Column
 from sr_dpo_jax.data.messages import Message
 from sr_dpo_jax.data.records import BadRow, content_digest
-from sr_dpo_jax.data.rows import FORMATS, Naming, Pair, read_rows
+from sr_dpo_jax.data.rows import COLUMNS, FORMATS, Naming, Pair, read_rows
 from sr_dpo_jax.errors import UsageError
 
 REAL_FILE = Path(__file__).resolve().parents[3] / "shared" / "data" / "hh_rlhf_harmless_base_test.jsonl.gz"
@@ -551,3 +553,8 @@ def test_a_value_of_a_table_that_json_lacks_makes_a_bad_row(tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "a.parquet")
     (bad,) = read(tmp_path / "a.parquet", "preference")
     assert bad.reason.startswith("chat_template_kwargs: holds a date, bytes or another value that JSON lacks")
+
+
+def test_the_columns_that_can_be_renamed_are_those_that_are_read():
+    """They stand in the configuration, which imports no reader, and here; prompt_id is ultrafeedback's own."""
+    assert {*get_args(Column), "prompt_id"} == set(COLUMNS)
