@@ -40,6 +40,7 @@ def records(path, columns=list, split="train"):
         ("a.csv", CSV, (3, 4)),
         ("a.csv", BOM + CSV.replace(b"\n", b"\r\n").replace("ße\r\n1".encode(), "ße\n1".encode()), (3, 4)),
     ],
+    ids=["lines", "BOM", "json", "array", "BOM, array", "gz", "bz2", "zst", "array gz", "csv", "BOM, csv"],
 )
 def test_every_kind_of_file_gives_the_same_rows(tmp_path, name, content, lines):
     (tmp_path / name).write_bytes(content)
