@@ -185,7 +185,9 @@ def _holder(content: str) -> tuple[str, int, str | None] | None:
     try:
         holder: dict[str, Any] = json.loads(content)
         host, pid = str(holder["host"]), holder["pid"]
-        return (host, pid, holder["started"]) if host.split() and pid in range(2**31) else None
+        # `in range` asks whatever is no integer to equal each of 2³¹ numbers, which takes minutes.
+        possible = isinstance(pid, int) and pid in range(2**31)
+        return (host, pid, holder["started"]) if host.split() and possible else None
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
