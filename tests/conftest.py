@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -41,6 +42,32 @@ def compiled_as_before():
     for name, value in before.items():
         if getattr(jax.config, name) != value:
             jax.config.update(name, value)
+
+
+def _on_one_device(make_mesh: Any) -> Any:
+    """Lays a mesh that takes all devices over one."""
+
+    def made(*, replica: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
+        is_open = sorted((replica, fsdp, tensor)) == [-1, 1, 1]
+        devices = jax.devices()[:1] if is_open else None
+        return make_mesh(replica=replica, fsdp=fsdp, tensor=tensor, devices=devices)
+
+    return made
+
+
+@pytest.fixture(scope="module", autouse=True)
+def devices_of_runs(request):
+    """In this process, a run whose configuration names no size of the mesh has one device and not eight.
+
+    Its programs are compiled, its checkpoints written and read in two thirds of the time, and most tests ask nothing
+    that depends on the mesh. Those that do name its sizes, or stand in a file marked `eight_devices`.
+    """
+    from sr_dpo_jax.train import setup
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not request.node.get_closest_marker("eight_devices"):
+            patch.setattr(setup, "make_mesh", _on_one_device(setup.make_mesh))
+        yield
 
 
 @pytest.fixture

@@ -220,7 +220,6 @@ class Model:
 PROPERTY_MODELS = [
     "gpt_neox",
     pytest.param("llama in tiles", marks=pytest.mark.slow),
-    pytest.param("gemma", marks=pytest.mark.slow),
     "gemma in tiles",
 ]
 

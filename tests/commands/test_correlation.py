@@ -13,6 +13,12 @@ from sr_dpo_jax.commands.correlation import rating_metrics
 NAMES = ("pearson", "spearman", "kendall")
 
 
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    """A thousand take seconds a call, and no test here needs the ends of an interval so exactly."""
+    monkeypatch.setattr("sr_dpo_jax.commands.correlation.RESAMPLES", 200)
+
+
 def ranks(values):
     """Mean ranks of ties, by counting."""
     return (values[:, None] > values).sum(axis=1) + ((values[:, None] == values).sum(axis=1) + 1) / 2
@@ -53,9 +59,8 @@ def test_known_truth():
     assert found["eval/margin/spearman"] == found["eval/margin/kendall"] == pytest.approx(1)
 
 
-def test_intervals_hold_the_truth_as_often_as_they_claim(monkeypatch):
+def test_intervals_hold_the_truth_as_often_as_they_claim():
     """For normal pairs Fisher's transform says how wide Pearson's interval is, and it covers the true 0.5."""
-    monkeypatch.setattr("sr_dpo_jax.commands.correlation.RESAMPLES", 200)
     rng, covered = np.random.default_rng(1), 0
     for repeat in range(20):
         x = rng.normal(size=150)

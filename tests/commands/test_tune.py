@@ -260,7 +260,11 @@ def test_evaluations_of_other_held_out_pairs_do_not_decide(config, tmp_path, mon
 def test_finished_runs_are_measured_on_other_held_out_pairs(tmp_path, monkeypatch):
     """The file's content changes, then the number of pairs: nothing is trained, and every number is a new one."""
     held_out = preference_file(tmp_path / "held_out.jsonl", 9, seed=2)
-    sections = {"data": {"eval_path": str(held_out)}, "train": {"max_steps": 2}}
+    sections = {
+        "data": {"eval_path": str(held_out)},
+        "train": {"max_steps": 2},
+        "objective": {"name": "sft", "lam": None},
+    }
     raw = raw_config(
         tmp_path, model_directory(tmp_path / "model"), preference_file(tmp_path / "a.jsonl", 24), **sections
     )
@@ -270,7 +274,8 @@ def test_finished_runs_are_measured_on_other_held_out_pairs(tmp_path, monkeypatc
     )
 
     def tuned(*more):
-        assert main(["tune", str(tmp_path / "config.yaml"), "objective.lam=0.5,1", *more]) == 0
+        grid = ["optimizer.learning_rate=1e-3,2e-3", "--metric", "eval/loss"]
+        assert main(["tune", str(tmp_path / "config.yaml"), *grid, *more]) == 0
         found = json.loads((tmp_path / "run" / "tune" / "tune.json").read_text())["finished"].values()
         return [run["metrics"] for run in found]
 
@@ -282,7 +287,9 @@ def test_finished_runs_are_measured_on_other_held_out_pairs(tmp_path, monkeypatc
     assert [metrics["eval/pairs"] for metrics in third[4:]] == [5, 5]
     assert {metrics["step"] for metrics in third} == {2}
     trained_steps = [
-        line["step"] for line in metrics_of(tmp_path / "run" / "tune" / "objective.lam=1") if "loss" in line
+        line["step"]
+        for line in metrics_of(tmp_path / "run" / "tune" / "optimizer.learning_rate=2e-3")
+        if "loss" in line
     ]
     assert trained_steps == [1, 2], "nothing was trained again"
 

@@ -34,8 +34,6 @@ def world(tmp_path_factory):
         ("sr_dpo", "online", "bfloat16"),
         ("sr_ipo", "cached", "bfloat16"),
         ("sr_ipo", "online", "float32"),
-        ("dpo", "cached", "bfloat16"),
-        ("ipo", "online", "float32"),
     ],
 )
 def test_the_first_loss_is_analytic(world, tmp_path, name, mode, dtype):

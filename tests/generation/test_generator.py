@@ -261,7 +261,7 @@ def test_a_system_text_stands_before_a_conversation(tmp_path):
 
 def test_slots_must_divide_over_the_devices(model, tmp_path, capsys):
     prompts = prompts_file(tmp_path / "prompts.jsonl", 3)
-    assert main(command(tmp_path, model, prompts, tmp_path / "out.jsonl", slots=6)) == 2
+    assert main([*command(tmp_path, model, prompts, tmp_path / "out.jsonl", slots=6), "mesh.fsdp=8"]) == 2
     error = capsys.readouterr().err
     assert "generation.slots" in error and "6" in error
     assert jax.device_count() == 8

@@ -1,6 +1,6 @@
-"""The same run on one device, on eight in three meshes, and in four real processes: the same five steps.
+"""The same run on one device, on eight in a mesh of three axes, and in four real processes: the same five steps.
 
-`test_loop.test_two_processes_equal_one` compares two processes with one.
+`test_loop.test_two_processes_equal_one` compares two processes with one, `test_mesh.py` other meshes of eight devices.
 """
 
 import jax
@@ -12,8 +12,6 @@ from sr_dpo_jax.cli import main
 pytestmark = pytest.mark.slow
 STEPS = 5
 LAYOUTS = {
-    "8 devices": (1, 8, {"fsdp": 8}),
-    "4 x 2": (1, 8, {"fsdp": 4, "tensor": 2}),
     "2 x 2 x 2": (1, 8, {"replica": 2, "fsdp": 2, "tensor": 2}),
     "4 processes": (4, 1, {"replica": 2, "fsdp": 2}),
 }

@@ -27,7 +27,7 @@ def sections(world):
     return {"data": {"eval_path": str(world / "held_out.jsonl"), "eval_sets": sets}}
 
 
-def test_the_reference_is_scored_and_held_out_sets_evaluated_with_one_program(world, tmp_path, caplog):
+def test_the_reference_is_scored_and_held_out_sets_evaluated_with_one_program(world, tmp_path, caplog, programs_anew):
     """Two programs: the train step, and the scoring step for training pairs and two held-out sets."""
     setup, pairs, tokenizer = tiny_setup(tmp_path, world / "model", world / "train.jsonl", **sections(world))
     held_out = read_held_out(setup.config, tokenizer, setup.model.architecture)

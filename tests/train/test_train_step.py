@@ -54,9 +54,12 @@ def test_metrics_by_hand():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_objective_of_a_configuration_takes_steps(name):
-    """From the names of the table, over the configuration, to two updates: each moves the weights and the loss."""
+@pytest.mark.parametrize("name", ["robust", "exo_pair", "aot_unpaired", "apo_zero", "orpo", "sr_hinge", "mixed"])
+def test_an_objective_of_a_configuration_takes_steps(name):
+    """From a name of the table, over the configuration, to two updates: each moves the weights and the loss.
+
+    One for each set of arguments that a loss takes; `test_loop.py` trains seven others in whole runs.
+    """
     raw = {"output_dir": "x", "model": {"path": "x"}, "data": {"path": "x"}}
     section = {"name": name, "lam": 0.5 if OBJECTIVES[name].refined else None}
     if not OBJECTIVES[name].function:
