@@ -60,7 +60,8 @@ def test_every_name_is_the_function_that_the_command_calls(tmp_path):
     assert found == (evaluate_command, score_command, export, load_config)
     assert sr_dpo_jax.train.loop is loop and sr_dpo_jax.losses.__name__ == "sr_dpo_jax.losses"
     model, data = model_directory(tmp_path / "model"), preference_file(tmp_path / "pairs.jsonl", 16)
-    config = make_config(tmp_path, model, data, train={"max_steps": 1}, data={"eval_path": str(data)})
+    sections = {"train": {"max_steps": 1}, "data": {"eval_path": str(data)}, "objective": {"name": "sft", "lam": None}}
+    config = make_config(tmp_path, model, data, **sections)
     assert sr_dpo_jax.train(config) == 0
     assert sr_dpo_jax.evaluate(config)["step"] == 1
     assert sr_dpo_jax.score(config, tmp_path / "scores.jsonl") == 16

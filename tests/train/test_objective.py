@@ -125,8 +125,9 @@ def test_the_loss_where_policy_and_reference_are_the_same(name):
         assert kind.loss_at_zero(numbers_of(name, sft_weight=0.5)) is None
 
 
-@pytest.mark.parametrize("form", ["margin", "contrast"])
-@pytest.mark.parametrize("name", REFINED)
+@pytest.mark.parametrize(
+    ("name", "form"), [*((name, "margin") for name in REFINED), ("sr_ipo_mean", "contrast"), ("sr_aot", "contrast")]
+)
 def test_lam_zero_is_the_plain_objective_bit_for_bit(name, form):
     """Loss and gradient, of every twin; with λ > 0 the loss is another one, and Δ is no path for gradients."""
 
