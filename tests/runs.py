@@ -56,7 +56,7 @@ TASKS = {
 IMPORTED = ("sr_dpo_jax.train.loop", "pyarrow.parquet", "scipy.optimize")
 """What a forked process has imported before it is one."""
 _STARTED = itertools.count()
-TIMES = ("pairs_per_second", "tokens_per_second", "tokens_per_second_per_chip", "step_time_s")
+TIMES = ("pairs_per_second", "tokens_per_second", "tokens_per_second_per_chip", "step_time_s", "goodput")
 
 
 def make_pairs(count: int, seed: int) -> list[dict[str, str]]:

@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +177,34 @@ def require_writable(directory: Path) -> None:
             f"{directory}: cannot be written ({call}: {error.strerror}); free space, change its permissions, or choose "
             "another output_dir"
         ) from error
+
+
+def kept_lines(file: Path, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """Takes lines off a file, and gives those that stay.
+
+    A last line that a kill cut short is dropped; its step is done again. Damage anywhere else stops no run: the file is
+    set aside as it is, with a warning, and its good lines stay.
+    """
+    if not file.exists():
+        return []
+    kept, lines, damaged = [], [], False
+    with file.open("rb") as opened:
+        parts = opened.readlines()
+    for number, content in enumerate(parts, 1):
+        try:
+            line = json.loads(content)
+            if keep(line):
+                kept.append(content.rstrip(b"\n") + b"\n")  # the last one may have lost its line feed
+                lines.append(line)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            damaged = damaged or number < len(parts) or content.endswith(b"\n")
+    if damaged:
+        aside = file.with_name(f"{file.name}.damaged-{secrets.token_hex(4)}")
+        file.rename(aside)
+        log.warning("%s: has damaged lines, which are dropped; the whole file is kept as %s", file, aside.name)
+    with whole(file) as temporary:
+        temporary.write_bytes(b"".join(kept))
+    return lines
 
 
 def require_room(directory: Path, *, checkpoint_bytes: int, checkpoints: int) -> None:

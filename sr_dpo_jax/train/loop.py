@@ -17,6 +17,7 @@ from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.model.adapter import join
 from sr_dpo_jax.model.decoder import Params
 from sr_dpo_jax.parallel.processes import everywhere, from_leader, on_leader
+from sr_dpo_jax.train.clock import Clock, sentence
 from sr_dpo_jax.train.identity import digests_of, write_run_files
 from sr_dpo_jax.train.metrics import MetricsWriter, Progress, StepLog, Trace, is_due
 from sr_dpo_jax.train.prepare import Job, prepare
@@ -27,7 +28,9 @@ from sr_dpo_jax.train.wandb_run import WandbRun, require_wandb
 log = logging.getLogger(__name__)
 
 EXIT_DONE, EXIT_PREEMPTED = 0, 75
-SIDE_FILES = ("lease.json", "config.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl", "skipped.jsonl")
+SIDE_FILES = (
+    *("lease.json", "config.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl", "skipped.jsonl", "clock.jsonl"),
+)
 
 
 def train(config: Config, *, allowed_changes: Sequence[str] = ()) -> int:
@@ -44,7 +47,7 @@ def train(config: Config, *, allowed_changes: Sequence[str] = ()) -> int:
       UsageError: configuration, data or weights are at fault.
       RunError: the run cannot go on.
     """
-    root = Path(config.output_dir)
+    root, clock = Path(config.output_dir), Clock()
     if root.exists() and not root.is_dir():
         raise UsageError(f"output_dir={root}: is a file; name a directory")
     try:
@@ -60,9 +63,8 @@ def train(config: Config, *, allowed_changes: Sequence[str] = ()) -> int:
             on_leader(lease.take)
             if config.train.wandb_project is not None:
                 on_leader(require_wandb)
-            job, state = prepare(
-                setup, pairs, eval_sets, tokenizer=tokenizer, stop=stop, allowed_changes=allowed_changes
-            )
+            options = {"tokenizer": tokenizer, "stop": stop, "clock": clock, "allowed_changes": allowed_changes}
+            job, state = prepare(setup, pairs, eval_sets, **options)
             on_leader(
                 lambda: write_run_files(
                     root,
@@ -76,7 +78,7 @@ def train(config: Config, *, allowed_changes: Sequence[str] = ()) -> int:
                 )
             )
             stop.stepping()  # from here on a signal waits for the end of a step, which saves
-            return run(job, state, stop, lease)
+            return run(job, state, stop, lease, clock)
     except Preempted:
         log.warning("stopped by a signal before the first step; run the same command to go on")
         return EXIT_PREEMPTED
@@ -89,14 +91,14 @@ def _make_ready(root: Path) -> None:
     clear_way(root / "tensorboard", directory=True)
 
 
-def run(job: Job, state: TrainState, stop: StopSignal, lease: Lease) -> int:
+def run(job: Job, state: TrainState, stop: StopSignal, lease: Lease, clock: Clock) -> int:
     """Takes the steps. Step n is on its way to the device before the metrics of step n − 1 are fetched."""
     config, total, selection = job.setup.config, job.total_steps, job.selection
     first, root, leader = int(state.step), Path(config.output_dir), jax.process_index() == 0
     step, saved, preempted, due = first, first if first else None, False, job.evaluation_due
     wandb = _wandb(config, job.record["run_id"]) if first < total and not selection.over else None
     writer = MetricsWriter(root, first_step=first, evaluation_due=due, active=leader, wandb=wandb)
-    steps = job.feed.batches(first)
+    next_batch, evaluate = clock.timed("data", job.feed.batches(first).__next__), clock.timed("evaluation", _evaluate)
     with (
         job.checkpoints as checkpoints,
         Progress(config.objective.name, total=total, active=leader) as progress,
@@ -104,7 +106,7 @@ def run(job: Job, state: TrainState, stop: StopSignal, lease: Lease) -> int:
         Trace(root / "profile", steps=config.train.profile_steps) as trace,
     ):
         progress.update(first)
-        lines = _step_log(job, writer, progress)
+        lines = _step_log(job, writer, progress, clock, first)
 
         def beat(*_: object) -> None:
             watchdog.beat()
@@ -114,7 +116,7 @@ def run(job: Job, state: TrainState, stop: StopSignal, lease: Lease) -> int:
             save_now = False
             if not due:
                 trace.before_step(step - first)
-                host_step, batch = next(steps)
+                host_step, batch = next_batch()
                 state, metrics = job.train_step(state, job.base, job.reference_params, batch)
                 step += 1
                 trace.after_step(step - first, metrics)
@@ -128,36 +130,40 @@ def run(job: Job, state: TrainState, stop: StopSignal, lease: Lease) -> int:
                 lines.flush()
             if due and not preempted:  # before saving: a committed step has all its lines, and a lost one is done again
                 try:
-                    selection = _evaluate(job, step, join(state.params, job.base), selection, writer, beat)
+                    selection = evaluate(job, step, join(state.params, job.base), selection, writer, beat)
                     due, save_now = False, save_now or selection.over or step in (selection.step, first)
                 except Preempted:
                     preempted = True
             if save_now or (preempted and step > first):
                 writer.commit()
-                with watchdog.limit(config.checkpoint.save_timeout_s):
+                with watchdog.limit(config.checkpoint.save_timeout_s), clock("save"):
                     checkpoints.await_save()  # where it has failed, this save is the other attempt
                     _save(job, step, state, selection, evaluation_due=due)
                 saved = step
             if pause:
-                lines.restart_clock()
+                lines.resume(step)
                 watchdog.beat()
         writer.close()
         if saved is not None:
-            with watchdog.limit(config.checkpoint.save_timeout_s):
+            with watchdog.limit(config.checkpoint.save_timeout_s), clock("save"):
                 while checkpoints.await_save():
                     _save(job, step, state, selection, evaluation_due=due)
                 checkpoints.finish(saved, best=selection.step)
-    return _end(job, step, selection, evaluation_due=due)
+    return _end(job, step, selection, clock, evaluation_due=due)
 
 
-def _step_log(job: Job, writer: MetricsWriter, progress: Progress) -> StepLog:
+def _step_log(job: Job, writer: MetricsWriter, progress: Progress, clock: Clock, first: int) -> StepLog:
+    """Begins the log of steps, and with it the clock of a run that has something left to do."""
     source, section = job.feed.source, job.setup.config.train
+    if job.evaluation_due or (first < job.total_steps and not job.selection.over):
+        clock.begin(Path(job.setup.config.output_dir), first_step=first, active=jax.process_index() == 0)
     return StepLog(
         source.plan,
         job.setup.work(source.pairs),
         source.pairs.ids,
         writer,
         progress,
+        clock,
         every_steps=section.log_every_steps,
         total_steps=job.total_steps,
         max_skipped_steps=section.max_skipped_steps,
@@ -204,8 +210,11 @@ def _wandb(config: Config, run_id: str) -> WandbRun | None:
     return on_leader(lambda: WandbRun(root, project=project, config=values, run_id=run_id))
 
 
-def _end(job: Job, step: int, selection: Selection, *, evaluation_due: bool) -> int:
+def _end(job: Job, step: int, selection: Selection, clock: Clock, *, evaluation_due: bool) -> int:
     """Says how the run ended, and returns the exit code; a run whose last evaluation is due has not ended."""
+    if clock.begun:
+        clock.mark(step, now=True)
+        log.info("%s", sentence(clock.life))
     if selection.metric is not None:
         log.info("%s", selection.summary)
     if step >= job.total_steps and not evaluation_due:  # a checkpoint may be from before train.max_steps was lowered

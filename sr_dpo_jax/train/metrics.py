@@ -8,9 +8,8 @@ import dataclasses
 import json
 import logging
 import math
-import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,8 +19,9 @@ from tensorboardX import SummaryWriter
 
 from sr_dpo_jax.data.pipeline import HostStep
 from sr_dpo_jax.data.plan import Plan
-from sr_dpo_jax.durable.files import whole
+from sr_dpo_jax.durable.files import kept_lines
 from sr_dpo_jax.errors import RunError
+from sr_dpo_jax.train.clock import Clock, goodput
 from sr_dpo_jax.train.program import Work
 from sr_dpo_jax.train.wandb_run import WandbRun
 
@@ -59,11 +59,11 @@ class MetricsWriter:
         if not active:
             return
         evaluated = first_step - 1 if evaluation_due else first_step
-        recorded = _lines_kept(
+        recorded = kept_lines(
             self._metrics_file, lambda line: line["step"] <= (first_step if "loss" in line else evaluated)
         )
-        _lines_kept(self.skipped_file, lambda line: line["step"] <= first_step)
-        _lines_kept(self._samples_file, lambda line: line["step"] <= evaluated)
+        kept_lines(self.skipped_file, lambda line: line["step"] <= first_step)
+        kept_lines(self._samples_file, lambda line: line["step"] <= evaluated)
         if wandb is not None:
             wandb.catch_up(recorded)
         self._file = self._metrics_file.open("a", encoding="utf-8")
@@ -120,34 +120,6 @@ class MetricsWriter:
 def is_due(step: int, every_steps: int | None, *, last: int) -> bool:
     """Tells whether something is to be done after this step: after every so many, and after the last in any case."""
     return step == last or (every_steps is not None and step % every_steps == 0)
-
-
-def _lines_kept(file: Path, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-    """Takes lines off a file, and gives those that stay.
-
-    A last line that a kill cut short is dropped; its step is done again. Damage anywhere else stops no run: the file is
-    set aside as it is, with a warning, and its good lines stay.
-    """
-    if not file.exists():
-        return []
-    kept, lines, damaged = [], [], False
-    with file.open("rb") as opened:
-        parts = opened.readlines()
-    for number, content in enumerate(parts, 1):
-        try:
-            line = json.loads(content)
-            if keep(line):
-                kept.append(content.rstrip(b"\n") + b"\n")  # the last one may have lost its line feed
-                lines.append(line)
-        except (ValueError, KeyError, TypeError, RecursionError):
-            damaged = damaged or number < len(parts) or content.endswith(b"\n")
-    if damaged:
-        aside = file.with_name(f"{file.name}.damaged-{secrets.token_hex(4)}")
-        file.rename(aside)
-        log.warning("%s: has damaged lines, which are dropped; the whole file is kept as %s", file, aside.name)
-    with whole(file) as temporary:
-        temporary.write_bytes(b"".join(kept))
-    return lines
 
 
 class Trace(contextlib.AbstractContextManager):
@@ -238,6 +210,8 @@ class StepLog:
     writer: MetricsWriter
     progress: Progress
     """Shows the numbers of every step."""
+    clock: Clock
+    """Gives the goodput of each line, and is marked after it."""
     _: dataclasses.KW_ONLY
     every_steps: int
     """Steps between two lines; the last step has one in any case."""
@@ -251,11 +225,12 @@ class StepLog:
         self._pending: tuple[int, HostStep, dict[str, jax.Array]] | None = None
         self._skipped_in_a_row = 0
         self._warned = False
-        self.restart_clock()
+        self._line_at = time.monotonic()
 
-    def restart_clock(self) -> None:
-        """Leaves out of the next step's time what has passed since the last line."""
-        self._clock = time.monotonic()
+    def resume(self, step: int) -> None:
+        """Goes on after a pause that followed `step`, which counts in the run's clock and in no step's time."""
+        self.clock.mark(step, now=True)
+        self._line_at = time.monotonic()
 
     def add(self, step: int, host_step: HostStep, metrics: dict[str, jax.Array]) -> None:
         self.flush()
@@ -268,8 +243,8 @@ class StepLog:
         (step, host_step, metrics), self._pending = self._pending, None
         plan, work = self.plan, self.work
         numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        elapsed = time.monotonic() - self._clock
-        self.restart_clock()
+        elapsed = time.monotonic() - self._line_at
+        self._line_at = time.monotonic()
         shape, real_tokens = plan.shape, int(work.tokens[host_step.pair].sum())
         numbers |= {
             "epoch": step / plan.steps_per_epoch,
@@ -278,6 +253,7 @@ class StepLog:
             "tokens_per_second_per_chip": real_tokens / elapsed / work.devices,
             "padding_fraction": 1 - real_tokens / (shape.rows * shape.row_length),
             "step_time_s": elapsed,
+            "goodput": goodput(self.clock.life),
         }
         if work.peak_flops is not None:
             numbers["mfu"] = float(work.flops[host_step.pair].sum()) / elapsed / work.peak_flops
@@ -285,6 +261,7 @@ class StepLog:
             self.writer.write({"step": step, **numbers})
         speed = f"{numbers['pairs_per_second']:.3g} pairs/s"
         self.progress.update(step, f"loss {numbers['loss']:.4f}  {_accuracy(numbers)}{speed}")
+        self.clock.mark(step)
         self._count_skipped(step, host_step, numbers)
         self._warn_of_divergence(step, numbers["loss"])
 

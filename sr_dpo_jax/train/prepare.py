@@ -26,6 +26,7 @@ from sr_dpo_jax.durable.selection import Selection
 from sr_dpo_jax.model.adapter import join
 from sr_dpo_jax.model.decoder import Params
 from sr_dpo_jax.parallel.processes import on_leader, require_same, text_from_leader
+from sr_dpo_jax.train.clock import Clock
 from sr_dpo_jax.train.identity import identity_of, resume_point, surroundings
 from sr_dpo_jax.train.measured import measured_sets, selection_so_far
 from sr_dpo_jax.train.program import warn_of_no_learning
@@ -67,9 +68,10 @@ def prepare(
     *,
     tokenizer: PreTrainedTokenizerBase,
     stop: StopSignal,
+    clock: Clock,
     allowed_changes: Sequence[str],
 ) -> tuple[Job, TrainState]:
-    """Plans, scores the reference, loads or restores the state, compiles: all that precedes the first step."""
+    """Plans, compiles, scores the reference with these programs, loads or restores the state: all before step 1."""
     config, objective, plan = setup.config, setup.objective, setup.plan(pairs, list(eval_sets.values()))
     total_steps = setup.total_steps(plan)
     warn_of_no_learning(config.optimizer.model_dump(), total_steps, setup.model.param_dtype)
@@ -78,15 +80,14 @@ def prepare(
     record = _record(setup, pairs, plan, tokenizer, checkpoints)
     strict = {"strict": config.checkpoint.strict, "allowed_changes": allowed_changes}
     resumed, before = resume_point(checkpoints, record, where=config.output_dir, **strict)
-    # Compiled first, so that the reference is scored with the same programs.
-    compiled = partial(compiled_sets, params=setup.model.shapes, programs={})
+    compiled = partial(clock.timed("compile", compiled_sets), params=setup.model.shapes, programs={})
     held_out = compiled([setup.scored_set(name, held, shape=plan.shape) for name, held in eval_sets.items()])
     training, scored = None, list(held_out)
     if objective.wants_scores and (objective.judged_before or objective.unsettled or not setup.online):
         covering = covering_plan(plan, *pair_sizes(pairs, with_rejected=True))
         training = setup.scored_set("training", pairs, plan=covering, augmented=objective.scored_with_p)
         scored.insert(0, training)
-    record["reference"], reference_params, (trained, frozen) = score_reference(
+    record["reference"], reference_params, (trained, frozen) = clock.timed("reference", score_reference)(
         setup.model,
         scored,
         compiled,
@@ -110,7 +111,7 @@ def prepare(
         record=record,
         feed=feed,
         total_steps=total_steps,
-        train_step=program.compiled(state, frozen, reference_params, feed),
+        train_step=clock.timed("compile", program.compiled)(state, frozen, reference_params, feed),
         base=frozen,
         reference_params=reference_params,
         held_out=held_out,

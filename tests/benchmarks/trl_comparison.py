@@ -321,6 +321,7 @@ def run_jax(row: str, options: argparse.Namespace) -> dict:
     from sr_dpo_jax.config.load import config_from_dict
     from sr_dpo_jax.durable.preemption import StopSignal
     from sr_dpo_jax.train import reference
+    from sr_dpo_jax.train.clock import Clock
     from sr_dpo_jax.train.prepare import prepare
     from sr_dpo_jax.train.setup import read_model, read_training, set_up
 
@@ -342,7 +343,7 @@ def run_jax(row: str, options: argparse.Namespace) -> dict:
     reference.ReferenceScores.fill = timed_fill
     with StopSignal() as stop:
         setup = set_up(config, directory)
-        job, state = prepare(setup, pairs, {}, tokenizer=tokenizer, stop=stop, allowed_changes=())
+        job, state = prepare(setup, pairs, {}, tokenizer=tokenizer, stop=stop, clock=Clock(), allowed_changes=())
     clock, first_loss, real = Stopwatch(options.warm_up), None, []
     work = setup.work(pairs)
     for host_step, batch in job.feed.batches(0):

@@ -13,6 +13,7 @@ from runs import HH_FILE, make_config, model_directory
 
 from sr_dpo_jax.durable.preemption import StopSignal
 from sr_dpo_jax.parallel.mesh import make_mesh
+from sr_dpo_jax.train.clock import Clock
 from sr_dpo_jax.train.prepare import prepare
 from sr_dpo_jax.train.setup import read_model, read_training, set_up_on
 
@@ -59,7 +60,7 @@ def losses(world, root, mesh, *, init, dtype):
     pairs = read_training(config, tokenizer, directory.architecture)
     setup, found = set_up_on(mesh, config, directory), []
     with StopSignal() as stop:
-        job, state = prepare(setup, pairs, {}, tokenizer=tokenizer, stop=stop, allowed_changes=())
+        job, state = prepare(setup, pairs, {}, tokenizer=tokenizer, stop=stop, clock=Clock(), allowed_changes=())
         for (_, batch), _ in zip(job.feed.batches(0), range(STEPS), strict=False):
             state, metrics = job.train_step(state, job.base, job.reference_params, batch)
             found.append(float(metrics["loss"]))

@@ -10,6 +10,7 @@ import pytest
 from sr_dpo_jax.data.pipeline import HostStep
 from sr_dpo_jax.data.plan import Plan, Shape
 from sr_dpo_jax.errors import RunError
+from sr_dpo_jax.train.clock import Clock
 from sr_dpo_jax.train.metrics import MetricsWriter, Progress, StepLog, _accuracy
 from sr_dpo_jax.train.program import Work
 
@@ -29,7 +30,7 @@ def lines_of(root, name="metrics.jsonl"):
 def steps(tmp_path):
     writer = writer_of(tmp_path)
     progress = Progress("test", total=4, active=False)
-    log = StepLog(PLAN, WORK, ("a", "b"), writer, progress, every_steps=2, total_steps=3, max_skipped_steps=1)
+    log = StepLog(PLAN, WORK, ("a", "b"), writer, progress, Clock(), every_steps=2, total_steps=3, max_skipped_steps=1)
     yield log
     writer.close()
 

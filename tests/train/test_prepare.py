@@ -7,6 +7,7 @@ import pytest
 from runs import model_directory, preference_file, tiny_setup
 
 from sr_dpo_jax.durable.preemption import StopSignal
+from sr_dpo_jax.train.clock import Clock
 from sr_dpo_jax.train.prepare import prepare
 from sr_dpo_jax.train.setup import read_held_out
 
@@ -32,7 +33,7 @@ def test_the_reference_is_scored_and_held_out_sets_evaluated_with_one_program(wo
     setup, pairs, tokenizer = tiny_setup(tmp_path, world / "model", world / "train.jsonl", **sections(world))
     held_out = read_held_out(setup.config, tokenizer, setup.model.architecture)
     with StopSignal() as stop, jax.log_compiles(True), caplog.at_level(logging.WARNING, "jax"):
-        job, state = prepare(setup, pairs, held_out, tokenizer=tokenizer, stop=stop, allowed_changes=())
+        job, state = prepare(setup, pairs, held_out, tokenizer=tokenizer, stop=stop, clock=Clock(), allowed_changes=())
         for held in job.held_out:
             held.scores(state.params)
     job.checkpoints.close()

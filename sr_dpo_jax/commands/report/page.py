@@ -184,6 +184,7 @@ def render(runs: Sequence[Run], *, with_texts: bool) -> str:
         headline=tables.headline(runs),
         final=tables.final_metrics(runs),
         known=tables.knowledge(runs),
+        lives=tables.lives(runs),
         difference=tables.config_difference(runs),
         sections={title: [(item, image(item.draw, runs)) for item in items] for title, items in SECTIONS.items()},
         guide=GUIDE,

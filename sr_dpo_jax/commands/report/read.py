@@ -21,6 +21,8 @@ from sr_dpo_jax.data.records import BadRow, files_of
 from sr_dpo_jax.data.rows import Naming, Pair, read_rows
 from sr_dpo_jax.durable.files import lines_of, pairs_file
 from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.train.clock import NAME as CLOCK
+from sr_dpo_jax.train.clock import life_of
 from sr_dpo_jax.train.objective import OBJECTIVES, Kind
 
 Line = Mapping[str, Any]
@@ -60,6 +62,8 @@ class Run:
     """The undamaged lines of samples.jsonl. They hold texts of the data: show them only to those who ask for texts."""
     knowledge: Line
     """What the model at the start knew of the labels, from manifest.json; empty where it was not measured."""
+    life: Mapping[str, float]
+    """Seconds of each phase of `train/clock.py` over all starts of the run; empty without a clock.jsonl."""
     problems: Sequence[str]
     """Sentences for the user; none holds text of the data."""
 
@@ -181,7 +185,7 @@ def _read_run(number: int, label: str, path: Path) -> Run:
     if count:
         problems.append(f"{count} step(s) were skipped because loss or gradient was not finite: skipped.jsonl")
     evaluation, pairs = _read_evaluation(path, config, problems, shown_set)
-    samples_file = path / "samples.jsonl"
+    samples_file, clock = path / "samples.jsonl", path / CLOCK
     run = Run(
         number=number,
         label=label,
@@ -196,6 +200,7 @@ def _read_run(number: int, label: str, path: Path) -> Run:
         best_step=_best_step(evaluations, config),
         samples=_read_lines(samples_file, problems, texts=SAMPLE_TEXTS) if samples_file.is_file() else [],
         knowledge=_read_knowledge(path / "manifest.json", problems),
+        life=life_of(_read_lines(clock, problems, needs=("began", "first", "step"))) if clock.is_file() else {},
         problems=problems,
     )
     if evaluation and evaluation["step"] not in (run.last_step, run.best_step):

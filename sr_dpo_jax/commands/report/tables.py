@@ -13,6 +13,7 @@ import numpy as np
 import scipy.stats
 
 from sr_dpo_jax.commands.report.read import Run, series, set_title
+from sr_dpo_jax.train.clock import goodput
 from sr_dpo_jax.train.knowledge import TITLES, share_interval
 
 NONE = "–"
@@ -141,6 +142,24 @@ def knowledge(runs: Sequence[Run]) -> Table:
             row["λ"] = _plain(run.lam) if key == "contrast" and run.kind.refined else NONE
             rows.append(row)
     return Table.of(rows)
+
+
+def lives(runs: Sequence[Run]) -> Table:
+    """Has a row for each run with a clock: its goodput, and the seconds of each phase of its life."""
+    rows = []
+    for run in runs:
+        if run.life:
+            row = {"run": run.label, "goodput": _percent(goodput(run.life)), "life": _seconds(sum(run.life.values()))}
+            rows.append(row | {phase: _seconds(seconds) for phase, seconds in run.life.items()})
+    return Table.of(rows)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _seconds(seconds: float) -> str:
+    return number(seconds, 1) if seconds else NONE
 
 
 def samples(runs: Sequence[Run]) -> dict[tuple[str, str, str], list[list[tuple[int, str]]]]:
