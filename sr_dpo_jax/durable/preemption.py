@@ -25,10 +25,13 @@ class StopSignal:
 
     A trap: Python runs signal handlers in the main thread, which may compile or wait for a device for minutes. So a
     thread that reads the interpreter's wake-up pipe counts the signals.
+
+    Another: where Preempted is raised within a callback of a library's C code, it may come out as another exception, as
+    NumPy makes a SystemError of it. Once it was raised, whatever ends the block is Preempted.
     """
 
     def __init__(self) -> None:
-        self._stepping, self._received, self._polls = False, False, 0
+        self._stepping, self._received, self._raised, self._polls = False, False, False, 0
         self._tell_jax: ctypes._CFuncPtr | None = None
 
     def __enter__(self) -> Self:
@@ -40,12 +43,14 @@ class StopSignal:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         signal.signal(signal.SIGTERM, self._before)
         signal.set_wakeup_fd(self._wakeup_before)
         os.close(self._writer)  # ends the thread, which reads the end of the pipe
         self._thread.join()
         os.close(self._reader)
+        if self._raised and error is not None and not isinstance(error, Preempted):
+            raise Preempted from error
 
     def joined(self) -> None:
         """Takes SIGTERM back from jax.distributed, whose handler replaced ours and would swallow a second signal."""
@@ -84,4 +89,5 @@ class StopSignal:
 
     def _raise(self, _number: int, _frame: FrameType | None) -> None:
         if not self._stepping and self._tell_jax is None:
+            self._raised = True
             raise Preempted

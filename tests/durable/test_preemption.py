@@ -25,6 +25,19 @@ def test_before_the_first_step_it_stops_at_once():
     assert not issubclass(Preempted, Exception), "no handler of errors may swallow it"
 
 
+def test_a_library_that_makes_another_exception_of_it_does_not_hide_it():
+    """NumPy makes a SystemError of what is raised within a callback of its C code."""
+    with pytest.raises(Preempted) as stopped, StopSignal():
+        try:
+            terminate()
+            time.sleep(5)
+        except Preempted as error:
+            raise SystemError("returned a result with an exception set") from error
+    assert isinstance(stopped.value.__cause__, SystemError)
+    with pytest.raises(SystemError), StopSignal():
+        raise SystemError("without a signal")
+
+
 def test_after_the_first_step_it_waits_to_be_asked():
     with StopSignal() as stop:
         assert not stop.requested()
