@@ -25,7 +25,7 @@ from sr_dpo_jax.errors import RunError, UsageError
 from sr_dpo_jax.redaction import Formatter, redact
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
-OVERRIDE = re.compile(r"[a-z_]+(\.\w+)+=.*", re.DOTALL)
+OVERRIDE = re.compile(r"[a-z_]+(\.\w+)*=.*", re.DOTALL)
 OTHERS_END_S = 2.0
 """Time that a process of several which fails leaves to the others, see `_end`."""
 BEST = "the best checkpoint, by checkpoint.best_metric, in place of the latest"

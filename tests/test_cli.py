@@ -35,7 +35,8 @@ def test_a_command_names_a_function_that_takes_its_options(name):
 @pytest.mark.parametrize(
     ("words", "found"),
     [
-        (["generate", "c.yaml", "model.path=x", "--output", "o", "--prompts", "p", "seed=3"], None),
+        (["generate", "c.yaml", "seed=1", "--output", "o", "--prompts", "p", "seed=3"], ["seed=1", "seed=3"]),
+        (["generate", "c.yaml", "--output", "o", "--prompts", "p", "Seed=3"], None),
         (["generate", "c.yaml", "--output", "o", "--prompts", "p", "model.path=x"], ["model.path=x"]),
         (["eval", "c.yaml", "seed.a=1", "--best", "model.path=x y"], ["seed.a=1", "model.path=x y"]),
         (["train", "c.yaml", "--allow-change", "seed", "data.path=[a, b]"], ["data.path=[a, b]"]),

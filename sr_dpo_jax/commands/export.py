@@ -159,6 +159,7 @@ def model_card(config: Config, origin: Origin, *, name: str, step: int, dtype: s
         form = lora_of(config)
         scaled = "alpha / √rank" if form.rslora else "alpha / rank"
         rows["LoRA"] = f"rank {form.rank}, alpha {form.alpha:g} ({scaled}), {', '.join(form.targets)}"
+        rows["LoRA"] += ", beside a base rounded to int8" if form.base == "int8" else ""
         rows["LoRA"] += ", merged" if merged else ""
     pinned = "" if config.model.revision is None else f" at revision `{config.model.revision}`"
     commit = "" if origin.revision is None else f", commit `{origin.revision}`"
