@@ -18,8 +18,8 @@ from runs import HH_FILE, make_pairs  # noqa: E402
 
 from sr_dpo_jax.data.rows import Pair, read_rows  # noqa: E402
 
-TRAIN_PAIRS, HELD_OUT_PAIRS, QUESTIONS = 192, 32, 24
-PAIRS_PER_STEP = 16
+TRAIN_PAIRS, HELD_OUT_PAIRS, QUESTIONS = 96, 24, 20
+PAIRS_PER_STEP = 8
 
 
 def rows_of_hh() -> list[dict[str, str]]:
@@ -49,16 +49,16 @@ def config_of(name: str, model: str, **sections: Any) -> dict[str, Any]:
             "path": "train.jsonl",
             "eval_path": "held_out.jsonl",
             "format": "hh_rlhf",
-            "max_length": 192,
-            "max_prompt_length": 128,
+            "max_length": 128,
+            "max_prompt_length": 96,
             "max_bad_rows": 9,
         },
         "objective": {"name": name},
         "optimizer": {"name": "adamw", "learning_rate": 1e-3, "warmup_steps": 2},
-        "batch": {"pairs_per_step": PAIRS_PER_STEP, "row_length": 512, "row_multiple": 8},
+        "batch": {"pairs_per_step": PAIRS_PER_STEP, "row_length": 256, "row_multiple": 8},
         "train": {"epochs": 1},
         "checkpoint": {"every_steps": 2},
-        "generation": {"max_new_tokens": 48, "slots": 8},
+        "generation": {"max_new_tokens": 32, "slots": 8},
         **sections,
     }
 
@@ -98,13 +98,13 @@ def main() -> None:
     parts["other"] = rows[TRAIN_PAIRS + HELD_OUT_PAIRS :]
     for name, part in parts.items():
         write_lines(root / f"{name}.jsonl", part)
-    make_model(root / "base", hidden=64, layers=2, data=root / "train.jsonl")
+    make_model(root / "base", hidden=32, layers=2, data=root / "train.jsonl")
     configs = {
         "sft": config_of("sft", "base"),
         "dpo": config_of(
             "dpo",
             "sft-model",
-            train={"epochs": 1, "eval_every_steps": 2, "samples": 2},
+            train={"epochs": 1, "eval_every_steps": 4, "samples": 2},
             checkpoint={"every_steps": 4, "keep": 1, "best_metric": "eval/other/margin"},
         ),
         "sr_dpo": config_of("sr_dpo", "sft-model", objective={"name": "sr_dpo", "lam": 0.5}),

@@ -63,7 +63,11 @@ for overrides in map(json.loads, objectives):
     print("costs", json.dumps([flops, cycles]), flush=True)
 """
 LONG_ROWS = ["data.max_length=20000", "data.max_prompt_length=10000", "batch.row_length=65536"]
-COMMANDS = [(name, number) for name in NAMES for number in range(len(commands(name, "compile")))]
+ON_SEVERAL = ("pythia_2.8b_hh_sr_dpo", "llama3_8b_ultrafeedback_sr_dpo", "llama3_70b_sr_dpo")
+"""The configurations that are compiled for every topology of their head comments, and not for the first alone."""
+COMMANDS = [
+    (name, number) for name in NAMES for number in range(len(commands(name, "compile")) if name in ON_SEVERAL else 1)
+]
 
 pytestmark = pytest.mark.aot
 
@@ -170,7 +174,7 @@ def test_the_refinement_costs_one_forward(compiled, name):
     assert sr_dpo["model_flops_a_pair"] / dpo["model_flops_a_pair"] == pytest.approx(4 / 3, rel=0.03)
 
 
-@pytest.mark.parametrize("name", ["pythia_2.8b_hh", "zephyr_7b_ultrafeedback"])
+@pytest.mark.parametrize("name", ["pythia_2.8b_hh"])
 def test_the_refinement_gathers_no_weights_of_its_own(compiled, name):
     """The bytes that devices hand each other to have whole weights, in all-gathers and in the rings of permutes that
     the compiler makes of them beside matmuls, pass DPO's by less than one vocabulary matrix, or are fewer."""
@@ -209,9 +213,9 @@ def tiny_config(tmp_path: Path, family: str, **fields: Any) -> list[str]:
     return ["compile", str(path)]
 
 
-@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])
 def test_splash_attention_with_windows_and_caps_compiles(tmp_path, run, topology):
-    """Every second layer has a window. Without either the configurations compile it, for each of these chips."""
+    """Every second layer has a window. Without either the configurations compile it, for other chips too."""
     fields = {"sliding_window": 300, "query_pre_attn_scalar": 64}
     result = run([*tiny_config(tmp_path, "gemma2", **fields), "--topology", topology], tmp_path / "report.json")
     assert result.code == 0, result.output

@@ -33,10 +33,10 @@ from sr_dpo_jax.durable.files import read_lines
 WORLD = REPOSITORY / "sr_dpo_jax" / "commands" / "demo"
 TINY = {
     "name": "tiny",
-    "base_steps": 60,
+    "base_steps": 30,
     "seeds": 2,
     "arms": ["dpo", "sr_dpo-0.5", "dpo-more", "dpo-shuffled", "sr_dpo-0.5-more"],
-    "held_out_pairs": 32,
+    "held_out_pairs": 16,
     "more_factor": 2,
     "evaluations": 2,
 }
@@ -213,7 +213,7 @@ def made_up(seeds: int) -> measured.Results:
         "seeds": seeds,
         "tasks": ["copy"],
         "pairs": 64,
-        "held_out_pairs": 32,
+        "held_out_pairs": 16,
         "base_texts": 100,
         "more_factor": 4,
     }
