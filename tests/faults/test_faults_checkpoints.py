@@ -267,7 +267,7 @@ def test_p2_evaluation_and_export_never_read_damage(run, world, tmp_path, capsys
     assert (run / "checkpoints" / "6").is_dir(), "reading changes nothing"
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"replica": 2, "fsdp": 2, "tensor": 2}])
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"replica": 2, "fsdp": 2, "tensor": 2}])
 def test_p4_any_mesh_restores_every_value_bitwise(finished, world, sizes):
     """Saved on 8 devices, fsdp 8; checked and restored on other meshes."""
     mesh = {"replica": 1, "fsdp": 1, "tensor": 1} | sizes
