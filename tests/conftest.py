@@ -55,18 +55,17 @@ def _on_one_device(make_mesh: Any) -> Any:
     return made
 
 
-@pytest.fixture(scope="module", autouse=True)
-def devices_of_runs(request):
+@pytest.fixture(scope="session", autouse=True)
+def devices_of_runs():
     """In this process, a run whose configuration names no size of the mesh has one device and not eight.
 
     Its programs are compiled, its checkpoints written and read in two thirds of the time, and most tests ask nothing
-    that depends on the mesh. Those that do name its sizes, or stand in a file marked `eight_devices`.
+    that depends on the mesh. Those that do name its sizes.
     """
     from sr_dpo_jax.train import setup
 
     with pytest.MonkeyPatch.context() as patch:
-        if not request.node.get_closest_marker("eight_devices"):
-            patch.setattr(setup, "make_mesh", _on_one_device(setup.make_mesh))
+        patch.setattr(setup, "make_mesh", _on_one_device(setup.make_mesh))
         yield
 
 
