@@ -98,7 +98,7 @@ def main() -> None:
     parts["other"] = rows[TRAIN_PAIRS + HELD_OUT_PAIRS :]
     for name, part in parts.items():
         write_lines(root / f"{name}.jsonl", part)
-    make_model(root / "base", hidden=32, layers=2, data=root / "train.jsonl")
+    make_model(root / "base", hidden=64, layers=2, data=root / "train.jsonl")
     configs = {
         "sft": config_of("sft", "base"),
         "dpo": config_of(

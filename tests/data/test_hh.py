@@ -55,7 +55,7 @@ def test_the_first_loss_is_analytic(world, tmp_path, name, mode, dtype):
 @pytest.mark.longest
 def test_an_epoch_of_sr_dpo(tmp_path):
     """The benchmark's run at a smaller size: what the full size must show, without its 20 minutes."""
-    result = hh_run.run(tmp_path, hidden=32, layers=2, overrides=("data.max_length=256", "data.max_prompt_length=128"))
+    result = hh_run.run(tmp_path, hidden=64, layers=2, overrides=("data.max_length=256", "data.max_prompt_length=128"))
     assert result.returncode == 0, result.stderr[-2000:]
     lines = metrics_of(tmp_path / "run")
     assert [line["step"] for line in lines] == list(range(1, 36))
