@@ -19,6 +19,7 @@ first. One phase is on at a time; compilation within the scoring of the referenc
 
 import contextlib
 import json
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,6 +27,8 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from sr_dpo_jax.durable.files import kept_lines
+
+log = logging.getLogger(__name__)
 
 Given, Gives = ParamSpec("Given"), TypeVar("Gives")
 
@@ -95,8 +98,12 @@ class Clock:
         self._marked = time.monotonic()
         seconds = {phase: round(value, 3) for phase, value in self._seconds.items()}
         line = {"began": round(self._began, 3), "first": self._first, "step": step, **seconds}
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:  # a side file stops no run
+            log.warning("%s: cannot be written (%s); a later start will not know this one", self._file, error.strerror)
+            self._file = None
 
     @property
     def life(self) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """The clock of a run: every second has one phase, and a step that is taken again counts once."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -121,6 +122,16 @@ def test_a_damaged_line_stops_no_start(tmp_path, time, bad, caplog):
     life = started(tmp_path, time, first=4, steps=1, saves=(5,)).life
     assert life["steps"] == 10 and "damaged" in caplog.text
     assert len(list(tmp_path.glob("clock.jsonl.damaged-*"))) == 1
+
+
+def test_a_file_that_cannot_be_written_stops_no_run(tmp_path, time, caplog):
+    (tmp_path / "gone").mkdir()
+    clock = started(tmp_path / "gone", time, first=0, steps=0)
+    shutil.rmtree(tmp_path / "gone")
+    for step in (1, 2):
+        time.now += 3
+        clock.mark(step, now=True)
+    assert clock.life["steps"] == 6 and caplog.text.count("cannot be written (No such file or directory)") == 1
 
 
 def test_a_run_that_is_killed_tells_its_life(tmp_path, monkeypatch, caplog):
