@@ -59,8 +59,8 @@ def _on_one_device(make_mesh: Any) -> Any:
 def devices_of_runs():
     """In this process, a run whose configuration names no size of the mesh has one device and not eight.
 
-    Its programs are compiled, its checkpoints written and read in two thirds of the time, and most tests ask nothing
-    that depends on the mesh. Those that do name its sizes.
+    Its programs are smaller and its checkpoints have fewer shards, and most tests ask nothing that depends on the mesh.
+    Those that do name its sizes.
     """
     from sr_dpo_jax.train import setup
 

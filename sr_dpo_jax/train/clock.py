@@ -74,19 +74,16 @@ class Clock:
 
         return counted
 
-    def begin(self, root: Path, *, first_step: int, active: bool) -> None:
-        """Takes up what earlier starts have written, and counts as `steps` from here on.
+    def begin(self, root: Path, *, first_step: int) -> None:
+        """Takes up what earlier starts have written, and counts as `steps` from here on. One process does.
 
         Args:
           root: the run directory.
           first_step: the step that this start goes on from; later steps of earlier starts are `redone`.
-          active: whether this process writes; one does.
         """
-        self.begun, self._first = True, first_step
-        if active:
-            self._file = root / NAME
-            earlier = _starts(kept_lines(self._file, _is_sound))
-            self._before = seconds_before(earlier, first_step=first_step, began=self._began)
+        self.begun, self._first, self._file = True, first_step, root / NAME
+        earlier = _starts(kept_lines(self._file, _is_sound))
+        self._before = _seconds_before(earlier, first_step=first_step, began=self._began)
         self.turn_to("steps")
         self.mark(first_step, now=True)
 
@@ -128,7 +125,7 @@ def sentence(life: Mapping[str, float]) -> str:
 def life_of(lines: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """Adds up the seconds of each phase that the lines of a clock.jsonl tell; {} where there are none."""
     starts = _starts(lines)
-    total = seconds_before(starts, first_step=starts[-1][-1]["step"], began=0.0) if starts else Counter()
+    total = _seconds_before(starts, first_step=starts[-1][-1]["step"], began=0.0) if starts else Counter()
     return {phase: total[phase] for phase in PHASES} if starts else {}
 
 
@@ -154,7 +151,7 @@ def _is_sound(line: Mapping[str, Any]) -> bool:
     return True
 
 
-def seconds_before(starts: Sequence[Sequence[Mapping[str, Any]]], *, first_step: float, began: float) -> Counter[str]:
+def _seconds_before(starts: Sequence[Sequence[Mapping[str, Any]]], *, first_step: int, began: float) -> Counter[str]:
     """Adds up earlier starts, as one that goes on from `first_step` and began at `began` (Unix seconds) sees them.
 
     A step counts where no later start went on from before it.

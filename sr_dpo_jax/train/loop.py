@@ -17,6 +17,7 @@ from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.model.adapter import join
 from sr_dpo_jax.model.decoder import Params
 from sr_dpo_jax.parallel.processes import everywhere, from_leader, on_leader
+from sr_dpo_jax.train.clock import NAME as CLOCK
 from sr_dpo_jax.train.clock import Clock, sentence
 from sr_dpo_jax.train.identity import digests_of, write_run_files
 from sr_dpo_jax.train.metrics import MetricsWriter, Progress, StepLog, Trace, is_due
@@ -28,9 +29,8 @@ from sr_dpo_jax.train.wandb_run import WandbRun, require_wandb
 log = logging.getLogger(__name__)
 
 EXIT_DONE, EXIT_PREEMPTED = 0, 75
-SIDE_FILES = (
-    *("lease.json", "config.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl", "skipped.jsonl", "clock.jsonl"),
-)
+LINES = ("metrics.jsonl", "samples.jsonl", "skipped.jsonl", CLOCK)
+SIDE_FILES = ("lease.json", "config.yaml", "manifest.json", *LINES)
 
 
 def train(config: Config, *, allowed_changes: Sequence[str] = ()) -> int:
@@ -63,8 +63,9 @@ def train(config: Config, *, allowed_changes: Sequence[str] = ()) -> int:
             on_leader(lease.take)
             if config.train.wandb_project is not None:
                 on_leader(require_wandb)
-            options = {"tokenizer": tokenizer, "stop": stop, "clock": clock, "allowed_changes": allowed_changes}
-            job, state = prepare(setup, pairs, eval_sets, **options)
+            job, state = prepare(
+                setup, pairs, eval_sets, tokenizer=tokenizer, stop=stop, clock=clock, allowed_changes=allowed_changes
+            )
             on_leader(
                 lambda: write_run_files(
                     root,
@@ -153,10 +154,11 @@ def run(job: Job, state: TrainState, stop: StopSignal, lease: Lease, clock: Cloc
 
 
 def _step_log(job: Job, writer: MetricsWriter, progress: Progress, clock: Clock, first: int) -> StepLog:
-    """Begins the log of steps, and with it the clock of a run that has something left to do."""
+    """Begins the log of steps, and on process 0 with it the clock of a run that has something left to do."""
     source, section = job.feed.source, job.setup.config.train
-    if job.evaluation_due or (first < job.total_steps and not job.selection.over):
-        clock.begin(Path(job.setup.config.output_dir), first_step=first, active=jax.process_index() == 0)
+    left = job.evaluation_due or (first < job.total_steps and not job.selection.over)
+    if left and jax.process_index() == 0:
+        clock.begin(Path(job.setup.config.output_dir), first_step=first)
     return StepLog(
         source.plan,
         job.setup.work(source.pairs),

@@ -175,7 +175,7 @@ def test_the_refinement_costs_one_forward(compiled, name):
     assert sr_dpo["model_flops_a_pair"] / dpo["model_flops_a_pair"] == pytest.approx(4 / 3, rel=0.03)
 
 
-@pytest.mark.parametrize("name", ["pythia_2.8b_hh"])
+@pytest.mark.parametrize("name", ["pythia_2.8b_hh", "zephyr_7b_ultrafeedback"])
 def test_the_refinement_gathers_no_weights_of_its_own(compiled, name):
     """The bytes that devices hand each other to have whole weights, in all-gathers and in the rings of permutes that
     the compiler makes of them beside matmuls, pass DPO's by less than one vocabulary matrix, or are fewer."""

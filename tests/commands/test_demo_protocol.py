@@ -213,7 +213,7 @@ def made_up(seeds: int) -> measured.Results:
         "seeds": seeds,
         "tasks": ["copy"],
         "pairs": 64,
-        "held_out_pairs": 16,
+        "held_out_pairs": 32,
         "base_texts": 100,
         "more_factor": 4,
     }

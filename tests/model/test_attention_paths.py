@@ -107,7 +107,7 @@ QUICK = {
 }
 """The cases of prefix, window and cap that the quick loop runs; each shard of a mesh computes as one device does."""
 SLOW = {
-    "one device": [(20, 1, None), (0, 7, 3.0), (20, 64, None)],
+    "one device": [(20, 1, None), (0, 1, 3.0), (0, 7, 3.0), (20, 64, None)],
     "rows and heads sharded": [(0, 64, None)],
 }
 """With the quick cases, every two of prefix, window and cap meet."""

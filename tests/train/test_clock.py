@@ -1,6 +1,7 @@
 """The clock of a run: every second has one phase, and a step that is taken again counts once."""
 
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -16,20 +17,10 @@ from sr_dpo_jax.train.loop import train
 pytestmark = pytest.mark.usefixtures("same_programs")
 
 
-class Time:
-    """A clock of the system that moves by a second at each look, or as told."""
-
-    def __init__(self):
-        self.now = 1000.0
-
-    def look(self):
-        self.now += 1
-        return self.now
-
-
 @pytest.fixture
 def time(monkeypatch):
-    fake = Time()
+    """The clock of the system, which moves as it is told."""
+    fake = SimpleNamespace(now=1000.0)
     monkeypatch.setattr(clocks, "time", SimpleNamespace(time=lambda: fake.now, monotonic=lambda: fake.now))
     return fake
 
@@ -48,7 +39,7 @@ def test_every_second_has_one_phase(tmp_path, time):
             time.now += 2
         time.now += 1
     time.now += 3  # load again
-    clock.begin(tmp_path, first_step=0, active=True)
+    clock.begin(tmp_path, first_step=0)
     time.now += 20
     clock.timed("data", setattr)(time, "now", time.now + 4)
     with pytest.raises(ValueError, match="x"), clock("save"):
@@ -63,34 +54,33 @@ def test_every_second_has_one_phase(tmp_path, time):
 
 def test_lines_are_few_and_tell_what_a_kill_left(tmp_path, time):
     clock = Clock()
-    clock.begin(tmp_path, first_step=0, active=True)
+    clock.begin(tmp_path, first_step=0)
     for step in range(1, 31):
         time.now += 1
         clock.mark(step)
     clock.mark(30, now=True)
     assert [line["step"] for line in lines_of(tmp_path)] == [0, 10, 20, 30, 30]
     assert life_of(lines_of(tmp_path))["steps"] == 30
-    Clock().begin(tmp_path / "nowhere", first_step=0, active=False)  # another process writes nothing
 
 
-def started(root, time, *, first, steps, saves=(), load=10, step_s=2):
-    """One start: `load` seconds, then `steps` steps, marked at those of `saves` and, by a kill, no more."""
+def started(root, time, *, first, steps, marks=(), load=10, step_s=2):
+    """One start: `load` seconds, then `steps` steps, marked at those of `marks` and, by a kill, no more."""
     clock = Clock()
     time.now += load
-    clock.begin(root, first_step=first, active=True)
+    clock.begin(root, first_step=first)
     for step in range(first + 1, first + steps + 1):
         time.now += step_s
-        clock.mark(step, now=step in saves)
+        clock.mark(step, now=step in marks)
     return clock
 
 
 def test_steps_that_are_taken_again_count_once(tmp_path, time):
-    """By hand: steps 1 to 9, saved at 4; again from 4 to 7, saved at none; again from 4 to 10."""
-    started(tmp_path, time, first=0, steps=9, saves=(4, 9))
+    """By hand: steps 1 to 9, marked at 4 and 9; again from 4 to 7; again from 4 to 10."""
+    started(tmp_path, time, first=0, steps=9, marks=(4, 9))
     time.now += 30
-    started(tmp_path, time, first=4, steps=3, saves=(7,))
+    started(tmp_path, time, first=4, steps=3, marks=(7,))
     time.now += 50
-    clock = started(tmp_path, time, first=4, steps=6, saves=(10,))
+    clock = started(tmp_path, time, first=4, steps=6, marks=(10,))
     life = clock.life
     assert life["load"] == 30 and life["between"] == 80
     assert life["steps"] == 2 * (4 + 6) and life["redone"] == 2 * (5 + 3)
@@ -99,8 +89,8 @@ def test_steps_that_are_taken_again_count_once(tmp_path, time):
 
 
 def test_a_run_begun_again_from_nothing_has_lost_all_steps(tmp_path, time):
-    started(tmp_path, time, first=0, steps=9, saves=(4, 9))
-    life = started(tmp_path, time, first=0, steps=2, saves=(2,)).life
+    started(tmp_path, time, first=0, steps=9, marks=(4, 9))
+    life = started(tmp_path, time, first=0, steps=2, marks=(2,)).life
     assert life["steps"] == 4 and life["redone"] == 18
 
 
@@ -116,10 +106,10 @@ def test_a_run_begun_again_from_nothing_has_lost_all_steps(tmp_path, time):
     ],
 )
 def test_a_damaged_line_stops_no_start(tmp_path, time, bad, caplog):
-    started(tmp_path, time, first=0, steps=4, saves=(4,))
+    started(tmp_path, time, first=0, steps=4, marks=(4,))
     good = (tmp_path / "clock.jsonl").read_text()
     (tmp_path / "clock.jsonl").write_text(f"{bad}\n{good}")
-    life = started(tmp_path, time, first=4, steps=1, saves=(5,)).life
+    life = started(tmp_path, time, first=4, steps=1, marks=(5,)).life
     assert life["steps"] == 10 and "damaged" in caplog.text
     assert len(list(tmp_path.glob("clock.jsonl.damaged-*"))) == 1
 
@@ -164,7 +154,10 @@ def test_a_run_that_is_killed_tells_its_life(tmp_path, monkeypatch, caplog):
     life = life_of(lines)
     assert len({line["began"] for line in lines}) == 2 and [line["first"] for line in lines][-1] == 2
     assert all(life[phase] > 0 for phase in ("load", "compile", "reference", "steps", "evaluation", "save", "between"))
-    assert sentence(life) in caplog.text
+    # The sentence is of a moment later than the last line, which has three decimals.
+    (told,) = re.findall(r"goodput (\S+) % of (\S+) s: ", caplog.text)
+    expected = [100 * goodput(life), sum(life.values())]
+    assert list(map(float, told)) == pytest.approx(expected, abs=0.2)
     goodputs = [line["goodput"] for line in metrics_of(root) if "loss" in line]
     assert len(goodputs) == 4 and all(0 < share < 1 for share in goodputs)
     length = (root / "clock.jsonl").stat().st_size

@@ -58,7 +58,7 @@ def test_metrics_by_hand():
 def test_an_objective_of_a_configuration_takes_steps(name):
     """From a name of the table, over the configuration, to two updates: each moves the weights and the loss.
 
-    One for each set of arguments that a loss takes; `test_loop.py` trains five others in whole runs.
+    `test_loop.py` trains five others in whole runs, and `test_objective.py` takes every one without a model.
     """
     raw = {"output_dir": "x", "model": {"path": "x"}, "data": {"path": "x"}}
     section = {"name": name, "lam": 0.5 if OBJECTIVES[name].refined else None}

@@ -149,17 +149,10 @@ def lives(runs: Sequence[Run]) -> Table:
     rows = []
     for run in runs:
         if run.life:
-            row = {"run": run.label, "goodput": _percent(goodput(run.life)), "life": _seconds(sum(run.life.values()))}
-            rows.append(row | {phase: _seconds(seconds) for phase, seconds in run.life.items()})
+            row = {"run": run.label, "goodput": f"{100 * goodput(run.life):.1f} %"}
+            seconds = {"life (s)": sum(run.life.values()), **run.life}
+            rows.append(row | {name: number(value, 1) if value else NONE for name, value in seconds.items()})
     return Table.of(rows)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
-def _seconds(seconds: float) -> str:
-    return number(seconds, 1) if seconds else NONE
 
 
 def samples(runs: Sequence[Run]) -> dict[tuple[str, str, str], list[list[tuple[int, str]]]]:
