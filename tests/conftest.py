@@ -1,5 +1,6 @@
 """Eight CPU devices and no network, set before anything imports jax; and fixtures that several files use."""
 
+import gc
 import importlib.metadata
 import os
 from pathlib import Path
@@ -31,6 +32,14 @@ import pytest
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts the tests that are marked so first, so that no worker is left alone with one of them at the end."""
     items.sort(key=lambda item: item.get_closest_marker("longest") is None)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Spares the garbage collector what was imported and collected: a tenth of the time of tests went there."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.fixture(autouse=True)
