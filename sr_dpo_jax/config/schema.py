@@ -264,8 +264,9 @@ class Batch(Section):
     pairs_per_step: Positive = 64
     row_length: Positive = 2048
     """Most tokens of a packed row. The plan shortens all rows alike to what the fullest step needs."""
-    row_multiple: Positive = 128
-    """Row lengths are multiples of this: 128 suits the lanes of a TPU, 8 wastes less on a CPU."""
+    row_multiple: Positive = 16
+    """Row lengths are multiples of this: 16 is a tile of bfloat16 on a TPU. Attention kernels fill up blocks by
+    themselves."""
     accumulation_steps: Positive = 1
     """A step's rows pass through the model in this many parts. Changes memory, not the numbers."""
 

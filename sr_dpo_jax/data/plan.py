@@ -1,7 +1,7 @@
 """Plans which pairs stand in which row of step n, ahead of the run, as a pure function of token lengths, seed and n.
 
     step      one optimizer update: exactly `pairs_per_step` pairs, whatever their lengths
-    window    up to 64 neighbouring steps of a shuffled epoch; pairs are dealt between them so that each step holds
+    window    up to 256 neighbouring steps of a shuffled epoch; pairs are dealt between them so that each step holds
               nearly the same number of tokens
     row       `row_length` tokens that hold whole pairs; every step has the same number of rows
     scored    the positions of a row that predict a response token; each row has room for the same number
@@ -12,6 +12,7 @@ or history, so resuming at step n needs only n.
 Next: `batch.py`, which lays pairs out in rows.
 """
 
+import bisect
 import dataclasses
 import hashlib
 
@@ -19,7 +20,18 @@ import numpy as np
 
 from sr_dpo_jax.errors import UsageError
 
-WINDOW_STEPS = 64
+WINDOW_STEPS = 256
+
+TOKENS, SCORED = 0, 1
+
+HARDEST = 64
+"""A shape is tried on this many steps before it is tried on all."""
+
+EMPTIEST = 16
+"""Exchanges are tried with this many rows of a step."""
+
+AT_ONCE = 2**21
+"""About as many exchanges are weighed at a time, which bounds the memory of planning."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,9 +187,10 @@ def _epoch_order(source: np.ndarray, source_weights: np.ndarray, seed: int, epoc
 def _deal(order: np.ndarray, tokens: np.ndarray, scored: np.ndarray, pairs_per_step: int) -> np.ndarray:
     """Deals shuffled pairs `[steps·B]` into steps `[steps, B]` with nearly equal tokens and scored tokens.
 
-    Within a window the pairs are sorted by length and dealt in rounds of one pair a step. In even rounds the longest
-    pair goes to the step with the fewest tokens so far, in odd rounds the pair with the most scored tokens to the step
-    with the fewest of those. A round's pairs are of similar length, so later rounds even out what one leaves uneven.
+    Within a window the pairs are sorted by length and dealt in rounds of one pair a step. In two rounds of three the
+    longest pair goes to the step with the fewest tokens so far, in the third the pair with the most scored tokens to
+    the step with the fewest of those. A round's pairs are of similar length, so later rounds even out what one leaves
+    uneven.
     """
     steps = len(order) // pairs_per_step
     dealt = np.empty((steps, pairs_per_step), np.int32)
@@ -188,7 +201,7 @@ def _deal(order: np.ndarray, tokens: np.ndarray, scored: np.ndarray, pairs_per_s
         totals = np.zeros((2, len(window)), np.int64)
         for turn in range(pairs_per_step):
             hand = by_length[turn * len(window) : (turn + 1) * len(window)]
-            balanced = turn % 2
+            balanced = TOKENS if turn % 3 < 2 else SCORED
             hand = hand[np.argsort(-sizes[balanced, hand], kind="stable")]
             neediest = np.argsort(totals[balanced], kind="stable")
             dealt[window[neediest], turn] = members[hand]
@@ -199,8 +212,8 @@ def _deal(order: np.ndarray, tokens: np.ndarray, scored: np.ndarray, pairs_per_s
 def _fit_shape(tokens: np.ndarray, scored: np.ndarray, limits: Limits, room_for: tuple[int, int]) -> Shape:
     """Finds the smallest rows × row length, then the fewest scored positions, that hold every step `[steps, B]`.
 
-    Row lengths down to half of `row_length` are tried in the order of rows × row length, so the first that works is the
-    best. A trap: with no slack only one packing may work, whose scored tokens lie unevenly; so 1 % is added.
+    Every number of rows is tried that gives rows between `row_length` and half of it, each with the shortest rows that
+    hold the steps with the most tokens; what comes out smallest is then tried on all steps.
     """
     row_length, row_multiple, rows_multiple = limits.row_length, limits.row_multiple, limits.rows_multiple
     limit, (longest, longest_scored) = row_length - row_length % row_multiple, room_for
@@ -209,23 +222,29 @@ def _fit_shape(tokens: np.ndarray, scored: np.ndarray, limits: Limits, room_for:
             f"batch.row_length={row_length} (in multiples of batch.row_multiple={row_multiple}): a pair has {longest} "
             "tokens, prompt and both responses, and is never split; raise batch.row_length or lower data.max_length"
         )
-    fullest, pairs = int(1.01 * tokens.sum(axis=1).max()), tokens.shape[1]
-    lengths = [n for n in range(row_multiple, limit + 1, row_multiple) if n >= longest and 2 * n > limit]
-    least_rows = {n: round_up(max(1, -(-fullest // n)), rows_multiple) for n in lengths}
-    extras = range(0, 4 * rows_multiple + 1, rows_multiple)
-    candidates = sorted((n * (least_rows[n] + extra), n, least_rows[n] + extra) for n in lengths for extra in extras)
-    roomiest = (0, limit, round_up(pairs, rows_multiple))  # always works: a row for each pair
-    hardest = np.argsort(-tokens.sum(axis=1), kind="stable")
-    for _, length, rows in [*candidates, roomiest]:
-        shape = Shape(pairs, rows, length, scored=length)
-        if all(_pack(tokens[part], scored[part], shape) is not None for part in (hardest[:64], hardest)):
-            break
-    least_scored = max(-(-int(scored.sum(axis=1).max()) // rows), longest_scored)
-    shape = dataclasses.replace(shape, scored=min(round_up(least_scored, 8), length))
-    while _pack(tokens, scored, shape) is None:
-        more = round_up(shape.scored + shape.scored // 64 + 1, 8)
-        shape = dataclasses.replace(shape, scored=min(more, length))
-    return shape
+    pairs, fullest = tokens.shape[1], int(tokens.sum(axis=1).max())
+    every = np.argsort(-tokens.sum(axis=1), kind="stable")
+    hardest = every[:HARDEST]
+
+    def fits(shape: Shape, part: np.ndarray) -> bool:
+        return _pack(tokens[part], scored[part], shape) is not None
+
+    def least_that_fits(shapes: list[Shape]) -> list[Shape]:
+        """Leaves out the first shapes, which grow, that do not hold the steps with the most tokens."""
+        return shapes[bisect.bisect_left(shapes, True, key=lambda shape: fits(shape, hardest)) :]
+
+    most_rows = round_up(pairs, rows_multiple)
+    shapes = [Shape(pairs, most_rows, length := round_up(longest, row_multiple), length)]  # works: a row for each pair
+    least = round_up(-(-fullest // limit), rows_multiple)
+    for rows in range(least, min(max(2 * least, least + 4 * rows_multiple), most_rows) + 1, rows_multiple):
+        lengths = range(round_up(max(longest, -(-fullest // rows)), row_multiple), limit + 1, row_multiple)
+        shapes += least_that_fits([Shape(pairs, rows, length, scored=length) for length in lengths])
+    shapes.sort(key=lambda shape: (shape.rows * shape.row_length, shape.rows))
+    shape = next(shape for shape in shapes if fits(shape, every))
+    least_scored = round_up(max(-(-int(scored.sum(axis=1).max()) // shape.rows), longest_scored), 8)
+    counts = [*range(least_scored, shape.row_length, 8), shape.row_length]
+    shapes = least_that_fits([dataclasses.replace(shape, scored=count) for count in counts])
+    return next(shape for shape in shapes if fits(shape, every))
 
 
 def _place(pair: np.ndarray, tokens: np.ndarray, scored: np.ndarray, shape: Shape, steps_per_epoch: int) -> Plan:
@@ -239,33 +258,96 @@ def _place(pair: np.ndarray, tokens: np.ndarray, scored: np.ndarray, shape: Shap
 
 
 def _pack(tokens: np.ndarray, scored: np.ndarray, shape: Shape) -> np.ndarray | None:
-    """Packs all steps at once, `[steps, B]` sizes -> the row of each pair, or None where some pair finds no room.
+    """Packs all steps, `[steps, B]` sizes -> the row of each pair, or None where some step finds no room.
 
-    The longest pair comes first. It goes to the row in which the room left for tokens and for scored positions is
-    closest to the shape's proportion; where some step cannot be packed so, to the first row with room (first fit
-    decreasing), which packs tightest.
+    Pairs are dealt to the emptiest row, which suits many pairs a row, and in steps that do not fit so to the fullest
+    row with room, which suits few. Either way they are then exchanged between rows where a row is too full.
     """
-    evenly = _decreasing(tokens, scored, shape, evenly=True)
-    return _decreasing(tokens, scored, shape, evenly=False) if evenly is None else evenly
-
-
-def _decreasing(tokens: np.ndarray, scored: np.ndarray, shape: Shape, *, evenly: bool) -> np.ndarray | None:
-    every = np.arange(len(tokens))
-    room = np.full((len(tokens), shape.rows), shape.row_length, np.int64)
-    scored_room = np.full((len(tokens), shape.rows), shape.scored, np.int64)
-    row = np.empty(tokens.shape, np.int32)
-    for turn in np.argsort(-tokens, axis=1, kind="stable").T:
-        room_left = room - tokens[every, turn, None]
-        scored_left = scored_room - scored[every, turn, None]
-        fits = (room_left >= 0) & (scored_left >= 0)
-        if not fits.any(axis=1).all():
+    sizes, row = np.stack([tokens, scored]), np.empty(tokens.shape, np.int32)
+    at_once = max(1, AT_ONCE * shape.rows // (EMPTIEST * shape.pairs**2))
+    for start in range(0, len(tokens), at_once):
+        left = np.arange(start, min(start + at_once, len(tokens)))
+        for tightly in (False, True):
+            row[left], used = _deal_to_rows(sizes[:, left], shape, tightly=tightly)
+            left = left[(_fullness(used, shape) > 1).any(axis=1)]
+        if len(left):
             return None
-        unevenness = np.abs(scored_left * shape.row_length - room_left * shape.scored) if evenly else 0
-        chosen = np.where(fits, unevenness, np.iinfo(np.int64).max).argmin(axis=1)
-        row[every, turn] = chosen
-        room[every, chosen] = room_left[every, chosen]
-        scored_room[every, chosen] = scored_left[every, chosen]
     return row
+
+
+def _fullness(used: np.ndarray, shape: Shape) -> np.ndarray:
+    """Tells how full rows are: the fuller of their shares of tokens and of scored positions, `[2, ...]` -> `[...]`."""
+    return np.maximum(used[0] / shape.row_length, used[1] / shape.scored)
+
+
+def _deal_to_rows(sizes: np.ndarray, shape: Shape, *, tightly: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Deals the pairs of each step to its rows, the longest pair first.
+
+    Args:
+      sizes: int64 `[2, steps, B]`, tokens and scored tokens.
+      shape: the rows.
+      tightly: takes the row that the pair fills best, in place of the one that it leaves emptiest.
+
+    Returns:
+      row: int32 `[steps, B]`, the row of each pair.
+      used: int64 `[2, steps, R]`, tokens and scored tokens of each row; more than it holds where a step did not fit.
+    """
+    _, steps, pairs = sizes.shape
+    row, used = np.empty((steps, pairs), np.int32), np.zeros((2, steps, shape.rows), np.int64)
+    every = np.arange(steps)
+    for turn in np.argsort(-sizes[0], axis=1, kind="stable").T:
+        size = sizes[:, every, turn]
+        after = _fullness(used + size[..., None], shape)
+        chosen = np.where(after <= 1, -after if tightly else after, after).argmin(axis=1)
+        row[every, turn] = chosen
+        used[:, every, chosen] += size
+    _exchange(sizes, row, used, shape)
+    return row, used
+
+
+def _exchange(sizes: np.ndarray, row: np.ndarray, used: np.ndarray, shape: Shape) -> None:
+    """Empties the fullest row of each step that does not fit, pair by pair, in place.
+
+    A pair of that row is exchanged with a pair of one of the emptiest rows, or with nothing: the exchange after which
+    the fuller of the two is emptiest. A step is left as it is once it fits, or once no exchange helps.
+
+    Args:
+      sizes: int64 `[2, steps, B]`, tokens and scored tokens.
+      row, used: as `_deal_to_rows` returns them.
+    """
+    near = min(EMPTIEST, shape.rows)
+    left = np.arange(len(row))
+    while len(left := left[(_fullness(used[:, left], shape) > 1).any(axis=1)]):
+        every = np.arange(len(left))
+        size, place, full = sizes[:, left], row[left], _fullness(used[:, left], shape)
+        fullest = full.argmax(axis=1)
+        is_there = place == fullest[:, None]
+        given = np.argsort(~is_there, axis=1, kind="stable")[:, : is_there.sum(axis=1).max()]
+        emptiest = np.argsort(full, axis=1, kind="stable")[:, :near]
+        rank = np.full(full.shape, near)
+        np.put_along_axis(rank, emptiest, np.arange(near), axis=1)
+        rank_of_pair = np.take_along_axis(rank, place, axis=1)
+        # What may come back: a pair of the emptiest rows, or nothing from one of them.
+        taken = np.argsort(rank_of_pair, axis=1, kind="stable")[:, : (rank_of_pair < near).sum(axis=1).max()]
+        partner = np.concatenate([np.take_along_axis(place, taken, axis=1), emptiest], axis=1)
+        size_back = np.take_along_axis(size, taken[None], axis=2)
+        back = np.concatenate([size_back, np.zeros((2, *emptiest.shape), int)], axis=2)
+        less = np.take_along_axis(size, given[None], axis=2)[..., None] - back[:, :, None]  # [2, left, given, partner]
+        here = _fullness(used[:, left, fullest][..., None, None] - less, shape)
+        there = _fullness(np.take_along_axis(used[:, left], partner[None], axis=2)[:, :, None] + less, shape)
+        after = np.maximum(here, there)
+        after[~np.take_along_axis(is_there, given, axis=1)] = np.inf
+        after[np.broadcast_to((partner == fullest[:, None])[:, None], after.shape)] = np.inf
+        best = after.reshape(len(left), -1).argmin(axis=1)
+        which, other = np.divmod(best, partner.shape[1])
+        helps = after[every, which, other] < full[every, fullest]
+        every, left, which, other, fullest = (array[helps] for array in (every, left, which, other, fullest))
+        target, moved = partner[every, other], less[:, every, which, other]
+        row[left, given[every, which]] = target
+        comes = other < taken.shape[1]
+        row[left[comes], taken[every, np.minimum(other, taken.shape[1] - 1)][comes]] = fullest[comes]
+        used[:, left, fullest] -= moved
+        used[:, left, target] += moved
 
 
 def round_up(value: int, multiple: int) -> int:

@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 COARSE_RATES = {"bfloat16": 2e-5, "float32": 3e-10}
 """An update is about as large as the learning rate, and a weight of 0.01 of this type loses all below this."""
 
+MUCH_PADDING = 0.1
+"""A run whose rows hold a larger share of padding is told how to fill them."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
@@ -142,16 +145,31 @@ def plan_training(
         rooms = [_room(pairs, plan)] if objective.scored_with_p else []
         rooms += [_room(held, scoring_plan(*sizes_of(held), shape)) for held in held_out]
         require_short_rows(limits, shape.row_length, max(rooms, default=0))
+    _log_shape(limits, plan, tokens, max([int(tokens.max()), *(most for most, _ in longest)]))
+    return plan
+
+
+def _log_shape(limits: Limits, plan: Plan, tokens: np.ndarray, longest: int) -> None:
+    """Says how full the rows are and, where the longest pair alone makes them so long, what would fill them."""
+    shape = plan.shape
+    used = tokens[plan.pair].sum(axis=1)
+    padding = 1 - used.mean() / (shape.rows * shape.row_length)
     log.info(
         "%d steps an epoch, each %d pairs in %d rows of %d tokens, %d of them scored; %.1f %% padding",
-        plan.steps_per_epoch,
-        shape.pairs,
-        shape.rows,
-        shape.row_length,
-        shape.scored,
-        100 * (1 - tokens[plan.pair].sum() / (len(plan) * shape.rows * shape.row_length)),
+        *(plan.steps_per_epoch, shape.pairs, shape.rows, shape.row_length, shape.scored, 100 * padding),
     )
-    return plan
+    if padding <= MUCH_PADDING or shape.row_length - longest >= limits.row_multiple or shape.rows == 1:
+        return
+    remedy = (
+        "more batch.pairs_per_step, fewer shards of rows (mesh.tensor in place of mesh.fsdp), fewer "
+        "batch.accumulation_steps or a lower data.max_length fill them"
+    )
+    if fewer := shape.rows - limits.rows_multiple:
+        remedy = f"batch.row_length={round_up(int(1.02 * used.max()) // fewer, limits.row_multiple)} fills them"
+    log.warning(
+        "%.0f %% of the rows is padding: each must hold the longest pair, %d tokens, and a step has %d for a row; %s",
+        *(100 * padding, longest, round(used.mean() / shape.rows), remedy),
+    )
 
 
 def _room(pairs: TokenizedPairs, plan: Plan) -> int:

@@ -1,37 +1,99 @@
-"""Time to plan an epoch of a million pairs, and how full its rows are: python tests/benchmarks/planning.py"""
+"""Time to plan an epoch, and how full its rows are: python tests/benchmarks/planning.py [--table]
+
+Lengths are drawn as the named data has them: `hh` as HH-RLHF cut to 512 tokens a response and 256 a prompt,
+`ultrafeedback` as UltraFeedback cut to 1,024 and 512, `long` with responses of up to 2,048 tokens and prompts of up to
+4,096. With `--data`, `hh` is read from a file of pairs instead (JSON lines, gzipped or not), a token being 4.4
+characters.
+"""
 
 import argparse
+import gzip
+import json
 import time
+from pathlib import Path
 
 import numpy as np
 
-from sr_dpo_jax.data.plan import Limits, training_plan
+from sr_dpo_jax.data.plan import Limits, Plan, training_plan
+
+LENGTHS = {  # mean of the logarithm, its deviation and the most tokens: of the prompt, of each response
+    "hh": ((4.3, 0.8, 256), (3.4, 0.9, 256)),
+    "ultrafeedback": ((4.6, 1.0, 512), (5.4, 0.8, 512)),
+    "long": ((6.5, 0.9, 2048), (5.8, 0.9, 1024)),
+}
+ROW_LENGTH = {"hh": 1024, "ultrafeedback": 2048, "long": 8192}
+CHARACTERS_OF_A_TOKEN = 4.4
+
+
+def drawn(name: str, pairs: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    (mean, deviation, most), response = LENGTHS[name]
+    prompt = np.clip(rng.lognormal(mean, deviation, pairs), 4, most).astype(int)
+    mean, deviation, most = response
+    scored = np.clip(rng.lognormal(mean, deviation, (2, pairs)), 1, most).astype(int).sum(axis=0)
+    return prompt + scored, scored
+
+
+def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Reads the lengths of HH-RLHF's pairs, whose two dialogues share all but the last turn."""
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    cut = [row["chosen"].rfind("Assistant:") for row in rows]
+    prompt = np.minimum(np.array(cut) / CHARACTERS_OF_A_TOKEN, 256).astype(int) + 1
+    scored = np.zeros(len(rows), int)
+    for side in ("chosen", "rejected"):
+        characters = np.array([max(len(row[side]) - start, 0) for row, start in zip(rows, cut, strict=True)])
+        scored += np.minimum((characters / CHARACTERS_OF_A_TOKEN).astype(int) + 1, 512 - prompt)
+    return prompt + scored, scored
+
+
+def planned(tokens: np.ndarray, scored: np.ndarray, limits: Limits) -> tuple[Plan, float, float]:
+    """Returns the plan, its share of padding and the seconds that it took."""
+    started = time.perf_counter()
+    plan = training_plan(
+        tokens, scored, limits, source=np.zeros(len(tokens), int), source_weights=np.ones(1), seed=0, epochs=1
+    )
+    seconds = time.perf_counter() - started
+    capacity = len(plan) * plan.shape.rows * plan.shape.row_length
+    return plan, 1 - tokens[plan.pair].sum() / capacity, seconds
+
+
+def print_table(options: argparse.Namespace) -> None:
+    print("lengths        shards  pairs a step  rows × tokens  scored  padding  vocabulary  seconds")
+    for name in LENGTHS:
+        given = name == "hh" and options.data
+        tokens, scored = read(options.data) if given else drawn(name, options.pairs)
+        for shards, pairs in ((1, 64), (8, 64), (16, 64), (32, 64), (32, 128), (64, 128), (64, 512)):
+            limits = Limits(pairs, ROW_LENGTH[name] * (2 if shards == 1 else 1), options.row_multiple, shards)
+            plan, padding, seconds = planned(tokens, scored, limits)
+            shape, vocabulary = (
+                plan.shape,
+                1 - scored[plan.pair].sum() / (len(plan) * plan.shape.rows * plan.shape.scored),
+            )
+            print(
+                f"{name:13} {shards:7} {pairs:13} {shape.rows:5} × {shape.row_length:6} {shape.scored:7} "
+                f"{padding:8.1%} {vocabulary:11.1%} {seconds:8.1f}"
+            )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true", help="padding by lengths, shards and pairs a step")
+    parser.add_argument("--data", type=Path, help="a file of HH-RLHF's pairs, in the place of drawn lengths")
+    parser.add_argument("--lengths", choices=list(LENGTHS), default="hh")
     parser.add_argument("--pairs", type=int, default=1_000_000)
     parser.add_argument("--pairs-per-step", type=int, default=64)
     parser.add_argument("--row-length", type=int, default=2048)
-    parser.add_argument("--row-multiple", type=int, default=128)
+    parser.add_argument("--row-multiple", type=int, default=16)
     parser.add_argument("--rows-multiple", type=int, default=1)
     options = parser.parse_args()
-    rng = np.random.default_rng(0)
-    prompt = np.clip(rng.lognormal(4.5, 0.8, options.pairs), 4, 256).astype(int)
-    scored = np.clip(rng.lognormal(4.0, 0.9, (2, options.pairs)), 1, 256).astype(int).sum(axis=0)
-    tokens = prompt + scored
-    started = time.perf_counter()
-    plan = training_plan(
-        tokens,
-        scored,
-        Limits(options.pairs_per_step, options.row_length, options.row_multiple, options.rows_multiple),
-        source=np.zeros(options.pairs, int),
-        source_weights=np.ones(1),
-        seed=0,
-        epochs=1,
-    )
-    seconds = time.perf_counter() - started
-    padding = 1 - tokens[plan.pair].sum() / (len(plan) * plan.shape.rows * plan.shape.row_length)
+    if options.table:
+        print_table(options)
+        return
+    tokens, scored = drawn(options.lengths, options.pairs)
+    limits = Limits(options.pairs_per_step, options.row_length, options.row_multiple, options.rows_multiple)
+    plan, padding, seconds = planned(tokens, scored, limits)
     print(f"{options.pairs:,} pairs, {len(plan):,} steps: {seconds:.1f} s")
     print(f"{plan.shape}, {100 * padding:.2f} % padding")
 

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from runs import model_directory, preference_file, tiny_setup
 
+from sr_dpo_jax.commands.compile.typical import typical_pairs
+from sr_dpo_jax.data.plan import Limits
 from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.model.kernels.splash import LONGEST_ROW
 from sr_dpo_jax.train.program import COARSE_RATES, plan_training, require_short_rows, warn_of_no_learning, work_of
@@ -125,3 +127,31 @@ def test_a_plan_is_the_same_for_the_same_lengths_and_seed(made):
         for seed in (0, 0, 1)
     ]
     assert plans[0].digest == plans[1].digest != plans[2].digest and len(plans[0]) == 10
+
+
+@pytest.mark.parametrize(
+    ("given", "said", "remedies"),
+    [
+        # Two pairs for each of 32 shards: one of them is the longest, and the others' rows are as long.
+        (Limits(64, 1024, 16, 32), "mesh.tensor", [{"pairs_per_step": 256}, {"rows_multiple": 8}]),
+        # 16 rows of 860 tokens would do, and 784 are allowed: so there are 32.
+        (Limits(72, 784, 16, 16), "batch.row_length=", [{"row_length": "said"}]),
+    ],
+)
+def test_rows_that_are_mostly_padding_name_what_fills_them(made, caplog, given, said, remedies):
+    setup, *_ = made
+    numbers = {"head_tokens": 0, "augmentation_tokens": 0, "max_length": 512, "max_prompt_length": 256}
+    pairs = dataclasses.replace(typical_pairs("hh_rlhf", least_pairs=0, **numbers), tokens=np.zeros(0, np.int32))
+
+    def warning_of(limits):
+        caplog.clear()
+        plan_training(limits, setup.objective, pairs, (), seed=0, epochs=1, attention="dense")
+        return "".join(record.message for record in caplog.records if record.levelname == "WARNING")
+
+    warning = warning_of(given)
+    assert "of the rows is padding" in warning and said in warning
+    for remedy in remedies:
+        changed = {
+            name: int(warning.split(said)[1].split()[0]) if value == "said" else value for name, value in remedy.items()
+        }
+        assert warning_of(dataclasses.replace(given, **changed)) == ""
