@@ -37,6 +37,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": {"num_key_value_heads": 2, "head_dim": 12, "sliding_window": 20, "query_pre_attn_scalar": 12},
     "phi3": {"num_key_value_heads": 2, "pad_token_id": 0},
     "olmo2": {"num_key_value_heads": 2},
+    "olmo3": {"num_key_value_heads": 2, "sliding_window": 20, "layer_types": ["sliding_attention", "full_attention"]},
+    "smollm3": {"num_key_value_heads": 2, "no_rope_layers": [1, 0], "pad_token_id": 0},
+    "granite": {
+        "num_key_value_heads": 2,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 0.5,
+    },
+    "seed_oss": {"num_key_value_heads": 2, "head_dim": 12, "attention_out_bias": True},
 }
 """What makes each family's tiny model unlike a plain one."""
 BOS_FAMILIES = ("llama", "mistral", "gemma2", "gemma3_text")

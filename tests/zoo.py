@@ -52,6 +52,7 @@ LLAMA3 = rope(
     high_freq_factor=4.0,
     original_max_position_embeddings=32,
 )
+PLAIN = rope("default")["rope_parameters"]
 WINDOWS = {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 1}
 GEMMA_ROPE = {
     "rope_parameters": {
@@ -130,6 +131,70 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "grouped": {"num_key_value_heads": 2},
         "biases, tied": {"num_key_value_heads": 1, "attention_bias": True, "tie_word_embeddings": True},
         "yarn": {"num_key_value_heads": 4, "vocab_size": 41, **YARN},
+    },
+    "olmo3": {
+        "window, yarn of full layers": {
+            "num_key_value_heads": 2,
+            "sliding_window": 5,
+            "num_hidden_layers": 5,  # three of four layers have a window
+            "rope_parameters": {"full_attention": YARN["rope_parameters"], "sliding_attention": PLAIN},
+        },
+        "biases, tied": {
+            "num_key_value_heads": 1,
+            "sliding_window": 3,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        },
+        "no layer with a window": {"sliding_window": 4, "layer_types": ["full_attention"] * 3, "vocab_size": 41},
+    },
+    "smollm3": {
+        "every second layer unrotated": {
+            "num_key_value_heads": 2,
+            "no_rope_layers": [1, 0, 1],
+            "tie_word_embeddings": True,
+            **YARN,
+        },
+        "windows": {
+            "num_key_value_heads": 1,
+            "num_hidden_layers": 4,
+            "no_rope_layer_interval": 2,
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+        "no layer rotated": {"num_key_value_heads": 4, "no_rope_layers": [0, 0, 0], "vocab_size": 41},
+    },
+    "granite": {
+        "multipliers": {
+            "num_key_value_heads": 2,
+            "embedding_multiplier": 12.0,
+            "attention_multiplier": 0.0625,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 0.25,
+            "tie_word_embeddings": True,
+        },
+        "biases": {
+            "num_key_value_heads": 1,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "attention_multiplier": 0.5,
+            "residual_multiplier": 1.4,
+            "logits_scaling": 3.0,
+            **rope("linear", factor=3.0),
+        },
+        "scores as they are": {"num_key_value_heads": 4, "vocab_size": 41},  # its default multipliers are all 1
+    },
+    "seed_oss": {
+        "biases of q, k and v": GROUPED,
+        "biases of all": {**GROUPED, "attention_out_bias": True, "mlp_bias": True, "tie_word_embeddings": True, **YARN},
+        "bias of the output": {
+            "head_dim": 8,
+            "num_key_value_heads": 1,
+            "attention_bias": False,
+            "attention_out_bias": True,
+        },
     },
 }
 ROPES: dict[str, dict[str, Any]] = {

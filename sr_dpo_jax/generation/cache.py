@@ -52,7 +52,7 @@ def advance(decoder: Decoder, cache: Cache, tokens: Array, start: Array) -> tupl
       start: `[S]` int32, position of each sequence's first new token. start + T must not exceed C.
 
     Returns:
-      Hidden states after the final norm, `[S, T, d]`, and the cache with the T new positions of each sequence.
+      What meets the vocabulary matrix, `[S, T, d]`, and the cache with the T new positions of each sequence.
     """
     a = decoder.architecture
     positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
@@ -69,7 +69,7 @@ def advance(decoder: Decoder, cache: Cache, tokens: Array, start: Array) -> tupl
 
     kinds = jnp.asarray(a.kind_of_layer, jnp.int32)
     x, (keys, values) = jax.lax.scan(layer, decoder.embed(tokens), (stacked, kinds, cache.key, cache.value))
-    return decoder.final_norm(x), Cache(keys, values)
+    return decoder.leave(x), Cache(keys, values)
 
 
 @dataclasses.dataclass

@@ -11,7 +11,7 @@ class Rope:
     """Rotary embedding: dimensions i and i + len(frequencies) of a head rotate together; the others pass unchanged."""
 
     frequencies: tuple[float, ...]
-    """Radians per position, one for each pair of dimensions."""
+    """Radians per position, one for each pair of dimensions; none where positions are not rotated."""
     scale: float = 1.0
     """The factor on the rotated dimensions of queries and keys (YaRN, LongRoPE)."""
     exact_positions: int | None = None
@@ -73,6 +73,10 @@ class Architecture:
     mlp_bias: bool = False
     embedding_scale: float = 1.0
     """The factor on the embeddings as they enter the residual stream."""
+    residual_scale: float = 1.0
+    """The factor on the outputs of attention and MLP as they are added to the residual stream."""
+    logit_scale: float = 1.0
+    """The factor on the logits."""
     tied: bool
     """The unembedding is the embedding."""
     init_scale: float

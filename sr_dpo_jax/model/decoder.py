@@ -141,7 +141,7 @@ class Block(nnx.Module):
     def __init__(self, architecture: Architecture, param_dtype: jnp.dtype, lora: Lora | None, rngs: nnx.Rngs):
         a = architecture
         norm = partial(Norm, a, param_dtype, layers=a.layers, embed=a.hidden)
-        self.parallel_residual = a.parallel_residual
+        self.parallel_residual, self.residual_scale = a.parallel_residual, a.residual_scale
         self.attention_norm = norm() if a.norm_inputs else None
         self.attention = SelfAttention(a, param_dtype, lora, rngs)
         self.attention_output_norm = norm() if a.norm_outputs else None
@@ -153,10 +153,10 @@ class Block(nnx.Module):
         """Maps `[R, T, d]` to `[R, T, d]`."""
         with jax.named_scope("attention"):
             attended = self.attention(_normalised(x, self.attention_norm), attention)
-            middle = x + _normalised(attended, self.attention_output_norm)
+            middle = x + _scaled(_normalised(attended, self.attention_output_norm), self.residual_scale)
         with jax.named_scope("mlp"):
             units = self.mlp(_normalised(x if self.parallel_residual else middle, self.mlp_norm))
-            return middle + _normalised(units, self.mlp_output_norm)
+            return middle + _scaled(_normalised(units, self.mlp_output_norm), self.residual_scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,8 +239,8 @@ class Decoder(nnx.Module):
         embedded = [self.embed(plain.tokens), *(jax.lax.stop_gradient(self.embed(rows.tokens)) for rows in augmented)]
         kinds = jnp.asarray(self.architecture.kind_of_layer, jnp.int32)
         hidden, _ = jax.lax.scan(layer, tuple(embedded), (stacked, kinds))
-        frozen = [jax.lax.stop_gradient(self.final_norm(states)) for states in hidden[1:]]
-        return self.final_norm(hidden[0]), *frozen
+        frozen = [jax.lax.stop_gradient(self.leave(states)) for states in hidden[1:]]
+        return self.leave(hidden[0]), *frozen
 
     def embed(self, tokens: Array) -> Array:
         """Maps token ids `[R, T]` to what enters the first layer, `[R, T, d]`."""
@@ -248,6 +248,13 @@ class Decoder(nnx.Module):
         # In the activations' type: models with a scale were trained with the factor rounded to it.
         embedded *= jnp.asarray(self.architecture.embedding_scale, self.dtype)
         return constrain(embedded, ("rows", None, None))
+
+    def leave(self, states: Array) -> Array:
+        """Maps what leaves the last layer, `[R, T, d]`, to what meets the vocabulary matrix.
+
+        The factor on the logits is put here, where it costs nothing; those of known models are powers of two.
+        """
+        return _scaled(self.final_norm(states), self.architecture.logit_scale)
 
     def _attention_on(self, rows: Rows) -> list[tuple[tuple[Array, Array], Attention]]:
         """Prepares rotation and attention for each kind of layers. A window that no row is long enough to notice is
@@ -310,3 +317,8 @@ def rotate(heads: Array, rotation: tuple[Array, Array]) -> Array:
 
 def _normalised(x: Array, norm: Norm | None) -> Array:
     return x if norm is None else norm(x)
+
+
+def _scaled(x: Array, factor: float) -> Array:
+    """Multiplies by a factor that is not rounded to the type of x."""
+    return x if factor == 1 else (x.astype(at_least_float32(x.dtype)) * factor).astype(x.dtype)

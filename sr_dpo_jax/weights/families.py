@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sr_dpo_jax.errors import UsageError
-from sr_dpo_jax.model.architecture import Architecture, LayerKind
+from sr_dpo_jax.model.architecture import Architecture, LayerKind, Rope
 from sr_dpo_jax.weights.rope import rope_of
 
 
@@ -60,7 +60,10 @@ def tensors_of(architecture: Architecture, model_type: str) -> tuple[Tensor, ...
 # Configs
 
 
-FAMILIES = ("gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2")
+FAMILIES = (
+    *("gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "olmo3"),
+    *("smollm3", "granite", "seed_oss"),
+)
 """The values of `model_type` that are known; Mistral and Phi-3 differ from the shared fields in nothing."""
 PARTIAL_ROTARY = ("gpt_neox", "phi3")
 """Families that turn a part of each head where a config says so; transformers' other models would turn all of it."""
@@ -141,6 +144,20 @@ def _alternating(config: Any, where: str) -> dict[str, Any]:
     return _kinds(config, where, {"full_attention": None, "sliding_attention": config.sliding_window})
 
 
+def _unrotated(config: Any, where: str) -> dict[str, Any]:
+    """Gives `kinds` and `kind_of_layer` where `no_rope_layers` has a 0 for each layer that rotates nothing."""
+    rotated = _alternating(config, where)
+    flags = config.no_rope_layers
+    if len(flags) < config.num_hidden_layers:
+        _refuse(where, "no_rope_layers", flags, f"a 0 or 1 for each of the {config.num_hidden_layers} layers")
+    of_layer = [rotated["kinds"][number] for number in rotated["kind_of_layer"]]
+    of_layer = [
+        kind if flag else dataclasses.replace(kind, rope=Rope(())) for kind, flag in zip(of_layer, flags, strict=False)
+    ]
+    kinds = tuple(dict.fromkeys(of_layer))
+    return {"kinds": kinds, "kind_of_layer": tuple(map(kinds.index, of_layer))}
+
+
 def _choices(config: Any, where: str) -> dict[str, Any]:
     """Gives the fields in which a family differs from the shared ones and from the defaults of `Architecture`."""
     biases = {name: getattr(config, "attention_bias", False) for name in ("query_bias", "output_bias")}
@@ -165,8 +182,22 @@ def _choices(config: Any, where: str) -> dict[str, Any]:
             if config.attn_logit_softcapping is not None:
                 _refuse(where, "attn_logit_softcapping", config.attn_logit_softcapping, "null for gemma3_text")
             return biases | _gemma(config, where) | {"head_norm": "head"}
-        case "olmo2":
-            return biases | {"head_norm": "all", "norm_inputs": False, "norm_outputs": True}
+        case "olmo2" | "olmo3":
+            kinds = _alternating(config, where) if config.model_type == "olmo3" else {}
+            return biases | {"head_norm": "all", "norm_inputs": False, "norm_outputs": True} | kinds
+        case "smollm3":
+            return biases | {"mlp_bias": config.mlp_bias} | _unrotated(config, where)
+        case "granite":
+            factors = {
+                "embedding_scale": config.embedding_multiplier,
+                "query_scale": config.attention_multiplier,
+                "residual_scale": config.residual_multiplier,
+                "logit_scale": 1 / config.logits_scaling,
+            }
+            return biases | {"mlp_bias": config.mlp_bias} | factors | _kinds(config, where, {"": None})
+        case "seed_oss":
+            output = {"output_bias": config.attention_out_bias, "mlp_bias": config.mlp_bias}
+            return biases | output | _kinds(config, where, {"": None})
     return {}
 
 

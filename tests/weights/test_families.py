@@ -1,4 +1,4 @@
-"""Nine families against what PyTorch's models gave for the same weights (`golden/make.py`), on any mesh."""
+"""Every family against what PyTorch's models gave for the same weights (`golden/make.py`), on any mesh."""
 
 import numpy as np
 import pytest
