@@ -49,7 +49,7 @@ class _Jitted:
     """A jitted function that remembers what it has lowered and compiled ahead of time."""
 
     def __init__(self, function: Any):
-        self._function, self._lowered = function, {}
+        self._function, self._lowered, self._traced = function, {}, {}
 
     def __call__(self, *arguments: Any) -> Any:
         return self._function(*arguments)
@@ -59,6 +59,24 @@ class _Jitted:
         if key not in self._lowered:
             self._lowered[key] = _Lowered(self._function.lower(*arguments))
         return self._lowered[key]
+
+    def trace(self, *arguments: Any) -> "_Traced":
+        key = _layout(arguments)
+        if key not in self._traced:
+            self._traced[key] = _Traced(self._function.trace(*arguments))
+        return self._traced[key]
+
+
+class _Traced:
+    """A traced program that is lowered once."""
+
+    def __init__(self, traced: Any):
+        self._traced, self.jaxpr, self._lowered = traced, traced.jaxpr, None
+
+    def lower(self) -> "_Lowered":
+        if self._lowered is None:
+            self._lowered = _Lowered(self._traced.lower())
+        return self._lowered
 
 
 class _Lowered:

@@ -5,11 +5,11 @@ The functions that make programs start no computation, so they also serve to com
 
 import dataclasses
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -22,6 +22,7 @@ from sr_dpo_jax.model.architecture import Architecture
 from sr_dpo_jax.model.decoder import Params
 from sr_dpo_jax.parallel.chips import peak_flops
 from sr_dpo_jax.train.flops import matrix_flops, pair_flops
+from sr_dpo_jax.train.memory import compile_within_memory
 from sr_dpo_jax.train.objective import Objective
 from sr_dpo_jax.train.optim import OPTIMIZERS, make_schedule
 from sr_dpo_jax.train.state import TrainState, abstract_state
@@ -45,13 +46,14 @@ class Program:
     optimizer: Any
     state: TrainState
     """Shapes and types, with shardings."""
+    layers: int
+    devices: list[jax.Device]
+    """Those of the mesh."""
 
     def compiled(self, state: TrainState, base: Params | None, reference_params: Params | None, feed: Feed) -> Any:
         """Compiles the train step for the batches that come; a batch of another shape raises from then on."""
-        started = time.monotonic()
-        step = self.step.lower(state, base, reference_params, next(feed.batches(0))[1]).compile()
-        log.info("compiled in %.1f s", time.monotonic() - started)
-        return step
+        traced = self.step.trace(state, base, reference_params, next(feed.batches(0))[1])
+        return compile_within_memory(traced, layers=self.layers, devices=self.devices)
 
 
 def make_program(
@@ -74,7 +76,8 @@ def make_program(
     step = make_train_step(
         model.graph, transformation, schedule, objective, pairs=pairs, mesh=model.mesh, abstract=state
     )
-    return Program(step, transformation, state)
+    devices = list(model.mesh.devices.flat)
+    return Program(step, transformation, state, model.architecture.layers, devices)
 
 
 def warmup_of(steps: int, ratio: float | None, total_steps: int) -> int:

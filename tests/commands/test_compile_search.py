@@ -287,7 +287,7 @@ def test_other_refusals_of_the_compiler():
 
 def test_rows_too_long_for_the_kernel_are_refused_by_name(tmp_path):
     lengths = {"max_length": 20_000, "max_prompt_length": 10_000}
-    config = config_of(data={"path": "unread", **lengths}, batch={"row_length": 65_536})
+    config = config_of(data={"path": "unread", **lengths}, batch={"row_length": 65_536, "row_multiple": 128})
     setup = set_up_on(tiny.make_mesh(), config, open_directory(str(runs.model_directory(tmp_path / "model"))))
     setup = dataclasses.replace(setup, model=dataclasses.replace(setup.model, attention="splash"))
     pairs = typical_pairs("ultrafeedback", least_pairs=0, head_tokens=0, augmentation_tokens=50, **lengths)
