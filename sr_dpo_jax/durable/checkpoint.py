@@ -224,13 +224,13 @@ class Checkpoints(contextlib.AbstractContextManager):
           UsageError: parameters are missing, extra or of other shapes; all are named.
         """
         path = self.directory / str(step)
-        with reading(path), ocp.StandardCheckpointer() as checkpointer:
-            tree = checkpointer.metadata(path / "state").item_metadata.tree
+        # A checkpointer would look for a whole step's metadata there, and warn that there is none.
+        with reading(path), contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+            tree = handler.metadata(path / "state").tree
         held = {name: tuple(leaf.shape) for name, leaf in flatten_dict(tree["params"], sep=".").items()}
         wrong = [
             f"{name}: {held.get(name, 'missing')}, the model has {shapes.get(name, 'no such parameter')}"
-            for name in sorted(held.keys() | shapes.keys())
-            if held.get(name) != shapes.get(name)
+            for name in sorted({name for name, _ in held.items() ^ shapes.items()})
         ]
         if wrong:
             raise UsageError(

@@ -86,6 +86,16 @@ def test_another_model_is_refused(checkpoints):
         writer.check_params({"layer.matrix": (128,)}, step=1)
 
 
+def test_a_good_step_is_read_without_a_word_of_warning(checkpoints, caplog):
+    writer = checkpoints()
+    save(writer, 1)
+    reader = checkpoints(read_only=True)
+    step = reader.existing(None)
+    reader.check_params({"layer.matrix": (64,)}, step=step)
+    reader.read_params(["layer.matrix"], step=step)
+    assert not [record.message for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+
+
 def test_nothing_saved_is_no_checkpoint_and_reading_makes_no_directory(checkpoints):
     reader = checkpoints(read_only=True)
     assert reader.newest_good() is None and not reader.directory.exists()
