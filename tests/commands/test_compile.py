@@ -63,12 +63,10 @@ for overrides in map(json.loads, objectives):
     print("costs", json.dumps([flops, cycles]), flush=True)
 """
 LONG_ROWS = ["data.max_length=20000", "data.max_prompt_length=10000", "batch.row_length=65536"]
-ON_SEVERAL = ("llama3_70b_sr_dpo",)
-"""The configurations that are compiled for every topology of their head comments, as for two slices; the others for the
-first alone, and a small model for each kind of chip."""
-COMMANDS = [
-    (name, number) for name in NAMES for number in range(len(commands(name, "compile")) if name in ON_SEVERAL else 1)
-]
+ON_SLICES = ("llama3_70b_sr_dpo",)
+"""The configurations that are compiled for the last topology of their head comments, which is of two slices; the others
+are for the first, and a small model for each kind of chip."""
+COMMANDS = [(name, len(commands(name, "compile")) - 1 if name in ON_SLICES else 0) for name in NAMES]
 
 pytestmark = pytest.mark.aot
 
