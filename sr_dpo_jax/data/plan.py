@@ -264,7 +264,7 @@ def _pack(tokens: np.ndarray, scored: np.ndarray, shape: Shape) -> np.ndarray | 
     row with room, which suits few. Either way they are then exchanged between rows where a row is too full.
     """
     sizes, row = np.stack([tokens, scored]), np.empty(tokens.shape, np.int32)
-    at_once = max(1, AT_ONCE * shape.rows // (EMPTIEST * shape.pairs**2))
+    at_once = max(1, AT_ONCE // (shape.pairs + shape.rows))
     for start in range(0, len(tokens), at_once):
         left = np.arange(start, min(start + at_once, len(tokens)))
         for tightly in (False, True):
@@ -277,7 +277,7 @@ def _pack(tokens: np.ndarray, scored: np.ndarray, shape: Shape) -> np.ndarray | 
 
 def _fullness(used: np.ndarray, shape: Shape) -> np.ndarray:
     """Tells how full rows are: the fuller of their shares of tokens and of scored positions, `[2, ...]` -> `[...]`."""
-    return np.maximum(used[0] / shape.row_length, used[1] / shape.scored)
+    return np.maximum(used[0] / shape.row_length, used[1] / max(shape.scored, 1))
 
 
 def _deal_to_rows(sizes: np.ndarray, shape: Shape, *, tightly: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -301,7 +301,9 @@ def _deal_to_rows(sizes: np.ndarray, shape: Shape, *, tightly: bool) -> tuple[np
         chosen = np.where(after <= 1, -after if tightly else after, after).argmin(axis=1)
         row[every, turn] = chosen
         used[:, every, chosen] += size
-    _exchange(sizes, row, used, shape)
+    at_once = max(1, AT_ONCE * shape.rows // (EMPTIEST * pairs**2))
+    for part in (slice(start, start + at_once) for start in range(0, steps, at_once)):
+        _exchange(sizes[:, part], row[part], used[:, part], shape)
     return row, used
 
 

@@ -63,6 +63,7 @@ for overrides in map(json.loads, objectives):
     print("costs", json.dumps([flops, cycles]), flush=True)
 """
 LONG_ROWS = ["data.max_length=20000", "data.max_prompt_length=10000", "batch.row_length=65536"]
+LONG_ROWS += ["batch.pairs_per_step=700"]  # 35,000 tokens for each of four shards
 ON_SLICES = ("llama3_70b_sr_dpo",)
 """The configurations that are compiled for the last topology of their head comments, which is of two slices; the others
 are for the first, and a small model for each kind of chip."""

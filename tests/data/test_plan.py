@@ -255,3 +255,8 @@ def test_scoring_a_pair_that_no_row_holds():
     shape = plan_of(np.full(64, 50), np.full(64, 20), pairs_per_step=8, row_length=256).shape
     with pytest.raises(UsageError, match=r"batch\.row_length"):
         scoring_plan(np.array([50, shape.row_length + 1]), np.array([20, 20]), shape)
+
+
+def test_pairs_without_scored_tokens_fit_too():
+    tokens, scored = np.full(30, 7), np.zeros(30, int)
+    recount(plan_of(tokens, scored, pairs_per_step=3, row_length=50, row_multiple=1, rows_multiple=3), tokens, scored)
