@@ -46,19 +46,16 @@ def _key(given: Any) -> Any:
 
 
 class _Jitted:
-    """A jitted function that remembers what it has lowered and compiled ahead of time."""
+    """A jitted function that remembers what it has traced, lowered and compiled ahead of time."""
 
     def __init__(self, function: Any):
-        self._function, self._lowered, self._traced = function, {}, {}
+        self._function, self._traced = function, {}
 
     def __call__(self, *arguments: Any) -> Any:
         return self._function(*arguments)
 
     def lower(self, *arguments: Any) -> "_Lowered":
-        key = _layout(arguments)
-        if key not in self._lowered:
-            self._lowered[key] = _Lowered(self._function.lower(*arguments))
-        return self._lowered[key]
+        return self.trace(*arguments).lower()
 
     def trace(self, *arguments: Any) -> "_Traced":
         key = _layout(arguments)

@@ -212,8 +212,8 @@ def _deal(order: np.ndarray, tokens: np.ndarray, scored: np.ndarray, pairs_per_s
 def _fit_shape(tokens: np.ndarray, scored: np.ndarray, limits: Limits, room_for: tuple[int, int]) -> Shape:
     """Finds the smallest rows × row length, then the fewest scored positions, that hold every step `[steps, B]`.
 
-    Every number of rows is tried that gives rows between `row_length` and half of it, each with the shortest rows that
-    hold the steps with the most tokens; what comes out smallest is then tried on all steps.
+    Numbers of rows from the fewest that `row_length` allows to at least twice as many are tried, each with the shortest
+    rows that hold the steps with the most tokens; the smallest of these shapes that holds all steps is taken.
     """
     row_length, row_multiple, rows_multiple = limits.row_length, limits.row_multiple, limits.rows_multiple
     limit, (longest, longest_scored) = row_length - row_length % row_multiple, room_for

@@ -245,7 +245,7 @@ class Decoder(nnx.Module):
     def embed(self, tokens: Array) -> Array:
         """Maps token ids `[R, T]` to what enters the first layer, `[R, T, d]`."""
         embedded = look_up(self.embedding[...], tokens, self.dtype)
-        # In the activations' type: models with a scale were trained with the factor rounded to it.
+        # In the activations' type: Gemma's models were trained with the factor rounded to it.
         embedded *= jnp.asarray(self.architecture.embedding_scale, self.dtype)
         return constrain(embedded, ("rows", None, None))
 

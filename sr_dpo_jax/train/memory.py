@@ -6,6 +6,7 @@ compiler. Both are told here with a remedy, before the first step.
 
 import logging
 import math
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,17 @@ import jax
 import psutil
 from jax.extend import core
 
-from sr_dpo_jax.errors import UsageError
+from sr_dpo_jax.errors import RunError, UsageError
+from sr_dpo_jax.parallel.chips import GIB
 
 log = logging.getLogger(__name__)
 
-GIB = 2**30
 CGROUP = Path("/sys/fs/cgroup")
 REMEDY = (
     "set model.remat=full where it is not, which keeps the least and computes the rest again; raise "
     "batch.accumulation_steps; lower data.max_length; or take more devices"
 )
+OUT_OF_VMEM = re.compile(r"out of memory (on|in memory space) vmem", re.IGNORECASE)
 
 
 def compile_within_memory(traced: Any, *, layers: int, devices: list[jax.Device]) -> Any:
@@ -35,7 +37,7 @@ def compile_within_memory(traced: Any, *, layers: int, devices: list[jax.Device]
       devices: all devices of the mesh.
 
     Raises:
-      UsageError: the compiler finds that a device cannot hold the step.
+      UsageError: the compiler finds that a device cannot hold the step, or a TPU's fast memory its attention kernel.
     """
     mine = [device for device in devices if device.process_index == jax.process_index()]
     free = free_bytes(mine)
@@ -44,15 +46,29 @@ def compile_within_memory(traced: Any, *, layers: int, devices: list[jax.Device]
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+        message = str(error)
+        if OUT_OF_VMEM.search(message):
+            raise refusal_of("train step", message) from error
+        if "RESOURCE_EXHAUSTED" not in message and "out of memory" not in message.lower():
             raise
-        raise UsageError(f"the train step does not fit a device; {REMEDY}: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"the train step does not fit a device; {REMEDY}: {message.partition(chr(10))[0]}") from error
     log.info("compiled in %.1f s", time.monotonic() - started)
     analysis = compiled.memory_analysis()
     if analysis is not None:
         made = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
         _warn(analysis.temp_size_in_bytes + made, free, "needs")
     return compiled
+
+
+def refusal_of(name: str, message: str) -> UsageError | RunError:
+    """Makes the error for a program that the compiler refuses for another reason than the chip's main memory."""
+    said = f"the TPU compiler refuses the {name}: {message.partition(chr(10))[0]}"
+    if OUT_OF_VMEM.search(message):
+        return UsageError(
+            f"{said}. That is the fast memory beside the matrix unit, which the attention kernel takes most of; set "
+            "model.attention=dense or lower batch.row_length"
+        )
+    return RunError(f"{said}. Nothing in the configuration explains that: it is a fault of the compiler or of sr-dpo")
 
 
 def _warn(needed: float, free: float | None, verb: str) -> None:

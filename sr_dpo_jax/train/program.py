@@ -165,10 +165,12 @@ def _log_shape(limits: Limits, plan: Plan, tokens: np.ndarray, longest: int) -> 
         return
     remedy = (
         "more batch.pairs_per_step, fewer shards of rows (mesh.tensor in place of mesh.fsdp), fewer "
-        "batch.accumulation_steps or a lower data.max_length fill them"
+        "batch.accumulation_steps or a lower data.max_length may fill them"
     )
     if fewer := shape.rows - limits.rows_multiple:
-        remedy = f"batch.row_length={round_up(int(1.02 * used.max()) // fewer, limits.row_multiple)} fills them"
+        remedy = (
+            f"batch.row_length={round_up(int(1.02 * used.max()) // fewer, limits.row_multiple)} or more may fill them"
+        )
     log.warning(
         "%.0f %% of the rows is padding: each must hold the longest pair, %d tokens, and a step has %d for a row; %s",
         *(100 * padding, longest, round(used.mean() / shape.rows), remedy),

@@ -158,6 +158,9 @@ def _unrotated(config: Any, where: str) -> dict[str, Any]:
     return {"kinds": kinds, "kind_of_layer": tuple(map(kinds.index, of_layer))}
 
 
+_OLMO = {"head_norm": "all", "norm_inputs": False, "norm_outputs": True}
+
+
 def _choices(config: Any, where: str) -> dict[str, Any]:
     """Gives the fields in which a family differs from the shared ones and from the defaults of `Architecture`."""
     biases = {name: getattr(config, "attention_bias", False) for name in ("query_bias", "output_bias")}
@@ -182,12 +185,15 @@ def _choices(config: Any, where: str) -> dict[str, Any]:
             if config.attn_logit_softcapping is not None:
                 _refuse(where, "attn_logit_softcapping", config.attn_logit_softcapping, "null for gemma3_text")
             return biases | _gemma(config, where) | {"head_norm": "head"}
-        case "olmo2" | "olmo3":
-            kinds = _alternating(config, where) if config.model_type == "olmo3" else {}
-            return biases | {"head_norm": "all", "norm_inputs": False, "norm_outputs": True} | kinds
+        case "olmo2":
+            return biases | _OLMO
+        case "olmo3":
+            return biases | _OLMO | _alternating(config, where)
         case "smollm3":
             return biases | {"mlp_bias": config.mlp_bias} | _unrotated(config, where)
         case "granite":
+            if not config.logits_scaling:
+                _refuse(where, "logits_scaling", config.logits_scaling, "numbers other than 0")
             factors = {
                 "embedding_scale": config.embedding_multiplier,
                 "query_scale": config.attention_multiplier,

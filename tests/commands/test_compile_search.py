@@ -20,12 +20,13 @@ from sr_dpo_jax.commands.compile import machine as aot_machine
 from sr_dpo_jax.commands.compile import search as aot_search
 from sr_dpo_jax.commands.compile import show as aot_print
 from sr_dpo_jax.commands.compile.machine import hosts_of
-from sr_dpo_jax.commands.compile.programs import GIB, Compiled, Program, refusal_of
+from sr_dpo_jax.commands.compile.programs import GIB, Compiled, Program
 from sr_dpo_jax.commands.compile.search import Attempt, Report, arguments_text, changes, search
 from sr_dpo_jax.commands.compile.typical import typical_pairs
 from sr_dpo_jax.config.load import config_from_dict
 from sr_dpo_jax.data.plan import Shape
 from sr_dpo_jax.errors import RunError, UsageError
+from sr_dpo_jax.train.memory import refusal_of
 from sr_dpo_jax.train.program import require_short_rows
 from sr_dpo_jax.train.setup import set_up_on
 from sr_dpo_jax.weights.directory import open_directory

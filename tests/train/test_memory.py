@@ -94,6 +94,9 @@ def test_a_step_that_the_compiler_refuses_is_an_error_with_the_remedy():
     options = {"layers": LAYERS, "devices": jax.devices()}
     with pytest.raises(UsageError, match=r"does not fit a device; set model\.remat=full .*: RESOURCE_EXHAUSTED: 20G"):
         memory.compile_within_memory(step_that_says("RESOURCE_EXHAUSTED: 20G of 16G\nmore"), **options)
+    vmem = "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 9M"
+    with pytest.raises(UsageError, match=r"set model\.attention=dense or lower batch\.row_length"):
+        memory.compile_within_memory(step_that_says(vmem), **options)
     with pytest.raises(jax.errors.JaxRuntimeError, match="another"):
         memory.compile_within_memory(step_that_says("INTERNAL: another"), **options)
 
@@ -101,6 +104,7 @@ def test_a_step_that_the_compiler_refuses_is_an_error_with_the_remedy():
 def test_free_bytes(monkeypatch, tmp_path):
     """CPUs share the machine's memory, or their container's; other devices tell, or nothing is known."""
     cpus = jax.devices()
+    monkeypatch.setattr(memory, "CGROUP", tmp_path / "none")
     free = psutil.virtual_memory().available
     assert memory.free_bytes(cpus[:1]) == pytest.approx(free, rel=0.5)
     monkeypatch.setattr(memory, "CGROUP", tmp_path)

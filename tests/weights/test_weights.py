@@ -569,6 +569,11 @@ LONGROPE = YARN | {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.5]
         ({"model_type": "mistral", "sliding_window": 0}, ["sliding_window=0", "positive"]),
         ({"model_type": "mistral", "sliding_window": -1}, ["sliding_window=-1", "positive"]),
         ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 2}, ["sliding_window=None", "layer_types"]),
+        ({"model_type": "granite", "logits_scaling": 0}, ["logits_scaling=0", "other than 0"]),
+        (
+            {"model_type": "smollm3", "layer_types": ["full_attention"] * 2, "no_rope_layers": [1]},
+            ["no_rope_layers=[1]", "each of the 2 layers"],
+        ),
         ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}}, ["proportional", "not supported"]),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 0.0}}, ["rope_parameters", "'rope_theta': 0.0"]),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": -1.0}}, ["rope_parameters", "finite"]),

@@ -28,13 +28,14 @@ from sr_dpo_jax.config.schema import Config
 from sr_dpo_jax.data.dataset import TokenizedPairs
 from sr_dpo_jax.data.pipeline import HostStep, pair_sizes
 from sr_dpo_jax.data.plan import Plan, Shape, scoring_plan
-from sr_dpo_jax.errors import RunError, UsageError
+from sr_dpo_jax.errors import UsageError
 from sr_dpo_jax.model.adapter import adapter_weights, split
 from sr_dpo_jax.model.architecture import Architecture
 from sr_dpo_jax.model.attention import Visible
 from sr_dpo_jax.model.kernels.splash import padded_length, tables_of
 from sr_dpo_jax.parallel import mesh as meshes
 from sr_dpo_jax.parallel.chips import GIB, TPUS, Chip, chip_of
+from sr_dpo_jax.train.memory import refusal_of
 from sr_dpo_jax.train.setup import Setup, set_up_on
 from sr_dpo_jax.train.train_step import make_score_step
 from sr_dpo_jax.weights.directory import ModelDirectory
@@ -370,14 +371,3 @@ def bytes_wanted(message: str, argument_bytes: int) -> int | None:
         return argument_bytes
     size = int(float(wanted[2]) * 1024 ** (1 + "KMGT".index(wanted[3])))
     return size if wanted[1] == "Used" else size + argument_bytes
-
-
-def refusal_of(name: str, message: str) -> UsageError | RunError:
-    """Makes the error for a program that the compiler refuses for another reason than the chip's main memory."""
-    said = f"the TPU compiler refuses the {name}: {message.partition(chr(10))[0]}"
-    if re.search(r"out of memory (on|in memory space) vmem", message, re.IGNORECASE):
-        return UsageError(
-            f"{said}. That is the fast memory beside the matrix unit, which the attention kernel takes most of; set "
-            "model.attention=dense or lower batch.row_length"
-        )
-    return RunError(f"{said}. Nothing in the configuration explains that: it is a fault of the compiler or of sr-dpo")
